@@ -1,0 +1,209 @@
+"""The Atari environments, the noise and the evaluation, against the emulator itself."""
+
+import math
+
+import ale_py
+import imageio
+import numpy as np
+import pytest
+import torch
+
+from sppo_atari import Agent, Args, act, bsc_noise, camel_case, evaluate, games_over, make_envs, resolve_game
+
+
+@pytest.mark.parametrize(
+    ("env_id", "rom"),
+    [
+        ("Alien", "alien"),
+        ("AlienNoFrameskip-v4", "alien"),
+        ("ALE/Alien-v5", "alien"),
+        ("UpNDown", "up_n_down"),
+        ("MsPacmanNoFrameskip-v4", "ms_pacman"),
+        ("ms_pacman", "ms_pacman"),
+        ("ALE/TicTacToe3D-v5", "tic_tac_toe_3d"),
+    ],
+)
+def test_resolve_game(env_id, rom):
+    assert resolve_game(env_id) == rom
+
+
+def test_every_game_of_the_paper_resolves():
+    import tomllib
+    from pathlib import Path
+
+    settings = tomllib.loads((Path(__file__).parents[1] / "benchmark/paper/hyperparameters.toml").read_text())
+    games = settings["atari"]["games"]
+    assert [camel_case(resolve_game(game)) for game in games] == games
+
+
+def test_unknown_game_lists_close_matches():
+    with pytest.raises(ValueError, match=r"Alien2.*no such Atari game.*Alien"):
+        resolve_game("Alien2")
+    with pytest.raises(ValueError, match=r"name of an Atari game"):
+        resolve_game("xyzzy-ram-q")
+
+
+class Emulator:
+    """One game on the bare emulator, as a vector environment with seed-free start (no noops) should play it."""
+
+    def __init__(self, rom):
+        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+        self.ale = ale_py.ALEInterface()
+        self.ale.setInt("random_seed", 0)
+        self.ale.setFloat("repeat_action_probability", 0.0)
+        self.ale.loadROM(ale_py.roms.get_rom_path(rom))
+        self.actions = self.ale.getMinimalActionSet()
+
+    def reset(self, noops):
+        self.ale.reset_game()
+        for _ in range(noops):
+            self.ale.act(0)
+
+    def step(self, action):
+        reward = 0
+        for _ in range(4):
+            reward += self.ale.act(self.actions[action])
+            if self.ale.game_over():
+                break
+        return reward
+
+
+def test_rewards_lives_and_game_overs_match_the_bare_emulator():
+    """Ten games of four environments at once: raw rewards, lost lives, ends of games, nothing lost, nothing twice."""
+    envs = make_envs("space_invaders", 4, Args(), use_fire_reset=False)
+    _, info = envs.reset(seed=7)
+    emulators = [Emulator("space_invaders") for _ in range(4)]
+    for i, emulator in enumerate(emulators):
+        emulator.reset(int(info["episode_frame_number"][i]))  # as many noops as the environment drew
+    rng, games, lives_lost, ours, theirs = np.random.default_rng(0), 0, 0, np.zeros(4), np.zeros(4)
+    while games < 10:
+        actions = rng.integers(6, size=4)
+        last_info = info
+        _, rewards, terminated, truncated, info = envs.step(actions)
+        over = games_over(terminated | truncated, info, last_info)
+        ours += rewards
+        for i, emulator in enumerate(emulators):
+            lives = emulator.ale.lives()
+            theirs[i] += emulator.step(actions[i])
+            assert terminated[i] == (emulator.ale.lives() < lives or emulator.ale.game_over())
+            assert over[i] == emulator.ale.game_over()
+            if over[i]:
+                assert ours[i] == theirs[i]
+                games, ours[i], theirs[i] = games + 1, 0, 0
+                emulator.reset(int(info["episode_frame_number"][i]))
+            else:
+                lives_lost += terminated[i]
+                assert info["lives"][i] == emulator.ale.lives()
+        assert not truncated.any()
+    assert lives_lost >= 10
+
+
+def test_a_lost_life_does_not_reset_the_game_and_the_next_game_starts_in_the_same_step():
+    envs = make_envs("breakout", 2, Args())
+    obs, info = envs.reset(seed=3)
+    rng, life_lost, game_ended = np.random.default_rng(0), False, False
+    while not (life_lost and game_ended):
+        last_info = info
+        obs, _, terminated, truncated, info = envs.step(rng.integers(4, size=2))
+        over = games_over(terminated | truncated, info, last_info)
+        for i in np.flatnonzero(terminated):
+            if over[i]:  # the observation is already the new game's: its stack holds one frame, repeated or blank
+                game_ended = True
+                assert info["lives"][i] == 5
+                assert info["episode_frame_number"][i] <= 31
+                assert not (obs[i] == info["final_obs"][i]).all()
+            else:
+                life_lost = True
+                assert info["lives"][i] == last_info["lives"][i] - 1
+                assert info["episode_frame_number"][i] == last_info["episode_frame_number"][i] + 4
+
+
+def test_a_truncated_game_gives_the_observation_on_which_it_was_cut():
+    """The same game without a limit shows what comes at that step; with one, that is `final_obs`.
+
+    ALE cuts within the last frame skip: the newest of the four frames is up to three emulator frames old.
+    """
+    limited = make_envs("up_n_down", 2, Args(), max_num_frames_per_episode=400)
+    unlimited = make_envs("up_n_down", 2, Args())
+    _, info = limited.reset(seed=1)
+    unlimited.reset(seed=1)
+    for _ in range(100):
+        last_info = info
+        obs, _, terminated, truncated, info = limited.step(np.array([0, 5]))
+        expected = unlimited.step(np.array([0, 5]))[0]
+        assert truncated.any() or (obs == expected).all()
+    assert truncated.all() and not terminated.any()
+    assert games_over(truncated, info, last_info).all()
+    assert (info["final_obs"][:, :3] == expected[:, :3]).all()
+    assert ((info["final_obs"] == expected).mean(axis=(1, 2, 3)) > 0.98).all()
+    assert ((obs == expected).mean(axis=(1, 2, 3)) < 0.5).all()  # while the observation is the next game's
+
+
+def test_games_over_ignores_bonus_lives():
+    before = {"lives": np.array([3, 3, 1, 0]), "episode_frame_number": np.array([400, 400, 400, 400])}
+    after = {"lives": np.array([4, 2, 3, 0]), "episode_frame_number": np.array([404, 404, 10, 12])}
+    dones = np.array([False, True, True, True])  # bonus life, lost life, game over, game over in a game without lives
+    assert games_over(dones, after, before).tolist() == [False, False, True, True]
+
+
+def within_binomial_bounds(count, trials, probability):
+    """Five standard deviations around the mean: a right sampler fails once in a million."""
+    return abs(count - trials * probability) < 5 * math.sqrt(trials * probability * (1 - probability))
+
+
+def test_bsc_noise_flips_zero_and_one_at_the_given_rate():
+    rewards = np.tile(np.array([0.0, 1.0, -1.0]), 20_000)
+    noisy, flips = bsc_noise(rewards, 0.1, np.random.default_rng(0))
+    assert (noisy[rewards == -1] == -1).all() and not flips[rewards == -1].any()
+    assert (noisy[flips] == 1 - rewards[flips]).all() and (noisy[~flips] == rewards[~flips]).all()
+    for symbol in (0, 1):
+        assert within_binomial_bounds(flips[rewards == symbol].sum(), 20_000, 0.1)
+    assert not bsc_noise(rewards, 0.0, np.random.default_rng(0))[1].any()
+    assert bsc_noise(rewards, 1.0, np.random.default_rng(0))[1].sum() == 40_000
+
+
+def test_act_samples_the_policy_and_reports_its_logprobs():
+    class Fixed(torch.nn.Module):
+        def forward(self, obs):
+            return torch.tensor([0.1, 0.2, 0.7]).log().expand(len(obs), 3), torch.zeros(len(obs))
+
+    actions, logprobs, _ = act(Fixed(), torch.zeros(30_000, 1), torch.Generator().manual_seed(0))
+    for action, probability in enumerate((0.1, 0.2, 0.7)):
+        assert within_binomial_bounds((actions == action).sum().item(), 30_000, probability)
+        assert torch.allclose(logprobs[actions == action].exp(), torch.tensor(probability))
+
+
+def test_evaluate_plays_whole_games_and_films_the_first(tmp_path):
+    """The returns of evaluate() against the sum of rewards that the filmed emulator and fresh environments give."""
+    torch.manual_seed(0)
+    agent, args = Agent(6), Args(eval_episodes=3, seed=5)
+    rng_state = torch.get_rng_state()
+    returns = evaluate(agent, "space_invaders", args, torch.device("cpu"), tmp_path / "videos" / "0.mp4")
+    assert torch.equal(rng_state, torch.get_rng_state())  # the training's generator is left alone
+    assert len(returns) == 3 and all(score >= 0 and score % 5 == 0 for score in returns)
+    assert returns == evaluate(agent, "space_invaders", args, torch.device("cpu"))
+
+    # an independent replay: the same seeds and generator, one frame of video a step
+    seeds = np.random.default_rng([5, 1]).integers(2**31, size=3)
+    generator = torch.Generator().manual_seed(int(seeds[0]))
+    envs = make_envs("space_invaders", 3, args)
+    obs, info = envs.reset(seed=seeds)
+    totals, playing, steps = np.zeros(3), [0, 1, 2], 0
+    while playing:
+        with torch.no_grad():
+            chosen, _, _ = act(agent, torch.from_numpy(obs[playing]), generator)
+        actions = np.zeros(3, dtype=np.int64)
+        actions[playing] = chosen.numpy()
+        last_lives = info["lives"]
+        obs, rewards, _, _, info = envs.step(actions)
+        steps += 0 in playing
+        totals[playing] += rewards[playing]
+        playing = [i for i in playing if info["lives"][i] <= last_lives[i]]
+    assert returns == totals.tolist()
+
+    reader = imageio.get_reader(tmp_path / "videos" / "0.mp4")
+    assert reader.get_meta_data()["size"] == (160, 210)
+    assert reader.count_frames() == steps  # the reset's frame and each step's but the last
+    frame = reader.get_data(steps // 2)
+    assert frame.std() > 10 and (frame[..., 0] != frame[..., 2]).any()  # a picture, in colour
+    assert evaluate(agent, "space_invaders", args, torch.device("cpu"), stop=[2]) == []

@@ -1,0 +1,166 @@
+"""A whole PPO update and the advantages, against Stable-Baselines3 from the same weights and rollout."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from sppo_atari import Agent, Args, compute_gae, minibatch_loss, update
+
+STEPS, ENVS, ACTIONS = 16, 4, 6
+
+
+class Screens(gym.Env):
+    """The spaces of an Atari game; never played."""
+
+    observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    action_space = gym.spaces.Discrete(ACTIONS)
+
+
+def random_rollout(agent):
+    """A rollout of random frames whose log-probabilities come from a policy near the agent's."""
+    rng = np.random.default_rng(0)
+    obs = torch.from_numpy(rng.integers(0, 256, (STEPS, ENVS, 4, 84, 84), dtype=np.uint8))
+    actions = torch.from_numpy(rng.integers(0, ACTIONS, (STEPS, ENVS)))
+    with torch.no_grad():
+        all_logprobs, values = agent(obs.flatten(0, 1))
+    logprobs = all_logprobs.gather(-1, actions.flatten()[:, None]).view(STEPS, ENVS)
+    logprobs += 0.1 * torch.from_numpy(rng.standard_normal((STEPS, ENVS))).float()
+    values = values.view(STEPS, ENVS)
+    rewards = torch.from_numpy(rng.choice([-1.0, 0.0, 1.0], (STEPS, ENVS))).float()
+    dones = torch.from_numpy(rng.random((STEPS, ENVS)) < 0.15).float()
+    return obs, actions, logprobs, values, rewards, dones
+
+
+def fill(buffer, obs, actions, logprobs, values, rewards, dones):
+    starts = torch.cat([torch.ones(1, ENVS), dones[:-1]])  # SB3 stores "this step starts an episode"
+    for t in range(STEPS):
+        buffer.add(obs[t].numpy(), actions[t].numpy(), rewards[t].numpy(), starts[t].numpy(), values[t][:, None], logprobs[t])
+
+
+@pytest.mark.parametrize("norm_adv", [True, False])
+def test_update_matches_stable_baselines3(monkeypatch, norm_adv):
+    torch.manual_seed(3)
+    agent = Agent(ACTIONS)
+    torch.nn.init.orthogonal_(agent.actor.weight, 1.0)  # far from uniform, so that no term is small
+    obs, actions, logprobs, values, rewards, dones = random_rollout(agent)
+
+    args = Args(alpha=1.0, beta=0.0, minibatch_size=16, update_epochs=4, learning_rate=1e-3, norm_adv=norm_adv)
+    sb3 = PPO(
+        "CnnPolicy",
+        DummyVecEnv([Screens] * ENVS),
+        learning_rate=args.learning_rate,
+        n_steps=STEPS,
+        batch_size=args.minibatch_size,
+        n_epochs=args.update_epochs,
+        clip_range=args.clip_coef,
+        ent_coef=args.ent_coef,
+        vf_coef=args.vf_coef,
+        max_grad_norm=args.max_grad_norm,
+        normalize_advantage=norm_adv,
+        device="cpu",
+    )
+    sb3.set_logger(Logger(None, []))
+    theirs = sb3.policy
+    pairs = [
+        *((theirs.features_extractor.cnn[i], agent.network[i]) for i in (0, 2, 4)),
+        (theirs.features_extractor.linear[0], agent.network[7]),
+        (theirs.action_net, agent.actor),
+        (theirs.value_net, agent.critic),
+    ]
+    for module, ours in pairs:
+        module.load_state_dict(ours.state_dict())
+    before = agent.actor.weight.clone()
+
+    next_values = torch.full((ENVS,), 0.3)
+    fill(sb3.rollout_buffer, obs, actions, logprobs, values, rewards, dones)
+    sb3.rollout_buffer.compute_returns_and_advantage(next_values, dones[-1].numpy())
+    advantages, returns = compute_gae(rewards, values, dones, next_values, 0.99, 0.95)
+
+    torch.manual_seed(5)
+    ours_order = [torch.randperm(STEPS * ENVS) for _ in range(args.update_epochs)]
+    # ours counts samples step by step, SB3 environment by environment
+    orders = iter([(order % ENVS * STEPS + order // ENVS).numpy() for order in ours_order])
+    monkeypatch.setattr(np.random, "permutation", lambda count: next(orders))
+    sb3.train()
+
+    torch.manual_seed(5)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    batch = tuple(tensor.flatten(0, 1) for tensor in (obs, actions, logprobs, advantages, returns))
+    update(agent, optimizer, minibatch_loss, args, torch.tensor(args.clip_coef), batch)
+
+    assert (agent.actor.weight - before).abs().max() > 1e-3  # 16 Adam steps moved it
+    for module, ours in pairs:
+        for name, parameter in ours.named_parameters():
+            torch.testing.assert_close(parameter, module.get_parameter(name), atol=1e-5, rtol=1e-5)
+
+
+def test_sppo_update_matches_its_control():
+    """Fact 2 on the real network: alpha 0.5, beta 10 and alpha 10.5, beta 0 end at the same weights."""
+    weights = []
+    for alpha, beta in ((0.5, 10.0), (10.5, 0.0), (1.0, 0.0)):
+        torch.manual_seed(3)
+        agent = Agent(ACTIONS)
+        obs, actions, logprobs, values, rewards, dones = random_rollout(agent)
+        advantages, returns = compute_gae(rewards, values, dones, torch.zeros(ENVS), 0.99, 0.95)
+        batch = tuple(tensor.flatten(0, 1) for tensor in (obs, actions, logprobs, advantages, returns))
+        args = Args(alpha=alpha, beta=beta, minibatch_size=16, learning_rate=1e-3)
+        optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+        update(agent, optimizer, minibatch_loss, args, torch.tensor(0.1), batch)
+        weights.append(torch.nn.utils.parameters_to_vector(agent.parameters()).detach())
+    assert (weights[0] - weights[1]).abs().max() < 2e-5
+    assert (weights[0] - weights[2]).abs().max() > 1e-3  # and PPO ends elsewhere
+
+
+def test_target_kl_ends_the_update_after_an_epoch():
+    torch.manual_seed(3)
+    agent = Agent(ACTIONS)
+    obs, actions, logprobs, values, rewards, _ = random_rollout(agent)
+    batch = tuple(tensor.flatten(0, 1) for tensor in (obs, actions, logprobs, rewards, values))
+    for target_kl, epochs in ((1e-9, 1), (1e9, 4), (None, 4)):
+        args = Args(minibatch_size=16, target_kl=target_kl)
+        optimizer = torch.optim.Adam(agent.parameters(), lr=1e-4, fused=True)
+        update(agent, optimizer, minibatch_loss, args, torch.tensor(0.1), batch)
+        assert optimizer.state[agent.actor.weight]["step"] == epochs * STEPS * ENVS // 16
+
+
+def test_gae_closed_form():
+    """One environment, no episode end: A_t = sum_l (gamma lambda)^l delta_{t+l}; ends cut the sum and the bootstrap."""
+    rng = np.random.default_rng(1)
+    rewards, values, last, gamma, lam = rng.standard_normal(6), rng.standard_normal(6), 0.7, 0.9, 0.8
+    for end in (None, 2, 5):
+        expected = np.zeros(6)
+        for t in range(6):
+            for k in range(t, 6):
+                following = 0.0 if k == end else (values[k + 1] if k < 5 else last)
+                expected[t] += (gamma * lam) ** (k - t) * (rewards[k] + gamma * following - values[k])
+                if k == end:
+                    break
+        dones = torch.zeros(6, 1, dtype=torch.float64)
+        if end is not None:
+            dones[end] = 1
+        column = lambda array: torch.from_numpy(array)[:, None]  # noqa: E731
+        advantages, returns = compute_gae(
+            column(rewards), column(values), dones, torch.tensor([last], dtype=torch.float64), gamma, lam
+        )
+        np.testing.assert_allclose(advantages[:, 0].numpy(), expected)
+        np.testing.assert_allclose(returns[:, 0].numpy(), expected + values)
+
+
+def test_gae_matches_sb3_buffer_with_terminations_and_truncations():
+    _, actions, logprobs, values, rewards, dones = random_rollout(Agent(ACTIONS))
+    rewards[3, 1] += 0.99 * 0.4  # a truncated step: gamma V(final observation) is part of its reward, in SB3 too
+    dones[3, 1] = 1
+    buffer = RolloutBuffer(
+        STEPS, gym.spaces.Box(0, 255, (1,)), gym.spaces.Discrete(ACTIONS), "cpu", gae_lambda=0.95, gamma=0.99, n_envs=ENVS
+    )
+    fill(buffer, torch.zeros(STEPS, ENVS, 1), actions, logprobs, values, rewards, dones)
+    next_values = torch.tensor([0.1, -0.2, 0.3, 0.4])
+    buffer.compute_returns_and_advantage(next_values, dones[-1].numpy())
+    advantages, returns = compute_gae(rewards, values, dones, next_values, 0.99, 0.95)
+    np.testing.assert_allclose(advantages.numpy(), buffer.advantages, atol=1e-5)
+    np.testing.assert_allclose(returns.numpy(), buffer.returns, atol=1e-5)
