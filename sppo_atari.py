@@ -567,7 +567,7 @@ def track_run(args: Args, run_folder: Path, identity: dict, wandb_id: str | None
         name=run_folder.name,
         id=wandb_id,
         resume="allow",
-        dir=run_folder,
+        dir=args.run_dir,  # not the run folder: W&B would find its own copies of the event files there and log them again
         config={**identity["args"], **{key: value for key, value in identity.items() if key != "args"}},
         sync_tensorboard=True,  # every scalar of the event files, with global_step as the x axis
     )
