@@ -28,7 +28,6 @@ import pandas as pd
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ROOT = Path(__file__).parents[1]
 ARMS = {  # name: label, colour, arguments of sppo_atari.py (None: Stable-Baselines3)
     "ppo": ("PPO (α 1, β 0)", "tab:blue", ["--alpha", "1", "--beta", "0"]),
     "sb3": ("PPO, Stable-Baselines3", "tab:gray", None),
@@ -55,7 +54,7 @@ class Args:
 
 def run(args: Args, arm: str, seed: int) -> Path:
     """One training run; returns the csv (SB3) or the run folder (ours)."""
-    folder = ROOT / "runs" / "learning" / f"{args.env_id}_{args.total_timesteps}" / f"{arm}_{seed}"
+    folder = Path("runs") / "learning" / f"{args.env_id}_{args.total_timesteps}" / f"{arm}_{seed}"
     common = ["--env-id", args.env_id, "--seed", str(seed), "--total-timesteps", str(args.total_timesteps)]
     if ARMS[arm][2] is None:
         output = folder / "curve.csv"
@@ -69,7 +68,7 @@ def run(args: Args, arm: str, seed: int) -> Path:
         finished = (output / "result.json").exists()
     if not finished:
         print(" ".join(command[1:]), flush=True)
-        subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
     return output if ARMS[arm][2] is None else next(folder.glob("*/args.json")).parent
 
 
@@ -114,7 +113,8 @@ def summarise(args: Args, data: pd.DataFrame, stem: Path) -> None:
 
 
 def main(args: Args) -> None:
-    stem = ROOT / "benchmark" / "results" / f"learning_{args.env_id}"
+    os.chdir(Path(__file__).parents[1])
+    stem = Path("benchmark") / "results" / f"learning_{args.env_id}"
     stem.parent.mkdir(exist_ok=True)
     if not args.plot_only:
         jobs = [(arm, seed) for seed in args.seeds for arm in args.arms]

@@ -1,0 +1,380 @@
+"""Whole runs of the script, as a user starts them: output, determinism, bad input, kills, signals, resuming, W&B."""
+
+import json
+import random
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import imageio
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from wandb.proto import wandb_internal_pb2
+
+import sppo_atari
+
+SCRIPT = Path(__file__).parents[1] / "sppo_atari.py"
+SMALL = ["--env-id", "Breakout", "--num-envs", 4, "--num-steps", 32, "--minibatch-size", 64]
+SMALL += ["--update-epochs", 1, "--num-threads", 1]
+LOSSES = ["policy_loss", "reverse_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac"]
+
+
+def start(*args, **kwargs):
+    command = [sys.executable, str(SCRIPT), *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def run(*args, code=0, **kwargs):
+    process = start(*args, **kwargs)
+    out, err = process.communicate()
+    assert process.returncode == code, err
+    return out, err
+
+
+def scalars(folder):
+    """tag -> [(step, value)] in the order of the event files."""
+    found = {}
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append((event.step, value.tensor.float_val[0]))
+    return found
+
+
+def only(folder, pattern="*"):
+    (path,) = folder.glob(pattern)
+    return path
+
+
+def wait_for(condition, seconds=120):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "waited too long"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def noisy_run(tmp_path_factory):
+    """A finished run with everything on: noise, interval evaluation, video, an offline W&B run."""
+    parent = tmp_path_factory.mktemp("runs")
+    args = "--total-timesteps 1300 --eval-episodes 2 --eval-interval 600 --noise bsc --capture-video --track --seed 3"
+    out, err = run(*SMALL, *args.split(), "--run-dir", parent, env={**ENV, "WANDB_MODE": "offline"})
+    return only(parent, "Breakout*"), out, err
+
+
+ENV = {"PATH": "/usr/bin:/bin", "HOME": "/tmp"}
+
+
+def test_a_run_leaves_what_the_readme_says(noisy_run):
+    folder, out, _ = noisy_run
+    assert re.fullmatch(r"Breakout__sppo_atari__3__\d+", folder.name)
+    assert "--env-id Breakout is Breakout" in out and "score" in out.splitlines()[-1]
+    saved = json.loads((folder / "args.json").read_text())
+    assert saved["args"]["noise"] == "bsc" and saved["env_id"] == "Breakout" and saved["versions"]["torch"] == torch.__version__
+    result = json.loads((folder / "result.json").read_text())
+    assert result["global_step"] == 1280  # 10 iterations of 4 x 32
+    assert result["score"] == pytest.approx(np.mean(result["returns"])) and len(result["returns"]) == 2
+    assert result["score_stderr"] == pytest.approx(np.std(result["returns"], ddof=1) / 2**0.5)
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert checkpoint["global_step"] == 1280
+    assert sorted(path.name for path in folder.glob("videos/*")) == ["1280.mp4", "640.mp4"]
+    assert imageio.get_reader(folder / "videos" / "1280.mp4").count_frames() > 20
+
+    logged = scalars(folder)
+    assert [step for step, _ in logged["charts/SPS"]] == list(range(128, 1281, 128))
+    assert [step for step, _ in logged["eval/episodic_return"]] == [640, 1280]
+    assert logged["eval/episodic_return"][-1][1] == pytest.approx(result["score"])
+    for name in [*LOSSES, "explained_variance"]:
+        assert len(logged[f"losses/{name}"]) == 10
+    rates = [rate for _, rate in logged["charts/learning_rate"]]
+    assert rates == pytest.approx([2.5e-4 * left / 10 for left in range(10, 0, -1)])
+    assert all(0 < rate < 0.35 for _, rate in logged["charts/noise_rate"])
+    assert all(0 <= share <= 1 for _, share in logged["charts/adv_sign_change"])
+
+
+def wandb_records(path):
+    """The records of an offline W&B file: a 7-byte header, then LevelDB log blocks of 32 KiB holding protobufs."""
+    data, position, record = path.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7]) if left >= 7 else (0, 0, 0)
+        if kind == 0:
+            position += left
+            continue
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last piece of one
+            yield wandb_internal_pb2.Record.FromString(record)
+            record = b""
+
+
+def wandb_run(path):
+    config, history = {}, []
+    for record in wandb_records(path):
+        for item in record.run.config.update:
+            config[item.key] = json.loads(item.value_json)
+        if record.WhichOneof("record_type") == "history":
+            history.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
+    return config, history
+
+
+def test_wandb_offline_records_config_scalars_and_video(noisy_run):
+    folder, _, _ = noisy_run
+    file = only(folder.parent, "wandb/offline-run-*/run-*.wandb")
+    config, history = wandb_run(file)
+    saved = json.loads((folder / "args.json").read_text())
+    for name, value in saved["args"].items():
+        assert config[name] == value, name
+    assert config["versions"] == saved["versions"] and config["commit"] == saved["commit"]
+
+    logged = scalars(folder)
+    for tag in ("losses/policy_loss", "charts/SPS", "eval/episodic_return"):
+        points = [(row["global_step"], row[tag]) for row in history if tag in row]
+        assert points == [(step, pytest.approx(value)) for step, value in logged[tag]], tag  # each step once, in order
+    videos = [row for row in history if any(key.startswith("videos") for key in row)]
+    assert [row["global_step"] for row in videos] == [640, 1280]
+    assert len(list(file.parent.glob("files/media/videos/**/*.mp4"))) == 2
+
+
+def test_track_without_a_key_is_one_line_and_creates_nothing(tmp_path):
+    _, err = run(*SMALL, "--track", "--run-dir", tmp_path / "runs", code=2, env={**ENV, "HOME": str(tmp_path)})
+    assert err.splitlines()[-1].startswith("sppo_atari.py: error: --track") and "WANDB_MODE=offline" in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_same_seed_same_curve_and_another_seed_another(tmp_path):
+    curves = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(*SMALL, "--total-timesteps", 1280, "--eval-episodes", 1, "--seed", seed, "--run-dir", tmp_path / name)
+        logged = scalars(only(tmp_path / name))
+        curves.append({tag: points for tag, points in logged.items() if tag != "charts/SPS"})
+    assert curves[0] == curves[1]
+    assert curves[0]["losses/entropy"] != curves[2]["losses/entropy"]
+
+
+def test_noise_changes_what_the_learner_sees_and_not_the_logged_returns(tmp_path):
+    """With a learning rate that rounds to nothing the policy stays: the same actions, games and logged scores."""
+    logs = []
+    for noise in ("none", "bsc"):
+        args = ["--total-timesteps", 2560, "--learning-rate", 1e-30, "--eval-episodes", 1, "--noise", noise]
+        run(*SMALL, *args, "--run-dir", tmp_path / noise)
+        logs.append(scalars(only(tmp_path / noise)))
+    clean, noisy = logs
+    for tag in ("charts/episodic_return", "charts/episodic_length", "eval/episodic_return"):
+        assert len(clean[tag]) > 0 and clean[tag] == noisy[tag]
+    assert clean["losses/value_loss"] != noisy["losses/value_loss"]
+    rates = [rate for _, rate in noisy["charts/noise_rate"]]
+    assert abs(np.mean(rates) - 0.1) < 5 * (0.09 / 2560) ** 0.5
+    assert "charts/noise_rate" not in clean
+
+
+BAD = [  # command line, what the one line must hold
+    ("--env-id Alein", "--env-id Alein: no such Atari game; expected Alien"),
+    ("--num-envs 0", "--num-envs 0: expected a whole number of 1 or more"),
+    ("--num-envs many", "--num-envs: invalid literal for int() with base 10: 'many'"),
+    ("--num-evns 4", "--num-evns"),
+    ("--minibatch-size 100", "--minibatch-size 100: expected a divisor of num_envs x num_steps = 1024"),
+    ("--minibatch-size 1", "--minibatch-size 1: expected 2 or more with norm_adv"),
+    ("--total-timesteps 1000", "--total-timesteps 1000: expected num_envs x num_steps = 1024 or more"),
+    ("--learning-rate nan", "--learning-rate nan: expected a finite number above 0"),
+    ("--gamma 1.5", "--gamma 1.5: expected a number from 0 to 1"),
+    ("--noise-prob -0.1", "--noise-prob -0.1: expected a number from 0 to 1"),
+    ("--noise salt", "'salt'"),
+    ("--Z 0", "--Z 0.0: expected a finite number below 0"),
+    ("--beta -1", "--beta -1.0: expected a finite number of 0 or more"),
+    ("--alpha inf", "--alpha inf: expected a finite number"),
+    ("--clip-coef 0", "--clip-coef 0.0: expected a finite number above 0"),
+    ("--capture-video --eval-episodes 0", "--capture-video True: expected eval_episodes of 1 or more"),
+    ("--resume /no/such/run", "--resume /no/such/run: not the folder of a run"),
+    ("--resume /no/such/run --beta 3", "--beta: not accepted beside --resume"),
+    ("--exp-name a/b", "--exp-name a/b: expected a name without a slash"),
+    ("--seed -1", "--seed -1: expected a whole number of 0 or more"),
+    ("--target-kl 0", "--target-kl 0.0: expected a finite number above 0"),
+]
+
+
+@pytest.mark.parametrize(("line", "expected"), BAD, ids=[line for line, _ in BAD])
+def test_bad_input_is_one_line_with_exit_status_2(line, expected, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sppo_atari.py"])
+    with pytest.raises(SystemExit) as stopped:
+        sppo_atari.check_args(sppo_atari.parse_args(line.split()))
+    assert stopped.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert err.startswith("sppo_atari.py: error: ") and expected in err
+
+
+def test_bad_input_creates_nothing(tmp_path):
+    out, err = run("--beta", "-3", "--run-dir", tmp_path / "runs", code=2)
+    assert out == "" and err.count("\n") == 1 and list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    _, err = run(*SMALL, "--run-dir", tmp_path / "file", code=2)
+    assert "--run-dir" in err.splitlines()[-1]
+
+
+def test_help_names_every_argument():
+    out, _ = run("--help")
+    for name in sppo_atari.Args.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in out
+
+
+def test_a_non_finite_loss_ends_the_run_and_keeps_the_checkpoint(tmp_path):
+    args = ["--total-timesteps", 12800, "--checkpoint-interval", 1, "--learning-rate", 1e12, "--run-dir", tmp_path]
+    _, err = run(*SMALL, *args, code=1)
+    last = err.splitlines()[-1]
+    assert re.search(r"losses/\w+ is (nan|inf|-inf) at step [\d,]+; the last checkpoint is kept", last), err
+    assert not (only(tmp_path) / "result.json").exists()
+
+
+@pytest.fixture
+def interrupted(tmp_path):
+    """A run of 40 iterations that SIGINT stopped in the middle."""
+    args = ["--total-timesteps", 40 * 128, "--checkpoint-interval", 3, "--eval-episodes", 1, "--run-dir", tmp_path]
+    process = start(*SMALL, *args)
+    wait_for(lambda: list(tmp_path.glob("*/checkpoint.pt")))
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode == 130, err
+    folder = only(tmp_path)
+    assert re.search(rf"SIGINT at step [\d,]+, saved; continue with --resume {folder}$", out.strip())
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert 0 < checkpoint["iteration"] < 40
+    return folder
+
+
+def test_sigint_sigterm_and_resume(interrupted):
+    iteration = torch.load(interrupted / "checkpoint.pt", weights_only=True)["iteration"]
+    process = start("--resume", interrupted)
+    wait_for(lambda: torch.load(interrupted / "checkpoint.pt", weights_only=True)["iteration"] > iteration)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate()
+    assert process.returncode == 143 and "SIGTERM" in out
+    run("--resume", interrupted)
+    steps = [step for step, _ in scalars(interrupted)["charts/SPS"]]
+    assert steps == list(range(128, 40 * 128 + 1, 128))  # each once: no hole, nothing twice
+    result = json.loads((interrupted / "result.json").read_text())
+    assert result["global_step"] == 5120
+
+    # a finished run has nothing to go on with; a larger total continues it, a smaller one is refused
+    out, _ = run("--resume", interrupted)
+    assert "has finished its 5,120 steps" in out
+    _, err = run("--resume", interrupted, "--total-timesteps", 4000, code=2)
+    assert "--total-timesteps 4000: expected 5120" in err
+    _, err = run("--resume", interrupted, "--seed", 1, code=2)
+    assert "--seed: not accepted beside --resume" in err
+    run("--resume", interrupted, "--total-timesteps", 5120 + 256)
+    logged = scalars(interrupted)
+    assert [step for step, _ in logged["charts/SPS"]][-3:] == [5120, 5248, 5376]
+    assert [step for step, _ in logged["eval/episodic_return"]] == [5120, 5376]
+    assert json.loads((interrupted / "result.json").read_text())["global_step"] == 5376
+
+
+def test_resume_continues_the_same_wandb_run(tmp_path):
+    env = {**ENV, "WANDB_MODE": "offline"}
+    run(*SMALL, "--total-timesteps", 640, "--eval-episodes", 0, "--track", "--run-dir", tmp_path, env=env)
+    folder = only(tmp_path, "Breakout*")
+    run("--resume", folder, "--total-timesteps", 1280, env=env)
+    sessions = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime)
+    wandb_id = torch.load(folder / "checkpoint.pt", weights_only=True)["wandb_id"]
+    assert [path.name for path in sessions] == [f"run-{wandb_id}.wandb"] * 2
+    # what W&B got from the second session starts where the first ended
+    histories = [wandb_run(path)[1] for path in sessions]
+    steps = [row["global_step"] for history in histories for row in history if "charts/SPS" in row]
+    assert steps == list(range(128, 1281, 128))
+
+
+def test_resume_restores_weights_optimiser_schedule_and_generators(tmp_path):
+    """Copies of one checkpoint go on alike; with a part of it exchanged, they show that part."""
+    args = ["--total-timesteps", 640, "--eval-episodes", 0, "--noise", "bsc", "--noise-prob", 0.5]
+    run(*SMALL, *args, "--run-dir", tmp_path / "run")
+    original = only(tmp_path / "run")
+    saved = torch.load(original / "checkpoint.pt", weights_only=True)
+
+    def resumed(name, **exchanged):
+        folder = tmp_path / name
+        shutil.copytree(original, folder)
+        torch.save({**saved, **exchanged}, folder / "checkpoint.pt")
+        run("--resume", folder, "--total-timesteps", 1280)
+        logged = {tag: points for tag, points in scalars(folder).items() if tag != "charts/SPS"}
+        return logged, torch.load(folder / "checkpoint.pt", weights_only=True)
+
+    logged, after = resumed("a")
+    assert resumed("b")[0] == logged
+    assert after["optimizer"]["state"][0]["step"].item() == 20  # 10 iterations of 2 Adam steps in all
+    assert logged["charts/learning_rate"][5][1] == pytest.approx(2.5e-4 * 0.5)  # iteration 6 of 10
+    assert after["seconds"] > saved["seconds"] > 0
+    generator = np.random.default_rng()
+    generator.bit_generator.state = saved["noise_rng"]
+    generator.random(5 * 32 * 4)
+    assert after["noise_rng"] == generator.bit_generator.state
+
+    other_rng = torch.Generator().manual_seed(99).get_state()
+    assert resumed("c", torch_rng=other_rng)[0]["losses/entropy"][5:] != logged["losses/entropy"][5:]
+    agent = {**saved["agent"], "critic.bias": saved["agent"]["critic.bias"] + 100}
+    assert resumed("d", agent=agent)[0]["losses/value_loss"][5][1] > 100 * logged["losses/value_loss"][5][1]
+
+
+def test_resume_refuses_other_folders(tmp_path):
+    for content in ("{", json.dumps({"script": "sa2c_atari.py", "args": {}}), json.dumps({"args": {"bogus": 1}})):
+        (tmp_path / "args.json").write_text(content)
+        _, err = run("--resume", tmp_path, code=2)
+        assert err.startswith(f"sppo_atari.py: error: --resume {tmp_path}") and err.count("\n") == 1
+
+
+def test_ten_random_kills_and_the_run_still_ends_whole(tmp_path):
+    """SIGKILL at random moments, start-up and checkpoint writing included, a resume after each."""
+    rng = random.Random(0)
+    total = 400 * 128
+    args = [*SMALL, "--total-timesteps", total, "--checkpoint-interval", 1, "--eval-episodes", 1, "--run-dir", tmp_path]
+    process, progressed = start(*args), []
+    wait_for(lambda: list(tmp_path.glob("*/args.json")))
+    folder = only(tmp_path)
+    for kill in range(10):
+        if kill % 2:  # every other kill hits the training itself, the others the start-up too
+            known = len(list(folder.glob("events.out.tfevents.*")))
+            wait_for(lambda count=known: len(list(folder.glob("events.out.tfevents.*"))) > count)
+        time.sleep(rng.uniform(0, 4))
+        assert process.poll() is None, "the run ended before ten kills: make it longer"
+        process.kill()
+        process.communicate()
+        if (folder / "checkpoint.pt").exists():
+            progressed.append(torch.load(folder / "checkpoint.pt", weights_only=True)["iteration"])
+        process = start("--resume", folder)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    assert progressed == sorted(progressed) and len(set(progressed)) >= 4  # kills hit a run that was going on
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["global_step"] == total
+    steps = [step for step, _ in scalars(folder)["charts/SPS"]]
+    assert steps == list(range(128, total + 1, 128))
+    for points in scalars(folder).values():
+        assert [step for step, _ in points] == sorted({step for step, _ in points})
+    assert [path.name for path in tmp_path.rglob("result.json*")] == ["result.json"]
+    assert json.loads((folder / "result.json").read_text())["global_step"] == total
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_compiled_and_plain_runs_agree(tmp_path):
+    logs = []
+    for flag in ("--no-compile", "--compile"):
+        run(*SMALL, flag, "--total-timesteps", 128, "--eval-episodes", 1, "--run-dir", tmp_path / flag[2:])
+        logs.append(scalars(only(tmp_path / flag[2:])))
+    for tag in ("losses/policy_loss", "losses/reverse_loss", "losses/value_loss", "losses/entropy"):
+        assert logs[0][tag] == [(step, pytest.approx(value, rel=1e-3, abs=1e-5)) for step, value in logs[1][tag]]
+
+
+def test_bf16_runs_close_to_float32():
+    torch.manual_seed(0)
+    agent = sppo_atari.Agent(6)
+    obs = torch.randint(0, 256, (4, 4, 84, 84), dtype=torch.uint8)
+    logprobs, values = agent(obs)
+    agent.bf16 = True
+    half_logprobs, half_values = agent(obs)
+    assert half_logprobs.dtype == half_values.dtype == torch.float32
+    assert (logprobs - half_logprobs).abs().max() < 0.02 and not torch.equal(values, half_values)
