@@ -578,6 +578,11 @@ def track_run(args: Args, run_folder: Path, identity: dict, wandb_id: str | None
     return run.id
 
 
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies in bfloat16 (AVX512-BF16, AMX, or Arm's BF16 extension)."""
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def keep_freed_memory() -> None:
     """Asks glibc to keep freed memory (no mmap for large blocks, no trimming): the kernel would otherwise zero every
     large array anew, a tenth of a CPU update. Elsewhere than on Linux with glibc it does nothing."""
@@ -627,6 +632,9 @@ def main(args: Args) -> None:
         f"{Path(__file__).name}: --env-id {args.env_id} is {camel_case(rom)} (ROM {rom}, frame skip 4, sticky actions "
         f"{args.repeat_action_probability}); {device.type}, {torch.get_num_threads()} threads; {run_folder}"
     )
+
+    if args.bf16 and device.type == "cpu" and not cpu_has_bf16():
+        print("--bf16: this CPU has no bf16 instructions and emulates them, slower than float32", file=sys.stderr)
 
     # seeds: one generator for weights, actions and minibatches; one for the noise; one for the games
     torch.manual_seed(args.seed)

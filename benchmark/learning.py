@@ -123,11 +123,11 @@ def main(args: Args) -> None:
         curves = [curve(output).assign(arm=arm, seed=seed) for (arm, seed), output in zip(jobs, outputs, strict=True)]
         columns = ["arm", "seed", "kind", "global_step", "episodic_return"]
         pd.concat(curves)[columns].to_csv(stem.with_suffix(".csv"), index=False)
-        about = {
-            f"{arm}_{seed}": {key: identity[key] for key in ("args", "versions", "commit", "device", "seconds")}
-            for (arm, seed), output in zip(jobs, outputs, strict=True)
-            if (output / "result.json").exists() and (identity := json.loads((output / "result.json").read_text()))
-        }
+        about = {}
+        for (arm, seed), output in zip(jobs, outputs, strict=True):
+            if output.suffix != ".csv":
+                result = json.loads((output / "result.json").read_text())
+                about[f"{arm}_{seed}"] = {key: result[key] for key in ("versions", "commit", "device", "seconds")}
         stem.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
     summarise(args, pd.read_csv(stem.with_suffix(".csv")), stem)
 

@@ -8,6 +8,8 @@ training loop. Writes one csv row per rollout: the step and the mean raw return 
 """
 
 import csv
+import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +40,8 @@ class Args:
     """whole games of the trained policy at the end"""
     csv: Path = Path("sb3.csv")
     """where the curve goes"""
+    times: Path | None = None
+    """where the time at which each rollout began goes, as JSON"""
 
 
 def make_envs(env_id: str, num_envs: int, seed: int) -> VecFrameStack:
@@ -73,7 +77,10 @@ class GameReturns(BaseCallback):
 
     def __init__(self):
         super().__init__()
-        self.rows, self.games = [], []
+        self.rows, self.games, self.times = [], [], []
+
+    def _on_rollout_start(self) -> None:
+        self.times.append(time.time())
 
     def _on_step(self) -> bool:
         self.games += [info["episode"]["r"] for info in self.locals["infos"] if "episode" in info]
@@ -90,13 +97,17 @@ def main(args: Args) -> None:
     games = GameReturns()
     model = make_ppo(make_envs(args.env_id, args.num_envs, args.seed), args.seed)
     model.learn(args.total_timesteps, callback=games)
-    returns, _ = evaluate_policy(
-        model,
-        make_envs(args.env_id, 1, args.seed + 10_000),
-        n_eval_episodes=args.eval_episodes,
-        deterministic=False,
-        return_episode_rewards=True,
-    )
+    if args.times:
+        args.times.write_text(json.dumps([*games.times, time.time()]))
+    returns = []
+    if args.eval_episodes:
+        returns, _ = evaluate_policy(
+            model,
+            make_envs(args.env_id, 1, args.seed + 10_000),
+            n_eval_episodes=args.eval_episodes,
+            deterministic=False,
+            return_episode_rewards=True,
+        )
     args.csv.parent.mkdir(parents=True, exist_ok=True)
     with args.csv.open("w", newline="") as file:
         writer = csv.writer(file)

@@ -1,0 +1,102 @@
+"""The project's own promises: pins, copied helpers, copied data, the README's commands."""
+
+import ast
+import itertools
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted(ROOT.glob("*.py"))
+OWN = {"Args", "Agent", "main", "minibatch_loss"}  # what each script has in a form of its own
+
+
+def pins(path):
+    lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
+    return {line for line in lines if line and not line.startswith("-r")}
+
+
+def pep723(script):
+    block = re.search(r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", script.read_text()).group(1)
+    return tomllib.loads("".join(line[2:] if line.startswith("# ") else line[1:] for line in block.splitlines(keepends=True)))
+
+
+def test_there_are_scripts():
+    assert "sppo_atari.py" in [script.name for script in SCRIPTS]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_pep_723_header_has_the_pins_of_requirements_txt(script):
+    header = pep723(script)
+    assert header["requires-python"] == ">=3.11"
+    assert set(header["dependencies"]) <= pins(ROOT / "requirements.txt")
+    imported = {
+        name.split(".")[0]
+        for node in ast.walk(ast.parse(script.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+    }
+    named = {re.split("==", pin)[0].replace("-", "_") for pin in header["dependencies"]}
+    assert {"torch", "numpy", "tyro", "wandb", "tqdm"} <= imported & named
+
+
+def test_every_pin_is_exact_and_has_its_reason():
+    for path in (ROOT / "requirements.txt", ROOT / "tests/requirements.txt", ROOT / "benchmark/requirements.txt"):
+        for line in path.read_text().splitlines():
+            if line and not line.startswith(("#", "-r")):
+                assert re.fullmatch(r"[\w.-]+(\[[\w,-]+\])?==[\w.]+ +# .{8,}", line), line
+
+
+def test_helpers_of_one_name_are_identical_to_the_character():
+    found = {}
+    for script in SCRIPTS:
+        source = script.read_text()
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in OWN:
+                found.setdefault(node.name, []).append((script.name, ast.get_source_segment(source, node)))
+    assert "compute_gae" in found
+    for name, copies in found.items():
+        for (file, text), (other_file, other_text) in itertools.combinations(copies, 2):
+            assert text == other_text, f"{name} differs between {file} and {other_file}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_scripts_import_nothing_of_the_project(script):
+    own = {path.stem for path in SCRIPTS} | {"benchmark", "tests"}
+    for node in ast.walk(ast.parse(script.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert not own & {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_every_argument_has_a_docstring(script):
+    (args,) = (node for node in ast.parse(script.read_text()).body if isinstance(node, ast.ClassDef) and node.name == "Args")
+    for field, docstring in itertools.pairwise(args.body[1:]):
+        if isinstance(field, ast.AnnAssign):
+            assert isinstance(docstring, ast.Expr) and isinstance(docstring.value.value, str), field.target.id
+
+
+def test_defaults_are_the_papers():
+    from sppo_atari import Args
+
+    settings = tomllib.loads((ROOT / "benchmark/paper/hyperparameters.toml").read_text())["atari"]
+    args = vars(Args())
+    ppo = settings["ppo"]
+    for name, value in ppo.items():
+        assert args[name] == (value if name != "beta" else value["none"]), name
+    for name in ("total_timesteps", "alpha", "Z"):
+        assert args[name] == settings[name], name
+    assert args["noise_prob"] == settings["noise"]["crossover"]
+    assert args["anneal_lr"] and args["norm_adv"] and args["noise"] == "none"
+
+
+def test_ci_runs_the_readmes_test_command():
+    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci/run").read_text()
+    commands = re.findall(r"(?m)^python3 -m venv .venv && .*$", readme)
+    assert len(commands) == 2
+    assert commands[0].split(" && ")[-1].startswith(".venv/bin/python sppo_atari.py --env-id Alien --beta 10 --noise bsc")
+    for part in commands[1].split(" && "):
+        assert part.replace("pip install", "pip install --quiet") in ci or part in ci
