@@ -155,7 +155,7 @@ class Args:
     compile: bool = False
     """torch.compile the acting, the advantages and the loss (on a GPU into CUDA graphs); the first minute is slower"""
     num_threads: int = 0
-    """CPU threads of torch and of the games; 0 for one per core"""
+    """CPU threads of torch and of the games; 0 lets each take all cores"""
     run_dir: str = "runs"
     """folder in which the run's own folder is made"""
 
@@ -367,14 +367,13 @@ def compute_gae(
     rewards, values, dones: [num_steps, num_envs]; done_t = 1 if step t ended its episode. next_values: [num_envs], V
     of the observation after the last step. Returns advantages and returns A_t + V(s_t), [num_steps, num_envs].
     """
-    advantages = torch.empty_like(rewards)
-    advantage = torch.zeros_like(next_values)
     alive = 1.0 - dones
+    advantages = [torch.zeros_like(next_values)]
     for t in reversed(range(len(rewards))):
         delta = rewards[t] + gamma * alive[t] * next_values - values[t]
-        advantage = delta + gamma * gae_lambda * alive[t] * advantage
-        advantages[t] = advantage
+        advantages.append(delta + gamma * gae_lambda * alive[t] * advantages[-1])
         next_values = values[t]
+    advantages = torch.stack(advantages[:0:-1])  # in the order of time, without the zeros that began it
     return advantages, advantages + values
 
 
@@ -499,7 +498,7 @@ def check_args(args: Args) -> None:
     require("minibatch_size", batch_size % args.minibatch_size == 0, f"a divisor of num_envs x num_steps = {batch_size}")
     require("minibatch_size", args.minibatch_size > 1 or not args.norm_adv, "2 or more with norm_adv")
     require("capture_video", args.eval_episodes > 0 or not args.capture_video, "eval_episodes of 1 or more with it")
-    require("exp_name", args.exp_name != "" and "/" not in args.exp_name, "a name without a slash")
+    require("exp_name", re.fullmatch(r"[\w.-]+", args.exp_name) is not None, "letters, digits, '_', '.' or '-'")
     if args.track and os.environ.get("WANDB_MODE", "online") == "online":
         try:
             wandb.login()
@@ -561,21 +560,18 @@ def open_run(args: Args, env_id: str, device: torch.device) -> tuple[Path, dict 
     return run_folder, checkpoint, identity
 
 
-def track_run(args: Args, run_folder: Path, identity: dict, wandb_id: str | None) -> str | None:
-    """Starts the W&B run, or continues `wandb_id`, and returns its id; None without --track."""
-    if not args.track:
-        return None
-    run = wandb.init(
+def track_run(args: Args, run_folder: Path, identity: dict) -> None:
+    """Starts the W&B run that has the folder's name, or continues it if it is there. It logs what TensorBoard gets."""
+    wandb.init(
         project=args.wandb_project_name,
         entity=args.wandb_entity,
+        id=run_folder.name,
         name=run_folder.name,
-        id=wandb_id,
         resume="allow",
-        dir=args.run_dir,  # not the run folder: W&B would find its own copies of the event files there and log them again
+        dir=run_folder.parent,  # in the run folder W&B would find its own copies of the event files and log them again
         config={**identity["args"], **{key: value for key, value in identity.items() if key != "args"}},
-        sync_tensorboard=True,  # every scalar of the event files, with global_step as the x axis
+        sync_tensorboard=True,  # with global_step as the x axis
     )
-    return run.id
 
 
 def cpu_has_bf16() -> bool:
@@ -613,40 +609,40 @@ def main(args: Args) -> None:
     keep_freed_memory()
     rom = resolve_game(args.env_id)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(args.num_threads or os.cpu_count())
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     run_folder, checkpoint, identity = open_run(args, camel_case(rom), device)
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
-    start_iteration = checkpoint["iteration"] if checkpoint else 0
+    global_step = start_step = checkpoint["global_step"] if checkpoint else 0
     if (run_folder / "result.json").exists():
-        if start_iteration >= num_iterations:
-            print(
-                f"{run_folder} has finished its {num_iterations * batch_size:,} steps; a larger --total-timesteps continues it"
-            )
+        if start_step >= num_iterations * batch_size:
+            print(f"{run_folder} has finished its {start_step:,} steps; a larger --total-timesteps continues it")
             return
         (run_folder / "result.json").unlink()
-    wandb_id = track_run(args, run_folder, identity, checkpoint["wandb_id"] if checkpoint else None)
+    if args.track:
+        track_run(args, run_folder, identity)
     writer = SummaryWriter(run_folder)
     print(
         f"{Path(__file__).name}: --env-id {args.env_id} is {camel_case(rom)} (ROM {rom}, frame skip 4, sticky actions "
         f"{args.repeat_action_probability}); {device.type}, {torch.get_num_threads()} threads; {run_folder}"
     )
-
     if args.bf16 and device.type == "cpu" and not cpu_has_bf16():
         print("--bf16: this CPU has no bf16 instructions and emulates them, slower than float32", file=sys.stderr)
 
-    # seeds: one generator for weights, actions and minibatches; one for the noise; one for the games
+    # generators: torch's for weights, actions and minibatches; one for the noise; one for the games' seeds
     torch.manual_seed(args.seed)
     noise_rng = np.random.default_rng([args.seed, 2])
-    env_rng = np.random.default_rng([args.seed, 3, start_iteration])
+    env_rng = np.random.default_rng([args.seed, 3, start_step])
     envs = make_envs(rom, args.num_envs, args)
     agent = Agent(int(envs.single_action_space.n), args.bf16).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     act_fn, gae_fn, loss_fn = act, compute_gae, minibatch_loss
     if args.compile:
         mode = "reduce-overhead" if device.type == "cuda" else "default"  # reduce-overhead records CUDA graphs
-        act_fn, gae_fn, loss_fn = (torch.compile(function, mode=mode) for function in (act, compute_gae, minibatch_loss))
+        act_fn, loss_fn = torch.compile(act, mode=mode), torch.compile(minibatch_loss, mode=mode)
+        gae_fn = torch.compile(compute_gae)  # no graph: the next one would overwrite what it returns
     seconds, recent_returns = 0.0, deque(maxlen=100)
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
@@ -655,35 +651,32 @@ def main(args: Args) -> None:
         if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
             torch.cuda.set_rng_state(checkpoint["cuda_rng"])
         noise_rng.bit_generator.state = checkpoint["noise_rng"]
-        seconds = checkpoint["seconds"]
-        recent_returns.extend(checkpoint["recent_returns"])
+        seconds, recent_returns = checkpoint["seconds"], deque(checkpoint["recent_returns"], maxlen=100)
 
-    def save_checkpoint(iteration: int) -> None:
+    def save_checkpoint() -> None:
         writer.flush()
         state = {
             "agent": agent.state_dict(),
             "optimizer": optimizer.state_dict(),
-            "iteration": iteration,
-            "global_step": iteration * batch_size,
+            "global_step": global_step,
             "seconds": seconds,
             "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
             "noise_rng": noise_rng.bit_generator.state,
             "recent_returns": list(recent_returns),
-            "wandb_id": wandb_id,
             "event_files": {path.name: path.stat().st_size for path in run_folder.glob("events.out.tfevents.*")},
         }
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_atomically(run_folder / "checkpoint.pt", buffer.getvalue())
 
-    def evaluate_and_log(step: int) -> list[float]:
-        video_path = run_folder / "videos" / f"{step}.mp4" if args.capture_video else None
+    def evaluate_and_log() -> list[float]:
+        video_path = run_folder / "videos" / f"{global_step}.mp4" if args.capture_video else None
         returns = evaluate(agent, rom, args, device, video_path, stop)
         if returns:
-            writer.add_scalar("eval/episodic_return", np.mean(returns), step)
+            writer.add_scalar("eval/episodic_return", np.mean(returns), global_step)
             if video_path and args.track:
-                wandb.log({"videos/eval": wandb.Video(str(video_path), format="mp4"), "global_step": step})
+                wandb.log({"videos/eval": wandb.Video(str(video_path), format="mp4"), "global_step": global_step})
         return returns
 
     # the rollout; frames are stored as uint8 in NHWC order behind an NCHW view, the layout that the network wants
@@ -696,10 +689,9 @@ def main(args: Args) -> None:
 
     next_obs, info = envs.reset(seed=env_rng.integers(2**31, size=args.num_envs))
     game_returns, game_lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=int)
-    global_step = start_step = start_iteration * batch_size
     start_time = time.perf_counter()
     progress = tqdm(total=num_iterations * batch_size, initial=global_step, unit="step", unit_scale=True, disable=None)
-    for iteration in range(start_iteration, num_iterations):
+    for iteration in range(start_step // batch_size, num_iterations):
         iteration_start = time.perf_counter()
         fraction_left = 1.0 - iteration / num_iterations if args.anneal_lr else 1.0
         optimizer.param_groups[0]["lr"] = fraction_left * args.learning_rate
@@ -721,7 +713,8 @@ def main(args: Args) -> None:
                 symbols += (rewards[step] >= 0).sum()
                 rewards[step], flipped = bsc_noise(rewards[step], args.noise_prob, noise_rng)
                 flips += flipped.sum()
-            dones[step] = terminated | truncated
+            done = terminated | truncated
+            dones[step] = done
             cut_off = truncated & ~terminated  # the game went on: bootstrap from its last observation
             if cut_off.any():
                 with torch.no_grad():
@@ -730,7 +723,7 @@ def main(args: Args) -> None:
 
             game_returns += raw_rewards
             game_lengths += 1
-            over = games_over(terminated | truncated, info, last_info)
+            over = games_over(done, info, last_info)
             finished_returns += game_returns[over].tolist()
             finished_lengths += game_lengths[over].tolist()
             game_returns[over], game_lengths[over] = 0, 0
@@ -738,8 +731,10 @@ def main(args: Args) -> None:
         # learn from them
         with torch.no_grad():
             _, next_values = agent(torch.as_tensor(next_obs, device=device))
-            rewards_, dones_ = torch.as_tensor(rewards, device=device), torch.as_tensor(dones, device=device)
-            advantages, returns = gae_fn(rewards_, values, dones_, next_values, args.gamma, args.gae_lambda)
+            rewards_and_dones = torch.as_tensor(np.stack([rewards, dones]), device=device)
+            advantages, returns = gae_fn(
+                rewards_and_dones[0], values, rewards_and_dones[1], next_values, args.gamma, args.gae_lambda
+            )
         batch = tuple(tensor.flatten(0, 1) for tensor in (obs, actions, logprobs, advantages, returns))
         stats = update(agent, optimizer, loss_fn, args, clip_coef, batch)
         for name, value in stats.items():
@@ -765,18 +760,16 @@ def main(args: Args) -> None:
             progress.set_postfix_str(f"return {np.mean(recent_returns):.1f}", refresh=False)
         eval_due = args.eval_interval and global_step % args.eval_interval < batch_size
         if eval_due and args.eval_episodes and iteration + 1 < num_iterations:
-            evaluate_and_log(global_step)
-        if (iteration + 1) % args.checkpoint_interval == 0 or stop:
-            save_checkpoint(iteration + 1)
+            evaluate_and_log()
+        if (iteration + 1) % args.checkpoint_interval == 0:
+            save_checkpoint()
         if stop:
             break
     progress.close()
+    save_checkpoint()
 
     # score the trained policy
-    scores = []
-    if not stop:
-        save_checkpoint(num_iterations)
-        scores = evaluate_and_log(global_step) if args.eval_episodes else []
+    scores = evaluate_and_log() if args.eval_episodes and not stop else []
     if stop:
         writer.close()
         if args.track:
@@ -784,7 +777,7 @@ def main(args: Args) -> None:
         name = signal.Signals(stop[0]).name
         print(f"{Path(__file__).name}: {name} at step {global_step:,}, saved; continue with --resume {run_folder}")
         sys.exit(128 + stop[0])
-    save_checkpoint(num_iterations)
+    save_checkpoint()  # with the evaluation in the event file
     result = {
         "score": np.mean(scores) if scores else None,
         "score_stderr": np.std(scores, ddof=1) / math.sqrt(len(scores)) if len(scores) > 1 else None,

@@ -49,7 +49,7 @@ def test_update_matches_stable_baselines3(monkeypatch, norm_adv):
     torch.nn.init.orthogonal_(agent.actor.weight, 1.0)  # far from uniform, so that no term is small
     obs, actions, logprobs, values, rewards, dones = random_rollout(agent)
 
-    args = Args(alpha=1.0, beta=0.0, minibatch_size=16, update_epochs=4, learning_rate=1e-3, norm_adv=norm_adv)
+    args = Args(alpha=1.0, beta=0.0, minibatch_size=16, update_epochs=4, norm_adv=norm_adv)
     sb3 = PPO(
         "CnnPolicy",
         DummyVecEnv([Screens] * ENVS),
@@ -108,12 +108,12 @@ def test_sppo_update_matches_its_control():
         obs, actions, logprobs, values, rewards, dones = random_rollout(agent)
         advantages, returns = compute_gae(rewards, values, dones, torch.zeros(ENVS), 0.99, 0.95)
         batch = tuple(tensor.flatten(0, 1) for tensor in (obs, actions, logprobs, advantages, returns))
-        args = Args(alpha=alpha, beta=beta, minibatch_size=16, learning_rate=1e-3)
+        args = Args(alpha=alpha, beta=beta, minibatch_size=16, update_epochs=1)
         optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
         update(agent, optimizer, minibatch_loss, args, torch.tensor(0.1), batch)
-        weights.append(torch.nn.utils.parameters_to_vector(agent.parameters()).detach())
-    assert (weights[0] - weights[1]).abs().max() < 2e-5
-    assert (weights[0] - weights[2]).abs().max() > 1e-3  # and PPO ends elsewhere
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in agent.parameters()]))
+    assert (weights[0] - weights[1]).abs().max() < 1e-5
+    assert (weights[0] - weights[2]).abs().max() > 3e-4  # and PPO ends elsewhere
 
 
 def test_target_kl_ends_the_update_after_an_epoch():
@@ -164,3 +164,17 @@ def test_gae_matches_sb3_buffer_with_terminations_and_truncations():
     advantages, returns = compute_gae(rewards, values, dones, next_values, 0.99, 0.95)
     np.testing.assert_allclose(advantages.numpy(), buffer.advantages, atol=1e-5)
     np.testing.assert_allclose(returns.numpy(), buffer.returns, atol=1e-5)
+
+
+def test_compiled_loss_and_advantages_equal_the_plain_ones():
+    torch.manual_seed(3)
+    agent = Agent(ACTIONS)
+    obs, actions, logprobs, values, rewards, dones = random_rollout(agent)
+    gae_args = (rewards, values, dones, torch.ones(ENVS), 0.99, 0.95)
+    torch.testing.assert_close(torch.compile(compute_gae)(*gae_args), compute_gae(*gae_args))
+    batch = [tensor.flatten(0, 1) for tensor in (obs, actions, logprobs, *compute_gae(*gae_args))]
+    results = []
+    for loss_fn in (minibatch_loss, torch.compile(minibatch_loss)):
+        loss, stats = loss_fn(agent, Args(beta=10.0), torch.tensor(0.1), *batch)
+        results.append((loss, stats, torch.autograd.grad(loss, agent.parameters())))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
