@@ -308,7 +308,7 @@ def symmetric_ppo_loss(
     policy_loss = -torch.min(surrogate, clipped).mean()
 
     # 1 / pi_old_i is a constant: no gradient hangs on its clamp, which keeps it from overflowing float32
-    others = (-old_logprobs).clamp(max=80).exp() - ratio  # sum_{j != i} pi_j / pi_old_i
+    others = (-old_logprobs).clamp(max=60).exp() - ratio  # sum_{j != i} pi_j / pi_old_i
     signed = advantages.abs() if literal_signs else advantages
     reverse_loss = torch.where(surrogate <= clipped, -signed * Z * others, 0.0).mean()
 
