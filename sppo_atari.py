@@ -22,11 +22,12 @@ What differs from the paper and its released code:
   the control of `--alpha 0.5 --beta 10` and must learn alike.
 * The released code runs on Stable-Baselines3. Here `ale_py.vector_env.AtariVectorEnv` steps the games in C++ threads. It
   presses FIRE once when a game starts, not after each lost life, and takes the maximum of two frames after they
-  are grey, not before. A truncated step bootstraps from its last observation. The rest is SB3's PPO to rounding.
+  are grey, not before. The learning rate and the clip range fall as in CleanRL, one iteration behind SB3's. The update
+  itself is SB3's to rounding.
 """
 
 # /// script
-# requires-python = ">=3.11"
+# requires-python = ">=3.11,<3.14"
 # dependencies = [
 #     "torch==2.13.0",
 #     "gymnasium==1.4.0",
@@ -50,16 +51,19 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import ale_py
+import gymnasium
 import imageio
 import numpy as np
 import torch
@@ -160,27 +164,30 @@ class Args:
     """folder in which the run's own folder is made"""
 
 
+# Generators beside torch's own, so that none disturbs another: each is seeded with [seed, its number, ...]
+EVALUATION, NOISE, GAMES = 1, 2, 3
+
+
 # --- environments -----------------------------------------------------------------------------------------------------
 
 
-def resolve_game(env_id: str) -> str:
-    """The ROM's name in ale-py for any usual spelling: Alien, AlienNoFrameskip-v4, ALE/Alien-v5 -> alien.
+def resolve_game(env_id: str) -> tuple[str, str]:
+    """The game's name and its ROM for any usual spelling: Alien, AlienNoFrameskip-v4, ALE/Alien-v5 -> Alien, alien.
 
-    Raises ValueError with the close matches if there is no such game.
+    Raises ValueError with the close matches if there is no such game for one player.
     """
-    roms = {rom.replace("_", ""): rom for rom in ale_py.roms.get_all_rom_ids()}
-    name = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?(-v\d+)?$", "", env_id)
-    rom = roms.get(name.replace("_", "").lower())
-    if rom is None:
-        close = difflib.get_close_matches(name.replace("_", "").lower(), roms, n=3, cutoff=0.5)
-        near = " or ".join(camel_case(roms[match]) for match in close) or "the name of an Atari game, such as Alien"
-        raise ValueError(f"--env-id {env_id}: no such Atari game; expected {near}")
-    return rom
-
-
-def camel_case(rom: str) -> str:
-    """up_n_down -> UpNDown, the name that the paper and Gymnasium use."""
-    return "".join(word.capitalize() for word in rom.split("_"))
+    games = {
+        spec.id.removeprefix("ALE/").removesuffix("-v5"): spec.kwargs["game"]
+        for spec in gymnasium.registry.values()
+        if re.fullmatch(r"ALE/\w+-v5", spec.id)
+    }
+    plain = {name.lower(): name for name in games}
+    wanted = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?(-v\d+)?$", "", env_id).replace("_", "").lower()
+    if wanted not in plain:
+        close = [plain[name] for name in difflib.get_close_matches(wanted, plain, n=3, cutoff=0.5)]
+        expected = " or ".join(close) or "the name of an Atari game, such as Alien"
+        raise ValueError(f"--env-id {env_id}: no such Atari game; expected {expected}")
+    return plain[wanted], games[plain[wanted]]
 
 
 def make_envs(rom: str, num_envs: int, args: Args, **preprocessing) -> AtariVectorEnv:
@@ -265,7 +272,8 @@ class Agent(nn.Module):
 def act(agent: Agent, obs: torch.Tensor, generator: torch.Generator | None = None):
     """Sampled actions, their log-probabilities and the values, each [B], for obs [B, 4, 84, 84]."""
     logprobs, values = agent(obs)
-    # Gumbel-max: argmax(log pi + G), G = -log E with E ~ Exp(1), is a sample of pi
+    # Gumbel-max: argmax(log pi + G), G = -log E with E ~ Exp(1), is a sample of pi; unlike torch.distributions it takes
+    # a generator, compiles, and never waits for a GPU
     gumbel = -torch.empty_like(logprobs).exponential_(generator=generator).log()
     actions = (logprobs + gumbel).argmax(dim=-1)
     return actions, logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1), values
@@ -303,7 +311,7 @@ def symmetric_ppo_loss(
         stats: scalars without gradient: old_approx_kl (k1), approx_kl (k3, http://joschu.net/blog/kl-approx.html), clipfrac.
     """
     logratio = logprobs - old_logprobs
-    ratio = logratio.clamp(-20, 20).exp()  # beyond e^20 the clip has cut the gradient, or there is no saving the update
+    ratio = logratio.clamp(-20, 20).exp()  # keeps r finite; cuts a gradient that Eq. 3 keeps only for A < 0 and r > e^20
     surrogate, clipped = advantages * ratio, advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef)
     policy_loss = -torch.min(surrogate, clipped).mean()
 
@@ -348,7 +356,7 @@ def minibatch_loss(agent, args, clip_coef, obs, actions, old_logprobs, advantage
     return loss, {name: value.detach() for name, value in stats.items()}
 
 
-# --- helpers ----------------------------------------------------------------------------------------------------------
+# --- learning ---------------------------------------------------------------------------------------------------------
 
 
 def compute_gae(
@@ -386,9 +394,8 @@ def update(agent, optimizer, loss_fn, args, clip_coef, batch: tuple[torch.Tensor
     collected = []
     for _ in range(args.update_epochs):
         for indices in torch.randperm(len(batch[0]), device=batch[0].device).split(args.minibatch_size):
-            torch.compiler.cudagraph_mark_step_begin()
-            loss, stats = loss_fn(agent, args, clip_coef, *(tensor[indices] for tensor in batch))
             optimizer.zero_grad()
+            loss, stats = loss_fn(agent, args, clip_coef, *(tensor[indices] for tensor in batch))
             loss.backward()
             nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
@@ -398,6 +405,9 @@ def update(agent, optimizer, loss_fn, args, clip_coef, batch: tuple[torch.Tensor
     return dict(zip(stats, torch.stack(collected).mean(dim=0).tolist(), strict=True))
 
 
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
 def evaluate(agent, rom, args, device, video_path=None, stop=()) -> list[float]:
     """The raw returns of `eval_episodes` whole games, the first game of as many fresh environments.
 
@@ -405,7 +415,7 @@ def evaluate(agent, rom, args, device, video_path=None, stop=()) -> list[float]:
     it. `video_path`: an mp4 of the first game. `stop`: filled by a signal handler; ends the evaluation, returning [].
     """
     envs = make_envs(rom, args.eval_episodes, args)
-    seeds = np.random.default_rng([args.seed, 1]).integers(2**31, size=args.eval_episodes)
+    seeds = np.random.default_rng([args.seed, EVALUATION]).integers(2**31, size=args.eval_episodes)
     generator = torch.Generator(device).manual_seed(int(seeds[0]))
     returns, playing = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
     obs, info = envs.reset(seed=seeds)
@@ -429,6 +439,9 @@ def evaluate(agent, rom, args, device, video_path=None, stop=()) -> list[float]:
                 video.append_data(camera.step(all_actions[:1])[0][0, 0])
             playing &= ~ended
     return [] if stop else returns.tolist()
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
 
 
 def fail(message: str):
@@ -458,12 +471,12 @@ def parse_args(argv: list[str]) -> Args:
         fail(f"--{refused[0]}: not accepted beside --resume; only --{', --'.join(allowed[1:])} are")
     try:
         saved = json.loads((Path(args.resume) / "args.json").read_text())
-        resumed = Args(**saved["args"])
+        if saved["script"] != Path(__file__).name:
+            fail(f"--resume {args.resume}: a run of {saved['script']}; expected a run of {Path(__file__).name}")
+        resumed = Args(**{**saved["args"], "resume": args.resume})
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"--resume {args.resume}: not the folder of a run of this script; expected one with its args.json ({error})")
-    if saved["script"] != Path(__file__).name:
-        fail(f"--resume {args.resume}: a run of {saved['script']}; expected a run of {Path(__file__).name}")
-    for name in {name.removeprefix("no-").replace("-", "_") for name in given}:
+    for name in {name.removeprefix("no-").replace("-", "_") for name in given} - {"resume"}:
         if name == "total_timesteps" and args.total_timesteps < resumed.total_timesteps:
             fail(f"--total-timesteps {args.total_timesteps}: expected {resumed.total_timesteps}, the run's own, or more")
         setattr(resumed, name, getattr(args, name))
@@ -473,7 +486,7 @@ def parse_args(argv: list[str]) -> Args:
 def check_args(args: Args) -> None:
     """Refuses values that no run can have; each check names the argument, its value and what is accepted."""
 
-    def require(name: str, accepted: bool, expected: str):
+    def require(name: str, accepted: object, expected: str):
         if not accepted:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {expected}")
 
@@ -483,7 +496,8 @@ def check_args(args: Args) -> None:
         fail(str(error))
     for name in ("num_envs", "num_steps", "update_epochs", "minibatch_size", "checkpoint_interval"):
         require(name, getattr(args, name) >= 1, "a whole number of 1 or more")
-    for name in ("seed", "eval_episodes", "eval_interval", "num_threads"):
+    require("seed", 0 <= args.seed < 2**63, "a whole number from 0 to 2^63 - 1")
+    for name in ("eval_episodes", "eval_interval", "num_threads"):
         require(name, getattr(args, name) >= 0, "a whole number of 0 or more")
     for name in ("repeat_action_probability", "gamma", "gae_lambda", "noise_prob"):
         require(name, 0 <= getattr(args, name) <= 1, "a number from 0 to 1")
@@ -498,12 +512,20 @@ def check_args(args: Args) -> None:
     require("minibatch_size", batch_size % args.minibatch_size == 0, f"a divisor of num_envs x num_steps = {batch_size}")
     require("minibatch_size", args.minibatch_size > 1 or not args.norm_adv, "2 or more with norm_adv")
     require("capture_video", args.eval_episodes > 0 or not args.capture_video, "eval_episodes of 1 or more with it")
-    require("exp_name", re.fullmatch(r"[\w.-]+", args.exp_name) is not None, "letters, digits, '_', '.' or '-'")
+    require("exp_name", re.fullmatch(r"[\w.-]{1,100}", args.exp_name), "1 to 100 letters, digits, '_', '.' or '-'")
+    require(
+        "wandb_project_name", re.fullmatch(r"[^/\\#?%:]{1,128}", args.wandb_project_name), "1 to 128 characters but /\\#?%:"
+    )
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+    require("compile", compiler or not args.compile, "a C++ compiler on the PATH with it")
     if args.track and os.environ.get("WANDB_MODE", "online") == "online":
         try:
             wandb.login()
         except wandb.errors.Error as error:
             fail(f"--track: {str(error).splitlines()[0]} Expected that, a WANDB_API_KEY or WANDB_MODE=offline")
+
+
+# --- run folder -------------------------------------------------------------------------------------------------------
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -538,40 +560,70 @@ def open_run(args: Args, env_id: str, device: torch.device) -> tuple[Path, dict 
     packages = ("torch", "gymnasium", "ale-py", "numpy")
     identity = {
         "script": Path(__file__).name,
+        "run_id": uuid.uuid4().hex[:8],
         "env_id": env_id,
         "args": {**asdict(args), "resume": None},
         "versions": {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in packages}},
         "commit": git_commit(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }
-    run_folder = Path(args.resume or f"{args.run_dir}/{env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    try:
-        run_folder.mkdir(parents=True, exist_ok=args.resume is not None)
-    except OSError as error:
-        fail(f"--run-dir {args.run_dir}: cannot make {run_folder} ({error.strerror}); expected a folder to write in")
-    write_json(run_folder / "args.json", identity)
     checkpoint = None
-    if (run_folder / "checkpoint.pt").exists():
-        checkpoint = torch.load(run_folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    if args.resume:
+        run_folder = Path(args.resume).resolve()
+        identity["run_id"] = json.loads((run_folder / "args.json").read_text())["run_id"]
+        if (run_folder / "checkpoint.pt").exists():
+            try:
+                checkpoint = torch.load(run_folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+            except Exception as error:  # torch names no common type for a file that is no checkpoint
+                fail(f"--resume {args.resume}: cannot load its checkpoint.pt ({type(error).__name__})")
+    while not args.resume:
+        run_folder = Path(args.run_dir) / f"{env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        try:
+            run_folder.mkdir(parents=True)
+            break
+        except FileExistsError:  # a run of the same name began in the same second
+            time.sleep(1)
+        except OSError as error:
+            fail(f"--run-dir {args.run_dir}: cannot make {run_folder} ({error.strerror}); expected a folder to write in")
+    write_json(run_folder / "args.json", identity)
     # Take back what the TensorBoard files hold beyond the checkpoint, so that no step is logged twice
     sizes = checkpoint["event_files"] if checkpoint else {}
     for path in run_folder.glob("events.out.tfevents.*"):
-        os.truncate(path, sizes[path.name]) if path.name in sizes else path.unlink()
+        if path.name in sizes:
+            os.truncate(path, min(sizes[path.name], path.stat().st_size))
+        else:
+            path.unlink()
     return run_folder, checkpoint, identity
 
 
 def track_run(args: Args, run_folder: Path, identity: dict) -> None:
-    """Starts the W&B run that has the folder's name, or continues it if it is there. It logs what TensorBoard gets."""
+    """Starts the W&B run, or continues the one with this `run_id`. It logs what TensorBoard gets."""
     wandb.init(
         project=args.wandb_project_name,
         entity=args.wandb_entity,
-        id=run_folder.name,
+        id=identity["run_id"],
         name=run_folder.name,
         resume="allow",
         dir=run_folder.parent,  # in the run folder W&B would find its own copies of the event files and log them again
         config={**identity["args"], **{key: value for key, value in identity.items() if key != "args"}},
         sync_tensorboard=True,  # with global_step as the x axis
     )
+
+
+# --- machine ----------------------------------------------------------------------------------------------------------
+
+
+def compiled(function: Callable, device: torch.device) -> Callable:
+    """torch.compile; on a GPU recorded as CUDA graphs, whose outputs are valid until the next call of such a function."""
+    if device.type != "cuda":
+        return torch.compile(function)
+    graphed = torch.compile(function, mode="reduce-overhead")
+
+    def call(*args):
+        torch.compiler.cudagraph_mark_step_begin()
+        return graphed(*args)
+
+    return call
 
 
 def cpu_has_bf16() -> bool:
@@ -594,7 +646,8 @@ def catch_signals() -> list[int]:
 
     def on_signal(signum, frame):
         caught.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
+        for again in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(again, signal.SIG_DFL)
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, on_signal)
@@ -607,12 +660,12 @@ def catch_signals() -> list[int]:
 def main(args: Args) -> None:
     stop = catch_signals()
     keep_freed_memory()
-    rom = resolve_game(args.env_id)
+    game, rom = resolve_game(args.env_id)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    run_folder, checkpoint, identity = open_run(args, camel_case(rom), device)
+    run_folder, checkpoint, identity = open_run(args, game, device)
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
     global_step = start_step = checkpoint["global_step"] if checkpoint else 0
@@ -625,25 +678,24 @@ def main(args: Args) -> None:
         track_run(args, run_folder, identity)
     writer = SummaryWriter(run_folder)
     print(
-        f"{Path(__file__).name}: --env-id {args.env_id} is {camel_case(rom)} (ROM {rom}, frame skip 4, sticky actions "
+        f"{Path(__file__).name}: --env-id {args.env_id} is {game} (ROM {rom}, frame skip 4, sticky actions "
         f"{args.repeat_action_probability}); {device.type}, {torch.get_num_threads()} threads; {run_folder}"
     )
     if args.bf16 and device.type == "cpu" and not cpu_has_bf16():
         print("--bf16: this CPU has no bf16 instructions and emulates them, slower than float32", file=sys.stderr)
 
-    # generators: torch's for weights, actions and minibatches; one for the noise; one for the games' seeds
     torch.manual_seed(args.seed)
-    noise_rng = np.random.default_rng([args.seed, 2])
-    env_rng = np.random.default_rng([args.seed, 3, start_step])
+    noise_rng = np.random.default_rng([args.seed, NOISE])
+    game_seeds = np.random.default_rng([args.seed, GAMES, start_step]).integers(2**31, size=args.num_envs)
     envs = make_envs(rom, args.num_envs, args)
     agent = Agent(int(envs.single_action_space.n), args.bf16).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     act_fn, gae_fn, loss_fn = act, compute_gae, minibatch_loss
     if args.compile:
-        mode = "reduce-overhead" if device.type == "cuda" else "default"  # reduce-overhead records CUDA graphs
-        act_fn, loss_fn = torch.compile(act, mode=mode), torch.compile(minibatch_loss, mode=mode)
-        gae_fn = torch.compile(compute_gae)  # no graph: the next one would overwrite what it returns
-    seconds, recent_returns = 0.0, deque(maxlen=100)
+        act_fn, loss_fn = compiled(act, device), compiled(minibatch_loss, device)
+        if device.type == "cuda":  # no graph, which would overwrite what it returned; on a CPU there is nothing to gain
+            gae_fn = torch.compile(compute_gae)
+    seconds, recent_returns, scores, saved = 0.0, deque(maxlen=100), [], checkpoint is not None
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -652,8 +704,19 @@ def main(args: Args) -> None:
             torch.cuda.set_rng_state(checkpoint["cuda_rng"])
         noise_rng.bit_generator.state = checkpoint["noise_rng"]
         seconds, recent_returns = checkpoint["seconds"], deque(checkpoint["recent_returns"], maxlen=100)
+        scores = checkpoint["scores"] if start_step >= num_iterations * batch_size else []
+
+    def end_if_broken(values: dict[str, float]) -> None:
+        for name, value in values.items():
+            if not math.isfinite(value):
+                kept = f"{run_folder / 'checkpoint.pt'} is from before" if saved else "there is no checkpoint yet"
+                sys.exit(f"{Path(__file__).name}: {name} is {value} at step {global_step:,}; the run ends, {kept}")
 
     def save_checkpoint() -> None:
+        nonlocal saved
+        with torch.no_grad():  # the last step of an update can break the policy after its losses were finite
+            _, next_values = agent(torch.as_tensor(next_obs, device=device))
+        end_if_broken({"the value of the next observation": next_values.sum().item()})
         writer.flush()
         state = {
             "agent": agent.state_dict(),
@@ -664,11 +727,13 @@ def main(args: Args) -> None:
             "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
             "noise_rng": noise_rng.bit_generator.state,
             "recent_returns": list(recent_returns),
+            "scores": scores,
             "event_files": {path.name: path.stat().st_size for path in run_folder.glob("events.out.tfevents.*")},
         }
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_atomically(run_folder / "checkpoint.pt", buffer.getvalue())
+        saved = True
 
     def evaluate_and_log() -> list[float]:
         video_path = run_folder / "videos" / f"{global_step}.mp4" if args.capture_video else None
@@ -677,6 +742,8 @@ def main(args: Args) -> None:
             writer.add_scalar("eval/episodic_return", np.mean(returns), global_step)
             if video_path and args.track:
                 wandb.log({"videos/eval": wandb.Video(str(video_path), format="mp4"), "global_step": global_step})
+        elif video_path:  # interrupted: half a game
+            video_path.unlink(missing_ok=True)
         return returns
 
     # the rollout; frames are stored as uint8 in NHWC order behind an NCHW view, the layout that the network wants
@@ -687,7 +754,7 @@ def main(args: Args) -> None:
     rewards, dones = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
     clip_coef = torch.tensor(args.clip_coef, device=device)
 
-    next_obs, info = envs.reset(seed=env_rng.integers(2**31, size=args.num_envs))
+    next_obs, info = envs.reset(seed=game_seeds)
     game_returns, game_lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=int)
     start_time = time.perf_counter()
     progress = tqdm(total=num_iterations * batch_size, initial=global_step, unit="step", unit_scale=True, disable=None)
@@ -703,7 +770,6 @@ def main(args: Args) -> None:
             global_step += args.num_envs
             obs[step] = torch.as_tensor(next_obs)
             with torch.no_grad():
-                torch.compiler.cudagraph_mark_step_begin()
                 actions[step], logprobs[step], values[step] = act_fn(agent, obs[step])
             last_info = info
             next_obs, raw_rewards, terminated, truncated, info = envs.step(actions[step].cpu().numpy())
@@ -731,15 +797,11 @@ def main(args: Args) -> None:
         # learn from them
         with torch.no_grad():
             _, next_values = agent(torch.as_tensor(next_obs, device=device))
-            rewards_and_dones = torch.as_tensor(np.stack([rewards, dones]), device=device)
-            advantages, returns = gae_fn(
-                rewards_and_dones[0], values, rewards_and_dones[1], next_values, args.gamma, args.gae_lambda
-            )
+            seen = torch.as_tensor(np.stack([rewards, dones]), device=device)  # one transfer
+            advantages, returns = gae_fn(seen[0], values, seen[1], next_values, args.gamma, args.gae_lambda)
         batch = tuple(tensor.flatten(0, 1) for tensor in (obs, actions, logprobs, advantages, returns))
         stats = update(agent, optimizer, loss_fn, args, clip_coef, batch)
-        for name, value in stats.items():
-            if not math.isfinite(value):
-                sys.exit(f"{Path(__file__).name}: {name} is {value} at step {global_step:,}; the last checkpoint is kept")
+        end_if_broken(stats)
         seconds += time.perf_counter() - iteration_start
 
         # log
@@ -769,7 +831,8 @@ def main(args: Args) -> None:
     save_checkpoint()
 
     # score the trained policy
-    scores = evaluate_and_log() if args.eval_episodes and not stop else []
+    if args.eval_episodes and not scores and not stop:
+        scores = evaluate_and_log()
     if stop:
         writer.close()
         if args.track:
@@ -777,7 +840,7 @@ def main(args: Args) -> None:
         name = signal.Signals(stop[0]).name
         print(f"{Path(__file__).name}: {name} at step {global_step:,}, saved; continue with --resume {run_folder}")
         sys.exit(128 + stop[0])
-    save_checkpoint()  # with the evaluation in the event file
+    save_checkpoint()  # with the scores, and the event files that hold them
     result = {
         "score": np.mean(scores) if scores else None,
         "score_stderr": np.std(scores, ddof=1) / math.sqrt(len(scores)) if len(scores) > 1 else None,

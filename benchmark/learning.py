@@ -6,8 +6,8 @@
 Runs every arm with every seed as a process of one thread, `--jobs` at a time, in runs/learning/ (a run that was killed
 goes on from its checkpoint, a finished one is not run again), then writes to benchmark/results/:
 
-    learning_{env}.csv       arm, seed, kind (train, eval), global_step, episodic_return (raw score of whole games), games
-    learning_{env}.json      versions, commit, the command of each arm
+    learning_{env}.csv       arm, seed, kind (train, eval), global_step, episodic_return (raw score of whole games)
+    learning_{env}.json      of each run of ours: command, versions, commit, seconds
     learning_{env}.md, .png  the table and the picture
 """
 
@@ -127,7 +127,10 @@ def main(args: Args) -> None:
         for (arm, seed), output in zip(jobs, outputs, strict=True):
             if output.suffix != ".csv":
                 result = json.loads((output / "result.json").read_text())
-                about[f"{arm}_{seed}"] = {key: result[key] for key in ("versions", "commit", "device", "seconds")}
+                changed = f"--env-id {args.env_id} --seed {seed} --total-timesteps {args.total_timesteps} --num-threads 1"
+                command = f"python sppo_atari.py {changed} {' '.join(ARMS[arm][2])}"
+                kept = {key: result[key] for key in ("versions", "commit", "device", "seconds")}
+                about[f"{arm}_{seed}"] = {"command": command, **kept}
         stem.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
     summarise(args, pd.read_csv(stem.with_suffix(".csv")), stem)
 

@@ -96,7 +96,8 @@ def main(args: Args) -> None:
     torch.set_num_threads(args.num_threads)
     games = GameReturns()
     model = make_ppo(make_envs(args.env_id, args.num_envs, args.seed), args.seed)
-    model.learn(args.total_timesteps, callback=games)
+    # whole rollouts, as in sppo_atari.py: SB3 would round up, and its last learning rate would be below 0
+    model.learn(args.total_timesteps - args.total_timesteps % (model.n_steps * args.num_envs), callback=games)
     if args.times:
         args.times.write_text(json.dumps([*games.times, time.time()]))
     returns = []

@@ -5,7 +5,7 @@
 
 Each arm is a process of its own (so that peak memory is its own) that trains for a few iterations; the first two of each
 process are warm-up and do not count. The figure is the median of environment steps per second over all others, and
-the ratio of these medians. Writes benchmark/results/speed_atari_ppo.md and .json. Nothing else should run meanwhile.
+the ratio of these medians, on the CPU. Writes benchmark/results/speed_atari_ppo.md and .json. Nothing else should run.
 """
 
 import json
@@ -47,6 +47,8 @@ class Args:
     """counted iterations of each process"""
     rounds: int = 2
     """times that the arms take turns"""
+    pairs: int = 10
+    """pairs of updates that measure what the reverse term costs"""
     num_threads: int = os.cpu_count()
     """CPU threads of each arm"""
 
@@ -60,7 +62,7 @@ def measure(args: Args, arm: list[str] | None) -> tuple[list[float], float]:
         if arm is None:
             command = ["benchmark/sb3_peer.py", *common, "--csv", f"{folder}/sb3.csv", "--times", f"{folder}/times.json"]
         else:
-            command = ["sppo_atari.py", *common, *arm, "--run-dir", folder]
+            command = ["sppo_atari.py", *common, *arm, "--no-cuda", "--run-dir", folder]
         process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         if status:
@@ -71,14 +73,14 @@ def measure(args: Args, arm: list[str] | None) -> tuple[list[float], float]:
             (path,) = Path(folder).glob("*/events.out.tfevents.*")
             events = EventFileLoader(str(path)).Load()
             times = [e.wall_time for e in events for v in e.summary.value if v.tag == "charts/SPS"]
-    return (BATCH / np.diff(times)[WARM_UP - 1 :]).tolist(), usage.ru_maxrss / 1024
+    return (BATCH / np.diff(times)[-args.iterations :]).tolist(), usage.ru_maxrss / 1024
 
 
-def phases(args: Args, repeats: int = 8) -> dict[str, float]:
-    """Seconds of one iteration by phase, the matrix-multiply rate of this machine, and beta 10 against beta 0, paired."""
+def phases(args: Args) -> dict[str, float]:
+    """Seconds of one iteration by phase, the matrix-multiply rate of this machine, and SPPO against PPO, paired."""
     torch.set_num_threads(args.num_threads)
     sppo_atari.keep_freed_memory()
-    rom = sppo_atari.resolve_game(args.env_id)
+    _, rom = sppo_atari.resolve_game(args.env_id)
     envs = sppo_atari.make_envs(rom, 8, sppo_atari.Args(num_threads=args.num_threads))
     frames, _ = envs.reset(seed=1)
     agent = sppo_atari.Agent(int(envs.single_action_space.n))
@@ -107,28 +109,41 @@ def phases(args: Args, repeats: int = 8) -> dict[str, float]:
     with torch.no_grad():
         actions, logprobs, values = sppo_atari.act(agent, obs)
     batch = (obs, actions, logprobs, torch.randn(BATCH), values)
-    plain, symmetric = sppo_atari.Args(alpha=1.0, beta=0.0), sppo_atari.Args(alpha=0.5, beta=10.0)
+    symmetric_ppo_loss = sppo_atari.symmetric_ppo_loss
 
-    def learn(settings):
+    def ppo_loss(logprobs, old_logprobs, advantages, clip_coef, Z, literal_signs):
+        """symmetric_ppo_loss without the reverse term: what a PPO script computes."""
+        logratio = logprobs - old_logprobs
+        ratio = logratio.exp()
+        policy_loss = -torch.min(advantages * ratio, advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef)).mean()
+        with torch.no_grad():
+            stats = {"old_approx_kl": -logratio.mean(), "approx_kl": (ratio - 1 - logratio).mean()}
+            stats["clipfrac"] = ((ratio - 1).abs() > clip_coef).float().mean()
+        return policy_loss, torch.zeros(()), stats
+
+    def learn(loss, **settings):
+        sppo_atari.symmetric_ppo_loss = loss
+        settings = sppo_atari.Args(**settings)
         sppo_atari.update(agent, optimizer, sppo_atari.minibatch_loss, settings, torch.tensor(0.1), batch)
 
     left, right = torch.randn(2, 2048, 2048)
     found = defaultdict(list)
-    for _ in range(repeats):
+    for _ in range(1 + args.pairs):
         found["environments"].append(timed(play, 128))
         found["acting"].append(timed(think, 128))
-        found["update, beta 0"].append(timed(lambda: learn(plain)))
-        found["update, beta 10"].append(timed(lambda: learn(symmetric)))
+        found["update, PPO"].append(timed(lambda: learn(ppo_loss, alpha=1.0, beta=0.0)))
+        found["update, SPPO"].append(timed(lambda: learn(symmetric_ppo_loss, alpha=0.5, beta=10.0)))
         found["matmul"].append(timed(lambda: left @ right, 10) / 10)
     medians = {name: float(np.median(seconds[1:])) for name, seconds in found.items()}
-    pairs = np.array(found["update, beta 10"][1:]) / np.array(found["update, beta 0"][1:])
+    pairs = np.array(found["update, SPPO"][1:]) / np.array(found["update, PPO"][1:])
     # NatureCNN: 18.7 MFLOP forward, twice that backward less the first layer's input gradient (6.6)
     update_flop = 4 * BATCH * (3 * 18.7e6 - 6.6e6)
     return {
         **medians,
-        "beta 10 / beta 0": float(np.median(pairs)),
+        "update, SPPO / PPO": float(np.median(pairs)),
+        "quartiles": np.percentile(pairs, (25, 75)).tolist(),
         "matmul GFLOP/s": 2 * 2048**3 / medians["matmul"] / 1e9,
-        "update GFLOP/s": update_flop / medians["update, beta 0"] / 1e9,
+        "update GFLOP/s": update_flop / medians["update, SPPO"] / 1e9,
     }
 
 
@@ -160,22 +175,25 @@ def main(args: Args) -> None:
         low, high = np.percentile(rates, (25, 75))
         ratio = medians[label] / medians["SB3 PPO"]
         lines.append(f"| {label} | {medians[label]:.0f} ({low:.0f} to {high:.0f}) | {ratio:.2f} x | {memory[label]:.0f} MiB |")
-    whole = parts["environments"] + parts["acting"] + parts["update, beta 0"]
+    low, high = parts["quartiles"]
+    whole = parts["environments"] + parts["acting"] + parts["update, SPPO"]
     lines += [
         "",
-        f"β 10 against β 0, the same update in turns: {parts['beta 10 / beta 0']:.3f} x the time.",
+        f"An update of SPPO (α 0.5, β 10) beside one of a PPO without the reverse term in its code, in turns: "
+        f"{parts['update, SPPO / PPO']:.3f} x the time (quartiles {low:.3f} to {high:.3f} of {args.pairs} pairs).",
         "",
         "| phase of an iteration | seconds | share |",
         "|---|---|---|",
         *(
             f"| {label} | {parts[name]:.2f} | {parts[name] / whole:.0%} |"
-            for label, name in (("environments", "environments"), ("acting", "acting"), ("update", "update, beta 0"))
+            for label, name in (("environments", "environments"), ("acting", "acting"), ("update", "update, SPPO"))
         ),
         "",
         f"The update runs at {parts['update GFLOP/s']:.0f} GFLOP/s; a 2048 x 2048 float32 matrix product on this machine at "
         f"{parts['matmul GFLOP/s']:.0f} ({parts['update GFLOP/s'] / parts['matmul GFLOP/s']:.0%} of it).",
     ]
     stem = Path("benchmark/results/speed_atari_ppo")
+    stem.parent.mkdir(exist_ok=True)
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
     about = {"commit": sppo_atari.git_commit(), "versions": versions, "cpu": cpu}
     content = {**about, "steps_per_second": speeds, "peak_mib": memory, "phases": parts}

@@ -1,5 +1,7 @@
 """A whole PPO update and the advantages, against Stable-Baselines3 from the same weights and rollout."""
 
+import shutil
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -166,13 +168,13 @@ def test_gae_matches_sb3_buffer_with_terminations_and_truncations():
     np.testing.assert_allclose(returns.numpy(), buffer.returns, atol=1e-5)
 
 
-def test_compiled_loss_and_advantages_equal_the_plain_ones():
+@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="torch.compile needs a C++ compiler")
+def test_compiled_loss_equals_the_plain_one():
     torch.manual_seed(3)
     agent = Agent(ACTIONS)
     obs, actions, logprobs, values, rewards, dones = random_rollout(agent)
-    gae_args = (rewards, values, dones, torch.ones(ENVS), 0.99, 0.95)
-    torch.testing.assert_close(torch.compile(compute_gae)(*gae_args), compute_gae(*gae_args))
-    batch = [tensor.flatten(0, 1) for tensor in (obs, actions, logprobs, *compute_gae(*gae_args))]
+    advantages, returns = compute_gae(rewards, values, dones, torch.ones(ENVS), 0.99, 0.95)
+    batch = [tensor.flatten(0, 1) for tensor in (obs, actions, logprobs, advantages, returns)]
     results = []
     for loss_fn in (minibatch_loss, torch.compile(minibatch_loss)):
         loss, stats = loss_fn(agent, Args(beta=10.0), torch.tensor(0.1), *batch)
