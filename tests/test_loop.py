@@ -1,0 +1,151 @@
+"""The rollout loop of main(), on scripted games: what reaches the advantages, the update and the log."""
+
+import signal
+
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Discrete
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import sppo_atari
+from sppo_atari import Agent, Args
+
+RAW = np.array([[3, -2], [0, 5], [1, 0], [0, 4], [-7, 1], [2, 0]])  # rewards of steps 0 to 5, two games
+LIFE_LOST, CUT, BOTH_OVER = 1, 2, 3  # step 1: game 0 loses a life; 2: game 1 is truncated; 3: both games end
+
+
+class ScriptedGames:
+    """Two games; every frame of the observation before step t is filled with t, that of a cut game with 200."""
+
+    single_action_space = Discrete(3)
+
+    def __init__(self):
+        self.t, self.actions = 0, []
+        self.lives, self.frames = np.array([3, 3]), np.array([20, 20])
+
+    def observe(self):
+        return np.full((2, 4, 84, 84), self.t, dtype=np.uint8)
+
+    def info(self):
+        return {"lives": self.lives.copy(), "episode_frame_number": self.frames.copy()}
+
+    def reset(self, seed):
+        return self.observe(), self.info()
+
+    def step(self, actions):
+        t = self.t % 6
+        self.actions.append(actions.copy())
+        terminated, truncated = np.zeros(2, dtype=bool), np.zeros(2, dtype=bool)
+        self.frames += 4
+        if t == LIFE_LOST:
+            terminated[0], self.lives[0] = True, 2
+        if t == CUT:
+            truncated[1], self.frames[1] = True, 9  # the lives stay: only the frame count tells the new game
+        if t == BOTH_OVER:
+            terminated[:], self.lives[:], self.frames[:] = True, 3, 5
+        self.t += 1
+        final_obs = np.full((2, 4, 84, 84), 200, dtype=np.uint8)
+        return self.observe(), RAW[t], terminated, truncated, {**self.info(), "final_obs": final_obs}
+
+
+@pytest.fixture
+def loop(monkeypatch, tmp_path):
+    """Runs main() for two iterations of six steps; returns what it gave to compute_gae and update, and the scalars."""
+    games, seen = ScriptedGames(), {"gae": [], "update": []}
+    plain_gae = sppo_atari.compute_gae
+
+    def compute_gae(*args):
+        seen["gae"].append([arg.clone() if torch.is_tensor(arg) else arg for arg in args])
+        return plain_gae(*args)
+
+    def update(agent, optimizer, loss_fn, args, clip_coef, batch):
+        group = optimizer.param_groups[0]
+        seen["update"].append((agent, group["lr"], group["eps"], clip_coef.item(), [tensor.clone() for tensor in batch]))
+        return {"losses/policy_loss": 0.0}
+
+    monkeypatch.setattr(sppo_atari, "make_envs", lambda *args: games)
+    monkeypatch.setattr(sppo_atari, "compute_gae", compute_gae)
+    monkeypatch.setattr(sppo_atari, "update", update)
+    handlers = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+
+    def run(**changed):
+        settings = {"num_envs": 2, "num_steps": 6, "total_timesteps": 24, "eval_episodes": 0, "clip_coef": 0.2}
+        sppo_atari.main(Args(**settings, run_dir=str(tmp_path), **changed))
+        (folder,) = tmp_path.glob("*/")
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        return games, seen, {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+    yield run
+    for signum, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+        signal.signal(signum, handler)
+
+
+@pytest.mark.parametrize("noise", ["none", "bsc"])
+def test_rewards_and_dones_that_the_advantages_see(loop, noise):
+    _, seen, _ = loop(noise=noise, noise_prob=1.0)
+    agent = seen["update"][0][0]
+    with torch.no_grad():
+        cut_value = agent(torch.full((1, 4, 84, 84), 200, dtype=torch.uint8))[1].item()
+        next_value = agent(torch.full((1, 4, 84, 84), 6, dtype=torch.uint8))[1].item()
+    clipped = np.sign(RAW).astype(float)
+    if noise == "bsc":  # every 0 and 1 flips, a -1 passes
+        clipped = np.where(clipped >= 0, 1 - clipped, clipped)
+    clipped[CUT, 1] += 0.99 * cut_value  # after the noise
+    dones = np.zeros((6, 2))
+    dones[LIFE_LOST, 0] = dones[CUT, 1] = dones[BOTH_OVER] = 1
+    rewards, values, saw_dones, next_values, gamma, gae_lambda = seen["gae"][0]
+    np.testing.assert_allclose(rewards.numpy(), clipped, atol=1e-6)
+    np.testing.assert_array_equal(saw_dones.numpy(), dones)
+    np.testing.assert_allclose(next_values.numpy(), next_value, atol=1e-6)
+    assert (gamma, gae_lambda) == (0.99, 0.95)
+    with torch.no_grad():
+        expected = agent(torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 4, 84, 84))[1]
+    np.testing.assert_allclose(values.numpy(), expected[:, None].expand(6, 2).numpy(), atol=1e-5)
+
+
+def test_batch_schedules_and_optimiser_that_the_update_sees(loop):
+    games, seen, scalars = loop()
+    for iteration, (agent, rate, eps, clip_coef, batch) in enumerate(seen["update"]):
+        obs, actions, logprobs, advantages, returns = batch
+        assert [int(frame.float().mean()) for frame in obs] == [6 * iteration + t for t in range(6) for _ in range(2)]
+        played = np.concatenate(games.actions[6 * iteration : 6 * iteration + 6])
+        assert actions.tolist() == played.tolist()
+        with torch.no_grad():
+            expected = agent(obs)[0].gather(-1, actions[:, None])[:, 0]
+        torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(returns - advantages, seen["gae"][iteration][1].flatten())
+        assert (rate, eps) == (pytest.approx(2.5e-4 * (1 - iteration / 2)), 1e-5)
+        assert clip_coef == pytest.approx(0.2 * (1 - iteration / 2))
+    assert len(seen["update"]) == 2 and not seen["update"][0][0].bf16
+    assert [value for _, value in scalars["charts/learning_rate"]] == pytest.approx([2.5e-4, 1.25e-4])
+
+
+def test_schedules_stay_without_annealing_and_bf16_reaches_the_agent(loop):
+    _, seen, _ = loop(anneal_lr=False, bf16=True)
+    assert [(rate, clip) for _, rate, _, clip, _ in seen["update"]] == [(2.5e-4, pytest.approx(0.2))] * 2
+    assert seen["update"][0][0].bf16
+
+
+def test_logged_returns_are_raw_whole_games_and_none_is_lost(loop):
+    _, _, scalars = loop(noise="bsc", noise_prob=1.0)
+    # iteration 1: game 1 is cut with -2 + 5 + 0 after 3 steps; then both end, game 0 with 3 + 0 + 1 + 0 after 4, game 1
+    # with 4 after 1. Iteration 2 begins with -7 + 2 and 1 + 0 of two steps each, to which its own first steps add.
+    first, second = [3, 4, 4], [1 + 3, -5 + 4, 4]
+    lengths = [(3 + 4 + 1) / 3, (2 + 3 + 2 + 4 + 1) / 3]
+    assert scalars["charts/episodic_return"] == [(12, pytest.approx(np.mean(first))), (24, pytest.approx(np.mean(second)))]
+    assert [value for _, value in scalars["charts/episodic_length"]] == pytest.approx(lengths)
+    assert [value for _, value in scalars["charts/episodic_return_100"]] == pytest.approx(
+        [np.mean(first), np.mean(first + second)]
+    )
+    assert [value for _, value in scalars["charts/noise_rate"]] == pytest.approx([1.0, 1.0])
+
+
+def test_orthogonal_initialisation_with_the_usual_gains():
+    agent = Agent(6)
+    layers = [agent.network[i] for i in (0, 2, 4, 7)]
+    for layer, gain in [*((layer, 2**0.5) for layer in layers), (agent.actor, 0.01), (agent.critic, 1.0)]:
+        weight = layer.weight.detach().flatten(1)
+        torch.testing.assert_close(weight @ weight.T, gain**2 * torch.eye(len(weight)), rtol=0, atol=1e-5)
+        assert not layer.bias.any()
