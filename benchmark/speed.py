@@ -35,7 +35,6 @@ ARMS = {  # label: arguments of sppo_atari.py (None: Stable-Baselines3)
     "PPO (α 1, β 0)": ["--alpha", "1", "--beta", "0"],
     "SPPO (α 0.5, β 10)": ["--alpha", "0.5", "--beta", "10"],
     "SPPO with --bf16": ["--alpha", "0.5", "--beta", "10", "--bf16"],
-    "SPPO with --compile": ["--alpha", "0.5", "--beta", "10", "--compile"],
 }
 
 
