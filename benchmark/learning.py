@@ -4,7 +4,7 @@
     python benchmark/learning.py --env-id UpNDown --seeds 1 2 --arms ppo sb3 --total-timesteps 100000
 
 Runs every arm with every seed as a process of one thread, `--jobs` at a time, in runs/learning/ (a run that was killed
-goes on from its checkpoint, a finished one is not run again), then writes to benchmark/results/:
+goes on from its checkpoint; one that is in the csv or has finished is not run again), then writes to benchmark/results/:
 
     learning_{env}.csv       arm, seed, kind (train, eval), global_step, episodic_return (raw score of whole games)
     learning_{env}.json      of each run of ours: command, versions, commit, seconds
@@ -99,12 +99,18 @@ def summarise(args: Args, data: pd.DataFrame, stem: Path) -> None:
             curves.append(windows)
             last.append(windows[-1])
             final.append(rows[rows.kind == "eval"].episodic_return.mean())
+        if not curves:
+            continue
         curves = np.array(curves)
         axes.plot(grid, curves.mean(axis=0), color=colour, label=label)
         axes.fill_between(grid, curves.min(axis=0), curves.max(axis=0), color=colour, alpha=0.15, linewidth=0)
         spread = [f"{np.mean(v):,.0f} ({', '.join(f'{x:,.0f}' for x in v)})" for v in (last, final)]
         table.append(f"| {label} | {spread[0]} | {spread[1]} | {len(last)} |")
-    axes.set(xlabel="environment steps", ylabel="score of whole games", title=f"{args.env_id}, {len(args.seeds)} seeds")
+    axes.set(
+        xlabel="environment steps",
+        ylabel="score of whole games",
+        title=f"{args.env_id}: mean and range of {data.groupby('arm').seed.nunique().min()} to {data.seed.nunique()} seeds",
+    )
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(stem.with_suffix(".png"), dpi=120)
@@ -116,23 +122,25 @@ def main(args: Args) -> None:
     os.chdir(Path(__file__).parents[1])
     stem = Path("benchmark") / "results" / f"learning_{args.env_id}"
     stem.parent.mkdir(exist_ok=True)
-    if not args.plot_only:
-        jobs = [(arm, seed) for seed in args.seeds for arm in args.arms]
-        with ThreadPoolExecutor(args.jobs) as pool:
-            outputs = list(pool.map(lambda job: run(args, *job), jobs))
-        curves = [curve(output).assign(arm=arm, seed=seed) for (arm, seed), output in zip(jobs, outputs, strict=True)]
-        columns = ["arm", "seed", "kind", "global_step", "episodic_return"]
-        pd.concat(curves)[columns].to_csv(stem.with_suffix(".csv"), index=False)
-        about = {}
-        for (arm, seed), output in zip(jobs, outputs, strict=True):
-            if output.suffix != ".csv":
-                result = json.loads((output / "result.json").read_text())
-                changed = f"--env-id {args.env_id} --seed {seed} --total-timesteps {args.total_timesteps} --num-threads 1"
-                command = f"python sppo_atari.py {changed} {' '.join(ARMS[arm][2])}"
-                kept = {key: result[key] for key in ("versions", "commit", "device", "seconds")}
-                about[f"{arm}_{seed}"] = {"command": command, **kept}
-        stem.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
-    summarise(args, pd.read_csv(stem.with_suffix(".csv")), stem)
+    data, about = pd.DataFrame(columns=["arm", "seed", "kind", "global_step", "episodic_return"]), {}
+    if stem.with_suffix(".csv").exists():
+        data, about = pd.read_csv(stem.with_suffix(".csv")), json.loads(stem.with_suffix(".json").read_text())
+    known = set(zip(data.arm, data.seed, strict=True))
+    jobs = [(arm, seed) for seed in args.seeds for arm in args.arms if (arm, seed) not in known and not args.plot_only]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        outputs = list(pool.map(lambda job: run(args, *job), jobs))
+    for (arm, seed), output in zip(jobs, outputs, strict=True):
+        rows = curve(output).assign(arm=arm, seed=seed)[data.columns]
+        data = pd.concat([data, rows]) if len(data) else rows
+        if output.suffix != ".csv":
+            result = json.loads((output / "result.json").read_text())
+            changed = f"--env-id {args.env_id} --seed {seed} --total-timesteps {args.total_timesteps} --num-threads 1"
+            command = f"python sppo_atari.py {changed} {' '.join(ARMS[arm][2])}"
+            kept = {key: result[key] for key in ("versions", "commit", "device", "seconds")}
+            about[f"{arm}_{seed}"] = {"command": command, **kept}
+    data.to_csv(stem.with_suffix(".csv"), index=False)
+    stem.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
+    summarise(args, data, stem)
 
 
 if __name__ == "__main__":
