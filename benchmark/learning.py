@@ -106,11 +106,7 @@ def summarise(args: Args, data: pd.DataFrame, stem: Path) -> None:
         axes.fill_between(grid, curves.min(axis=0), curves.max(axis=0), color=colour, alpha=0.15, linewidth=0)
         spread = [f"{np.mean(v):,.0f} ({', '.join(f'{x:,.0f}' for x in v)})" for v in (last, final)]
         table.append(f"| {label} | {spread[0]} | {spread[1]} | {len(last)} |")
-    axes.set(
-        xlabel="environment steps",
-        ylabel="score of whole games",
-        title=f"{args.env_id}: mean and range of {data.groupby('arm').seed.nunique().min()} to {data.seed.nunique()} seeds",
-    )
+    axes.set(xlabel="environment steps", ylabel="score of whole games", title=f"{args.env_id}: mean and range over seeds")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(stem.with_suffix(".png"), dpi=120)
