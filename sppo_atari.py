@@ -166,6 +166,8 @@ class Args:
 
 # Generators beside torch's own, so that none disturbs another: each is seeded with [seed, its number, ...]
 EVALUATION, NOISE, GAMES = 1, 2, 3
+# What else decides a run's numbers; args.json and result.json hold their versions
+PACKAGES = ("torch", "gymnasium", "ale-py", "numpy")
 
 
 # --- environments -----------------------------------------------------------------------------------------------------
@@ -312,13 +314,16 @@ def symmetric_ppo_loss(
     """
     logratio = logprobs - old_logprobs
     ratio = logratio.clamp(-20, 20).exp()  # keeps r finite; cuts a gradient that Eq. 3 keeps only for A < 0 and r > e^20
-    surrogate, clipped = advantages * ratio, advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef)
-    policy_loss = -torch.min(surrogate, clipped).mean()
+    surrogate = advantages * ratio
+    with torch.no_grad():
+        clipped = advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef)
+        kept = surrogate <= clipped  # the minimum is the surrogate; where it is not, the clip has cut the gradient
+    policy_loss = -torch.where(kept, surrogate, clipped).mean()
 
     # 1 / pi_old_i is a constant: no gradient hangs on its clamp, which keeps it from overflowing float32
     others = (-old_logprobs).clamp(max=60).exp() - ratio  # sum_{j != i} pi_j / pi_old_i
     signed = advantages.abs() if literal_signs else advantages
-    reverse_loss = torch.where(surrogate <= clipped, -signed * Z * others, 0.0).mean()
+    reverse_loss = torch.where(kept, -signed * Z * others, 0.0).mean()
 
     with torch.no_grad():
         stats = {
@@ -376,11 +381,11 @@ def compute_gae(
     of the observation after the last step. Returns advantages and returns A_t + V(s_t), [num_steps, num_envs].
     """
     alive = 1.0 - dones
+    deltas = rewards + gamma * alive * torch.cat([values[1:], next_values.unsqueeze(0)]) - values
+    decays = gamma * gae_lambda * alive
     advantages = [torch.zeros_like(next_values)]
-    for t in reversed(range(len(rewards))):
-        delta = rewards[t] + gamma * alive[t] * next_values - values[t]
-        advantages.append(delta + gamma * gae_lambda * alive[t] * advantages[-1])
-        next_values = values[t]
+    for delta, decay in zip(reversed(deltas.unbind()), reversed(decays.unbind()), strict=True):
+        advantages.append(delta + decay * advantages[-1])
     advantages = torch.stack(advantages[:0:-1])  # in the order of time, without the zeros that began it
     return advantages, advantages + values
 
@@ -474,6 +479,7 @@ def parse_args(argv: list[str]) -> Args:
         if saved["script"] != Path(__file__).name:
             fail(f"--resume {args.resume}: a run of {saved['script']}; expected a run of {Path(__file__).name}")
         resumed = Args(**{**saved["args"], "resume": args.resume})
+        saved["run_id"]  # KeyError for a folder without one
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"--resume {args.resume}: not the folder of a run of this script; expected one with its args.json ({error})")
     for name in {name.removeprefix("no-").replace("-", "_") for name in given} - {"resume"}:
@@ -557,13 +563,12 @@ def open_run(args: Args, env_id: str, device: torch.device) -> tuple[Path, dict 
 
     Returns the folder, the checkpoint to go on from (None for a new run) and what identifies the run.
     """
-    packages = ("torch", "gymnasium", "ale-py", "numpy")
     identity = {
         "script": Path(__file__).name,
         "run_id": uuid.uuid4().hex[:8],
         "env_id": env_id,
         "args": {**asdict(args), "resume": None},
-        "versions": {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in packages}},
+        "versions": {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in PACKAGES}},
         "commit": git_commit(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }
