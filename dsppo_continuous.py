@@ -49,6 +49,7 @@ What differs from the paper and its released code:
 
 import contextlib
 import difflib
+import gc
 import importlib.metadata
 import io
 import json
@@ -502,7 +503,8 @@ def update(agent, weights, optimizer, loss_fn, args, batch: tuple[torch.Tensor, 
             weights.grad.zero_()
             loss, stats = loss_fn(agent, args, *minibatch)
             loss.backward()
-            nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
+            # clip_grad_norm_'s arithmetic without its bookkeeping, which takes three times as long for one small tensor
+            weights.grad.mul_((args.max_grad_norm / (weights.grad.norm() + 1e-6)).clamp_(max=1.0))
             optimizer.step()
             collected.append(torch.stack(list(stats.values())))
         if args.target_kl is not None and stats["losses/approx_kl"] > args.target_kl:
@@ -870,6 +872,7 @@ def main(args: Args) -> None:
     next_obs = normalise_obs(raw_obs, obs_stats)
     discounted_returns = np.zeros(args.num_envs)
     episode_returns, episode_lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=int)
+    gc.freeze()  # the collector need not search torch's own objects again and again: a tenth of the run's time
     start_time = time.perf_counter()
     progress = tqdm(total=num_iterations * batch_size, initial=global_step, unit="step", unit_scale=True, disable=None)
     for iteration in range(start_step // batch_size, num_iterations):

@@ -1,14 +1,15 @@
-"""Learning curves of PPO, SPPO and SPPO's control beside Stable-Baselines3's PPO, on one Atari game.
+"""Learning curves of our scripts beside Stable-Baselines3 and beside their controls, on one environment.
 
-    python benchmark/learning.py                              # the README's picture: 12 runs, hours on two cores
-    python benchmark/learning.py --env-id UpNDown --seeds 1 2 --arms ppo sb3 --total-timesteps 100000
+    python benchmark/learning.py atari-ppo RoadRunner                 # 12 runs, hours on two cores
+    python benchmark/learning.py gaussian Hopper-v4                   # our Gaussian PPO and A2C beside SB3's
+    python benchmark/learning.py bins LunarLanderContinuous-v3        # DPPO, DSPPO, its control; with --noise: noisy rewards
 
 Runs every arm with every seed as a process of one thread, `--jobs` at a time, in runs/learning/ (a run that was killed
 goes on from its checkpoint; one that is in the csv or has finished is not run again), then writes to benchmark/results/:
 
-    learning_{env}.csv       arm, seed, kind (train, eval), global_step, episodic_return (raw score of whole games)
-    learning_{env}.json      of each run of ours: command, versions, commit, seconds
-    learning_{env}.md, .png  the table and the picture
+    learning_{suite}_{env}.csv       arm, seed, kind (train, eval), global_step, episodic_return (raw, whole episodes)
+    learning_{suite}_{env}.json      of each run of ours: command, versions, commit, seconds
+    learning_{suite}_{env}.md, .png  the table and the picture
 """
 
 import json
@@ -16,8 +17,9 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 
@@ -28,48 +30,74 @@ import pandas as pd
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ARMS = {  # name: label, colour, arguments of sppo_atari.py (None: Stable-Baselines3)
-    "ppo": ("PPO (α 1, β 0)", "tab:blue", ["--alpha", "1", "--beta", "0"]),
-    "sb3": ("PPO, Stable-Baselines3", "tab:gray", None),
-    "sppo": ("SPPO (α 0.5, β 10)", "tab:red", ["--alpha", "0.5", "--beta", "10"]),
-    "control": ("control (α 10.5, β 0)", "tab:orange", ["--alpha", "10.5", "--beta", "0"]),
+GAUSSIAN = "--num-bins 0 --alpha 1 --beta 0"
+SUITES = {  # arm: label, colour, script and arguments
+    "atari-ppo": {
+        "ppo": ("PPO (α 1, β 0)", "tab:blue", "sppo_atari.py --alpha 1 --beta 0"),
+        "sb3": ("PPO, Stable-Baselines3", "tab:gray", "benchmark/sb3_peer.py --algorithm ppo"),
+        "sppo": ("SPPO (α 0.5, β 10)", "tab:red", "sppo_atari.py --alpha 0.5 --beta 10"),
+        "control": ("control (α 10.5, β 0)", "tab:orange", "sppo_atari.py --alpha 10.5 --beta 0"),
+    },
+    "gaussian": {
+        "ppo": ("Gaussian PPO", "tab:blue", f"dsppo_continuous.py {GAUSSIAN}"),
+        "sb3_ppo": ("PPO, Stable-Baselines3", "tab:gray", "benchmark/sb3_peer.py --algorithm ppo"),
+        "a2c": ("Gaussian A2C", "tab:green", f"dsa2c_continuous.py {GAUSSIAN}"),
+        "sb3_a2c": ("A2C, Stable-Baselines3", "tab:olive", "benchmark/sb3_peer.py --algorithm a2c"),
+    },
+    "bins": {
+        "dppo": ("DPPO (α 1, β 0)", "tab:blue", "dsppo_continuous.py --alpha 1 --beta 0"),
+        "dsppo": ("DSPPO (α 0.5, β 20)", "tab:red", "dsppo_continuous.py --alpha 0.5 --beta 20"),
+        "control": ("control (α 20.5, β 0)", "tab:orange", "dsppo_continuous.py --alpha 20.5 --beta 0"),
+    },
 }
+STEPS = {"atari-ppo": 200_000, "gaussian": 300_000, "bins": 500_000}
 
 
 @dataclass
 class Args:
-    env_id: str = "RoadRunner"
-    """the game, without a suffix"""
+    suite: tyro.conf.Positional[Literal["atari-ppo", "gaussian", "bins"]] = "atari-ppo"
+    """which arms"""
+    env_id: tyro.conf.Positional[str] = "RoadRunner"
+    """an Atari game without a suffix, or a Gymnasium id"""
+    noise: bool = False
+    """noisy rewards for the learner, the paper's (bins only)"""
     seeds: tuple[int, ...] = (1, 2, 3)
     """seeds of each arm"""
-    arms: tuple[str, ...] = field(default_factory=lambda: tuple(ARMS))
-    """which of ppo, sb3, sppo, control"""
-    total_timesteps: int = 200_000
-    """environment steps of each run"""
+    arms: tuple[str, ...] = ()
+    """which of the suite's; all of them if none is named"""
+    total_timesteps: int = 0
+    """environment steps of each run; 0 for the suite's own number"""
     jobs: int = os.cpu_count()
     """processes at a time"""
     plot_only: bool = False
     """make the table and the picture from the csv that is there"""
 
 
+def command_of(args: Args, arm: str, seed: int) -> list[str]:
+    """What a reader would type for this run, without where its output goes."""
+    script, *changed = SUITES[args.suite][arm][2].split()
+    common = f"--env-id {args.env_id} --seed {seed} --total-timesteps {args.total_timesteps} --num-threads 1".split()
+    return [script, *common, *changed, *(["--noise", "gaussian"] if args.noise else [])]
+
+
 def run(args: Args, arm: str, seed: int) -> Path:
     """One training run; returns the csv (SB3) or the run folder (ours)."""
-    folder = Path("runs") / "learning" / f"{args.env_id}_{args.total_timesteps}" / f"{arm}_{seed}"
-    common = ["--env-id", args.env_id, "--seed", str(seed), "--total-timesteps", str(args.total_timesteps)]
-    if ARMS[arm][2] is None:
+    name = f"{args.suite}_{args.env_id}_{args.total_timesteps}{'_noise' if args.noise else ''}"
+    folder = Path("runs") / "learning" / name / f"{arm}_{seed}"
+    command = command_of(args, arm, seed)
+    if command[0] == "benchmark/sb3_peer.py":
         output = folder / "curve.csv"
-        command = [sys.executable, "benchmark/sb3_peer.py", *common, "--csv", str(output)]
+        command += ["--csv", str(output)]
         finished = output.exists()
     else:
         output = next(folder.glob("*/args.json"), folder / "none").parent
-        command = [sys.executable, "sppo_atari.py", *common, *ARMS[arm][2], "--num-threads", "1", "--run-dir", str(folder)]
-        if output != folder:
-            command = [sys.executable, "sppo_atari.py", "--resume", str(output)]
+        command = [command[0], "--resume", str(output)] if output != folder else [*command, "--run-dir", str(folder)]
         finished = (output / "result.json").exists()
     if not finished:
-        print(" ".join(command[1:]), flush=True)
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-    return output if ARMS[arm][2] is None else next(folder.glob("*/args.json")).parent
+        print(" ".join(command), flush=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, *command], check=True, env=environment, stdout=subprocess.DEVNULL)
+    return output if output.suffix == ".csv" else next(folder.glob("*/args.json")).parent
 
 
 def curve(output: Path) -> pd.DataFrame:
@@ -91,7 +119,7 @@ def summarise(args: Args, data: pd.DataFrame, stem: Path) -> None:
     width = args.total_timesteps / 10
     table = ["| | training, last tenth | final score | seeds |", "|---|---|---|---|"]
     for arm in args.arms:
-        label, colour, _ = ARMS[arm]
+        label, colour, _ = SUITES[args.suite][arm]
         curves, last, final = [], [], []
         for _, rows in data[data.arm == arm].groupby("seed"):
             train = rows[rows.kind == "train"]
@@ -106,7 +134,9 @@ def summarise(args: Args, data: pd.DataFrame, stem: Path) -> None:
         axes.fill_between(grid, curves.min(axis=0), curves.max(axis=0), color=colour, alpha=0.15, linewidth=0)
         spread = [f"{np.mean(v):,.0f} ({', '.join(f'{x:,.0f}' for x in v)})" for v in (last, final)]
         table.append(f"| {label} | {spread[0]} | {spread[1]} | {len(last)} |")
-    axes.set(xlabel="environment steps", ylabel="score of whole games", title=f"{args.env_id}: mean and range over seeds")
+    noise = ", noisy rewards" if args.noise else ""
+    axes.set(xlabel="environment steps", ylabel="return of whole episodes")
+    axes.set_title(f"{args.env_id}{noise}: mean and range over seeds")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(stem.with_suffix(".png"), dpi=120)
@@ -116,7 +146,9 @@ def summarise(args: Args, data: pd.DataFrame, stem: Path) -> None:
 
 def main(args: Args) -> None:
     os.chdir(Path(__file__).parents[1])
-    stem = Path("benchmark") / "results" / f"learning_{args.env_id}"
+    args.arms = args.arms or tuple(SUITES[args.suite])
+    args.total_timesteps = args.total_timesteps or STEPS[args.suite]
+    stem = Path("benchmark") / "results" / f"learning_{args.suite}_{args.env_id}{'_noise' if args.noise else ''}"
     stem.parent.mkdir(exist_ok=True)
     data, about = pd.DataFrame(columns=["arm", "seed", "kind", "global_step", "episodic_return"]), {}
     if stem.with_suffix(".csv").exists():
@@ -130,10 +162,8 @@ def main(args: Args) -> None:
         data = pd.concat([data, rows]) if len(data) else rows
         if output.suffix != ".csv":
             result = json.loads((output / "result.json").read_text())
-            changed = f"--env-id {args.env_id} --seed {seed} --total-timesteps {args.total_timesteps} --num-threads 1"
-            command = f"python sppo_atari.py {changed} {' '.join(ARMS[arm][2])}"
             kept = {key: result[key] for key in ("versions", "commit", "device", "seconds")}
-            about[f"{arm}_{seed}"] = {"command": command, **kept}
+            about[f"{arm}_{seed}"] = {"command": " ".join(["python", *command_of(args, arm, seed)]), **kept}
     data.to_csv(stem.with_suffix(".csv"), index=False)
     stem.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
     summarise(args, data, stem)
