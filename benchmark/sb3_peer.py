@@ -5,8 +5,8 @@
 
 The same network, optimiser, schedules and minibatches as ours with `--alpha 1 --beta 0` (and `--num-bins 0` for continuous
 tasks: SB3's policy is Gaussian), with SB3's own environments (Atari: `make_atari_env`, one Python process, noop reset, episodic
-life, fire reset, clipped reward; else DummyVecEnv and VecNormalize) and its own training loop. Writes one csv row per
-rollout in which an episode ended: the step and the mean raw return of the episodes (of the whole games).
+life, fire reset, clipped reward; else DummyVecEnv and VecNormalize) and its own training loop. Writes a csv row
+after each rollout, at least 1,000 steps apart: the step and the mean raw return of the episodes (of the whole games) since.
 """
 
 import csv
@@ -136,7 +136,7 @@ class GameReturns(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
-        if self.games:
+        if self.games and self.num_timesteps >= (self.rows[-1][0] if self.rows else 0) + 1000:
             self.rows.append((self.num_timesteps, float(np.mean(self.games)), len(self.games)))
             self.games = []
 
