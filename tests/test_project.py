@@ -1,6 +1,7 @@
 """The project's own promises: pins, copied helpers, copied data, the README's commands."""
 
 import ast
+import importlib
 import itertools
 import re
 import sys
@@ -11,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(ROOT.glob("*.py"))
-OWN = {"Args", "Agent", "main", "minibatch_loss"}  # what each script has in a form of its own
+OWN = {"Args", "main", "check_args", "update"}  # what each script has in a form of its own
+FAMILY = {"Agent", "act", "evaluate", "minibatch_loss", "rollout_loss"}  # and what those of other environments have
 
 
 def pins(path):
@@ -25,7 +27,8 @@ def pep723(script):
 
 
 def test_there_are_scripts():
-    assert "sppo_atari.py" in [script.name for script in SCRIPTS]
+    names = {script.name for script in SCRIPTS}
+    assert {"sa2c_atari.py", "sppo_atari.py", "dsa2c_continuous.py", "dsppo_continuous.py"} <= names
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
@@ -41,7 +44,8 @@ def test_pep_723_header_has_the_pins_of_requirements_txt(script):
     }
     named = {re.split("==", pin)[0].replace("-", "_") for pin in header["dependencies"]}
     assert imported - sys.stdlib_module_names <= named
-    assert named - imported <= {"tensorboard", "imageio_ffmpeg"}  # used by torch and by imageio
+    # used by torch, by imageio and by gymnasium
+    assert named - imported <= {"tensorboard", "imageio_ffmpeg", "mujoco", "box2d", "pygame_ce"}
 
 
 def test_every_pin_is_exact_and_has_its_reason():
@@ -57,8 +61,10 @@ def test_helpers_of_one_name_are_identical_to_the_character():
         source = script.read_text()
         for node in ast.parse(source).body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in OWN:
-                found.setdefault(node.name, []).append((script.name, ast.get_source_segment(source, node)))
-    assert "compute_gae" in found
+                key = (node.name, script.stem.split("_")[1]) if node.name in FAMILY else node.name
+                found.setdefault(key, []).append((script.name, ast.get_source_segment(source, node)))
+    assert len(found["compute_gae"]) == len(found["open_run"]) == len(SCRIPTS)
+    assert len(found[("evaluate", "atari")]) == len(found[("evaluate", "continuous")]) == 2
     for name, copies in found.items():
         for (file, text), (other_file, other_text) in itertools.combinations(copies, 2):
             assert text == other_text, f"{name} differs between {file} and {other_file}"
@@ -81,18 +87,29 @@ def test_every_argument_has_a_docstring(script):
             assert isinstance(docstring, ast.Expr) and isinstance(docstring.value.value, str), field.target.id
 
 
-def test_defaults_are_the_papers():
-    from sppo_atari import Args
-
-    settings = tomllib.loads((ROOT / "benchmark/paper/hyperparameters.toml").read_text())["atari"]
-    args = vars(Args())
-    ppo = settings["ppo"]
-    for name, value in ppo.items():
-        assert args[name] == (value if name != "beta" else value["none"]), name
-    for name in ("total_timesteps", "alpha", "Z"):
+@pytest.mark.parametrize(
+    ("script", "family", "algorithm"),
+    [
+        ("sppo_atari", "atari", "ppo"),
+        ("sa2c_atari", "atari", "a2c"),
+        ("dsppo_continuous", "continuous", "ppo"),
+        ("dsa2c_continuous", "continuous", "a2c"),
+    ],
+)
+def test_defaults_are_the_papers(script, family, algorithm):
+    settings = tomllib.loads((ROOT / "benchmark/paper/hyperparameters.toml").read_text())[family]
+    args = vars(importlib.import_module(script).Args())
+    for name, value in settings[algorithm].items():
+        if isinstance(value, dict):  # by task or by noise; the default is Hopper without noise
+            value = value["none"] if name == "beta" else value
+            value = value.get("Hopper-v4", value.get("default")) if isinstance(value, dict) else value
+        assert args[name] == value, name
+    for name in {"total_timesteps", "alpha", "Z", "num_bins"} & settings.keys():
         assert args[name] == settings[name], name
-    assert args["noise_prob"] == settings["noise"]["crossover"]
-    assert args["anneal_lr"] and args["norm_adv"] and args["noise"] == "none"
+    noise = settings["noise"]
+    assert args["noise_prob" if family == "atari" else "noise_std"] == noise.get("crossover", noise.get("std"))
+    assert args["norm_adv"] == (algorithm == "ppo") and args["anneal_lr"] == (script == "sppo_atari")
+    assert args["noise"] == "none" and args["env_id"] == ("Alien" if family == "atari" else "Hopper")
 
 
 def test_ci_runs_the_readmes_test_command():
