@@ -1,5 +1,8 @@
 """The continuous scripts: bins, Gaussian and categorical policies, normalisers, whole updates against Stable-Baselines3."""
 
+import tomllib
+from pathlib import Path
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -10,13 +13,13 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch.distributions import Categorical, Independent, Normal
 
 import dsa2c_continuous
-import dsppo_continuous
 from dsppo_continuous import (
     Agent,
     Args,
     RunningMeanStd,
     act,
     compute_gae,
+    evaluate,
     exploration_noise,
     flatten_parameters,
     make_bins,
@@ -31,6 +34,7 @@ from dsppo_continuous import (
     update,
 )
 
+SETTINGS = Path(__file__).parents[1] / "benchmark/paper/hyperparameters.toml"
 OBS, D, STEPS, ENVS = 5, 3, 16, 4
 SPACE = gym.spaces.Box(np.array([-1, -2, 0.5], np.float32), np.array([1, 6, 0.75], np.float32))
 
@@ -205,3 +209,143 @@ def test_normalisers_match_vecnormalize_on_a_recorded_sequence():
     np.testing.assert_allclose(obs_stats.var, theirs.obs_rms.var, rtol=1e-9)
     np.testing.assert_allclose(return_stats.var, theirs.ret_rms.var, rtol=1e-7)  # its rewards are float32
     assert obs_stats.count == pytest.approx(theirs.obs_rms.count)
+
+
+def test_running_statistics_are_those_of_all_rows():
+    rows = np.random.default_rng(0).standard_normal((500, 4)) * [1, 10, 0.1, 0] + [0, 5, -3, 2]
+    stats = RunningMeanStd((4,))
+    for part in np.split(rows, [1, 4, 100]):
+        stats.update(part)
+    np.testing.assert_allclose(stats.mean, rows.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(stats.var, rows.var(0), rtol=1e-4, atol=1e-5)
+
+
+# --- bins and policies ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_bins", [2, 5, 11])
+def test_bins_are_linspace_of_each_dimension(num_bins):
+    bins = make_bins(SPACE, num_bins)
+    assert bins.dtype == np.float32 and bins.shape == (3, num_bins)
+    for d in range(3):
+        low, high = float(SPACE.low[d]), float(SPACE.high[d])
+        np.testing.assert_allclose(bins[d], [low + (high - low) * k / (num_bins - 1) for k in range(num_bins)], atol=1e-6)
+    chosen = np.random.default_rng(0).integers(0, num_bins, (50, 3))
+    env_actions = to_env(chosen, SPACE, bins)
+    assert all(SPACE.contains(action) for action in env_actions)
+    for row in range(50):
+        assert env_actions[row].tolist() == [bins[d, chosen[row, d]] for d in range(3)]
+
+
+def test_gaussian_actions_are_cut_to_the_box():
+    actions = np.array([[-3.0, 0.25, 9.0], [0.5, 7.0, 0.6]], dtype=np.float32)
+    np.testing.assert_array_equal(to_env(actions, SPACE, None), np.array([[-1, 0.25, 0.75], [0.5, 6, 0.6]], np.float32))
+
+
+@pytest.mark.parametrize("num_bins", [0, 11])
+def test_logprobs_and_entropy_equal_torch_distributions(num_bins):
+    agent, obs, actions, *_ = random_rollout(num_bins)
+    obs, actions = obs.flatten(0, 1), actions.flatten(0, 1)
+    if num_bins:
+        distribution = Independent(Categorical(logits=agent.actor(obs).view(-1, D, num_bins)), 1)
+    else:
+        agent.log_std.data = torch.tensor([0.3, -1.0, 0.0])
+        distribution = Independent(Normal(agent.actor(obs), agent.log_std.exp()), 1)
+    logprobs, entropies, values = agent(obs, actions)
+    torch.testing.assert_close(logprobs.sum(-1), distribution.log_prob(actions))
+    torch.testing.assert_close(entropies, distribution.entropy())
+    torch.testing.assert_close(values, agent.critic(obs)[:, 0])
+
+
+def test_bin_actions_are_distributed_as_the_policy_says():
+    agent, obs, *_ = random_rollout(5)
+    one, rng, count = obs[0, :1], np.random.default_rng(1), 20_000
+    with torch.no_grad():
+        pi = agent.actor(one).view(D, 5).softmax(-1).numpy()
+    noise = exploration_noise(rng, (count, D), 5)
+    assert noise.shape == (count, D, 5)
+    drawn = act(numpy_actor(agent), one.numpy().repeat(count, 0), noise)
+    for d in range(D):
+        counts = np.bincount(drawn[:, d], minlength=5)
+        assert ((counts - count * pi[d]) ** 2 / (count * pi[d])).sum() < 24  # chi square with 4 degrees, p = 1e-4
+    np.testing.assert_array_equal(act(numpy_actor(agent), one.numpy())[0], pi.argmax(-1))  # greedy
+
+
+def test_gaussian_actions_are_distributed_as_the_policy_says():
+    agent, obs, *_ = random_rollout(0)
+    agent.log_std.data = torch.tensor([0.3, -1.0, 0.0])
+    one, count = obs[0, :1], 20_000
+    mean, std = agent.actor(one)[0].detach().numpy(), agent.log_std.exp().detach().numpy()
+    drawn = act(numpy_actor(agent), one.numpy(), exploration_noise(np.random.default_rng(1), (count, D), 0))
+    np.testing.assert_allclose(drawn.mean(0), mean, atol=4 * std.max() / count**0.5)
+    np.testing.assert_allclose(drawn.std(0), std, rtol=0.03)
+    np.testing.assert_allclose(act(numpy_actor(agent), one.numpy())[0], mean, rtol=1e-4, atol=1e-6)  # greedy
+
+
+def test_flat_parameters_are_the_layers_own():
+    agent = Agent(OBS, D, 0)
+    weights = flatten_parameters(agent)
+    assert weights.numel() == sum(parameter.numel() for parameter in agent.parameters())
+    agent.critic(torch.ones(1, OBS)).backward()
+    assert weights.grad.norm() > 0 and agent.critic[0].weight.grad.norm() > 0
+    torch.testing.assert_close(weights.grad.norm(), torch.cat([p.grad.flatten() for p in agent.parameters()]).norm())
+    weights.data.zero_()
+    assert all(not parameter.any() for parameter in agent.parameters())
+    agent.load_state_dict(Agent(OBS, D, 0).state_dict())  # as a resumed run does
+    assert weights.norm() > 0
+
+
+def test_initialisation_is_orthogonal_with_the_usual_gains():
+    agent = Agent(OBS, D, 11)
+    for network, last_gain in ((agent.actor, 0.01), (agent.critic, 1.0)):
+        assert [type(layer).__name__ for layer in network] == ["Linear", "Tanh", "Linear", "Tanh", "Linear"]
+        for layer, gain in ((network[0], 2**0.5), (network[2], 2**0.5), (network[4], last_gain)):
+            weight = layer.weight.detach()
+            weight = weight if len(weight) <= weight.shape[1] else weight.T
+            torch.testing.assert_close(weight @ weight.T, gain**2 * torch.eye(len(weight)), rtol=0, atol=1e-5)
+            assert not layer.bias.any()
+    assert network[0].out_features == network[2].out_features == 64
+
+
+# --- environments -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", tomllib.loads(SETTINGS.read_text())["continuous"]["tasks"])
+def test_the_papers_tasks_resolve_by_short_name_and_play(task):
+    assert resolve_env(task.split("-")[0]) == resolve_env(task) == task
+    env = make_env(task)
+    env.reset(seed=0)
+    env_actions = to_env(np.zeros((1, *env.action_space.shape), int), env.action_space, make_bins(env.action_space, 11))
+    obs, rewards, *_ = step_envs([env], env_actions)
+    assert obs.shape == (1, *env.observation_space.shape) and rewards.shape == (1,) and np.isfinite(obs).all()
+
+
+def test_unknown_environments_list_close_matches():
+    with pytest.raises(ValueError, match=r"--env-id Walker2: no such environment; expected .*Walker2d"):
+        resolve_env("Walker2")
+    with pytest.raises(ValueError, match="--env-id xyzzy: no such environment; expected one of Ant, "):
+        resolve_env("xyzzy")
+
+
+def test_evaluation_plays_greedily_with_the_frozen_normaliser_and_no_noise():
+    """Returns of `evaluate` against an episode played by hand."""
+    agent = Agent(8, 2, 11)
+    bins, obs_stats = make_bins(make_env("LunarLanderContinuous-v3").action_space, 11), RunningMeanStd((8,))
+    obs_stats.update(np.random.default_rng(0).standard_normal((10, 8)))
+    before = vars(obs_stats).copy()
+    args = Args(env_id="LunarLanderContinuous", eval_episodes=2, seed=4, noise="gaussian")
+    returns = evaluate(numpy_actor(agent), "LunarLanderContinuous-v3", bins, obs_stats, args)
+    assert vars(obs_stats) == before
+    for expected, seed in zip(returns, np.random.default_rng([4, 1]).integers(2**31, size=2), strict=True):
+        env = gym.make("LunarLanderContinuous-v3")
+        obs, _ = env.reset(seed=int(seed))
+        total, done = 0.0, False
+        while not done:
+            scaled = np.clip((obs - obs_stats.mean) / np.sqrt(obs_stats.var + 1e-8), -10, 10)
+            with torch.no_grad():
+                chosen = agent.actor(torch.as_tensor(scaled, dtype=torch.float32)).view(2, 11).argmax(-1)
+            action = np.array([np.linspace(-1, 1, 11)[chosen[d]] for d in range(2)], dtype=np.float32)
+            obs, reward, terminated, truncated, _ = env.step(action)
+            total, done = total + reward, terminated or truncated
+        assert total == pytest.approx(expected, rel=1e-4)
+    assert evaluate(numpy_actor(agent), "LunarLanderContinuous-v3", bins, obs_stats, args, stop=[2]) == []

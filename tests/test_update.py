@@ -1,4 +1,4 @@
-"""A whole PPO update and the advantages, against Stable-Baselines3 from the same weights and rollout."""
+"""A whole PPO or A2C update and the advantages, against Stable-Baselines3 from the same weights and rollout."""
 
 import shutil
 
@@ -6,11 +6,13 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from stable_baselines3 import PPO
+from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from stable_baselines3.common.vec_env import DummyVecEnv
 
+import sa2c_atari
 from sppo_atari import Agent, Args, compute_gae, minibatch_loss, update
 
 STEPS, ENVS, ACTIONS = 16, 4, 6
@@ -99,6 +101,68 @@ def test_update_matches_stable_baselines3(monkeypatch, norm_adv):
     for module, ours in pairs:
         for name, parameter in ours.named_parameters():
             torch.testing.assert_close(parameter, module.get_parameter(name), atol=1e-5, rtol=1e-5)
+
+
+def test_rmsprop_steps_worked_by_hand():
+    """lr 0.1, alpha 0.9, eps 0.04: v = 0.9 + 0.1 * 4 = 1.3, then 0.9 * 1.3 + 0.1 * 1 = 1.27."""
+    weight = torch.tensor([1.0, 5.0])
+    square_avg = torch.ones(2)
+    weight.grad = torch.tensor([2.0, 0.0])
+    sa2c_atari.rmsprop_tf([weight], [square_avg], 0.1, 0.9, 0.04)
+    assert square_avg.tolist() == pytest.approx([1.3, 0.9])
+    first = 1 - 0.1 * 2 / (1.3 + 0.04) ** 0.5
+    assert weight.tolist() == pytest.approx([first, 5.0])
+    weight.grad = torch.tensor([-1.0, 0.5])
+    sa2c_atari.rmsprop_tf([weight], [square_avg], 0.1, 0.9, 0.04)
+    assert square_avg.tolist() == pytest.approx([1.27, 0.835])
+    assert weight.tolist() == pytest.approx([first + 0.1 / 1.31**0.5, 5 - 0.05 / 0.875**0.5])
+
+
+@pytest.mark.parametrize("norm_adv", [True, False])
+def test_a2c_update_matches_stable_baselines3(norm_adv):
+    """Three updates with RMSprop in TensorFlow's form."""
+    torch.manual_seed(3)
+    agent = Agent(ACTIONS)
+    torch.nn.init.orthogonal_(agent.actor.weight, 1.0)
+    obs, actions, logprobs, values, rewards, dones = random_rollout(agent)
+    args = sa2c_atari.Args(alpha=1.0, beta=0.0, norm_adv=norm_adv)
+    sb3 = A2C(
+        "CnnPolicy",
+        DummyVecEnv([Screens] * ENVS),
+        learning_rate=args.learning_rate,
+        n_steps=STEPS,
+        ent_coef=args.ent_coef,
+        vf_coef=args.vf_coef,
+        max_grad_norm=args.max_grad_norm,
+        normalize_advantage=norm_adv,
+        policy_kwargs={"optimizer_class": RMSpropTFLike, "optimizer_kwargs": {"alpha": 0.99, "eps": 1e-5}},
+        device="cpu",
+    )
+    sb3.set_logger(Logger(None, []))
+    theirs = sb3.policy
+    pairs = [
+        *((theirs.features_extractor.cnn[i], agent.network[i]) for i in (0, 2, 4)),
+        (theirs.features_extractor.linear[0], agent.network[7]),
+        (theirs.action_net, agent.actor),
+        (theirs.value_net, agent.critic),
+    ]
+    for module, ours in pairs:
+        module.load_state_dict(ours.state_dict())
+    before = agent.actor.weight.clone()
+
+    next_values = torch.full((ENVS,), 0.3)
+    fill(sb3.rollout_buffer, obs, actions, logprobs, values, rewards, dones)
+    sb3.rollout_buffer.compute_returns_and_advantage(next_values, dones[-1].numpy())
+    advantages, returns = compute_gae(rewards, values, dones, next_values, 0.99, 1.0)
+    batch = tuple(tensor.flatten(0, 1) for tensor in (obs, actions, advantages, returns))
+    square_avgs = [torch.ones_like(parameter) for parameter in agent.parameters()]
+    for _ in range(3):
+        sb3.train()
+        sa2c_atari.update(agent, square_avgs, args.learning_rate, sa2c_atari.rollout_loss, args, batch)
+    assert (agent.actor.weight - before).abs().max() > 1e-5
+    for module, ours in pairs:
+        for name, parameter in ours.named_parameters():
+            torch.testing.assert_close(parameter, module.get_parameter(name), atol=1e-6, rtol=1e-5)
 
 
 def test_sppo_update_matches_its_control():
