@@ -211,7 +211,8 @@ def make_env(env_id: str, **kwargs) -> gymnasium.Env:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*out of date.*")  # the paper's tasks are the -v4 ones
         env = gymnasium.make(env_id, disable_env_checker=True, **kwargs)
-    return env if len(env.observation_space.shape) == 1 else gymnasium.wrappers.FlattenObservation(env)
+    shape = env.observation_space.shape  # None for spaces that check_env refuses
+    return env if shape is None or len(shape) == 1 else gymnasium.wrappers.FlattenObservation(env)
 
 
 def make_bins(space: Box, num_bins: int) -> np.ndarray:
@@ -630,12 +631,14 @@ def check_args(args: Args) -> None:
 
 def check_env(args: Args) -> None:
     """Refuses environments that the script cannot learn, and videos that this machine cannot render."""
+    if args.capture_video and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a screen; mujoco reads it when it is imported
     try:
         env = make_env(resolve_env(args.env_id))
     except ValueError as error:
         fail(str(error))
-    except (ImportError, gymnasium.error.Error) as error:
-        fail(f"--env-id {args.env_id}: Gymnasium cannot make it ({str(error).splitlines()[0]})")
+    except Exception as error:  # each family of environments has errors of its own
+        fail(f"--env-id {args.env_id}: Gymnasium cannot make it ({str(error).splitlines()[0]}); expected one that it can")
     action_space = env.action_space
     if not isinstance(env.observation_space, Box) or not isinstance(action_space, Box) or len(action_space.shape) != 1:
         spaces = f"{type(env.observation_space).__name__} observations and {type(action_space).__name__} actions"
@@ -647,10 +650,10 @@ def check_env(args: Args) -> None:
             env = make_env(resolve_env(args.env_id), render_mode="rgb_array")
             env.reset(seed=0)
             env.render()
-        except Exception as error:  # each renderer has errors of its own
-            fail(
-                f"--capture-video: cannot render ({error}); expected OpenGL, MUJOCO_GL=egl or MUJOCO_GL=osmesa without a screen"
-            )
+        except Exception as error:  # and so has each renderer
+            sys.unraisablehook = lambda unraisable: None  # the half-made renderer complains when it is deleted
+            message = str(error).splitlines()[0]
+            fail(f"--capture-video: cannot render ({message}); expected a screen, or MUJOCO_GL=egl or osmesa with its library")
 
 
 # --- run folder -------------------------------------------------------------------------------------------------------

@@ -1,83 +1,28 @@
-"""Whole runs of the script, as a user starts them: output, determinism, bad input, kills, signals, resuming, W&B."""
+"""Whole runs of sppo_atari.py, as a user starts them: output, determinism, bad input, kills, signals, resuming, W&B."""
 
 import json
 import random
 import re
 import shutil
 import signal
-import struct
-import subprocess
 import sys
 import time
+from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 
+import helpers
 import imageio
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-from wandb.proto import wandb_internal_pb2
+from helpers import ENV, needs_compiler, no_process_outlives_its_test, only, scalars, wait_for, wandb_run  # noqa: F401
 
 import sppo_atari
 
-SCRIPT = Path(__file__).parents[1] / "sppo_atari.py"
+run, start = partial(helpers.run, "sppo_atari.py"), partial(helpers.start, "sppo_atari.py")
 SMALL = ["--env-id", "Breakout", "--num-envs", 4, "--num-steps", 32, "--minibatch-size", 64]
 SMALL += ["--update-epochs", 1, "--num-threads", 1]
 LOSSES = ["policy_loss", "reverse_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac"]
-
-
-ENV = {"PATH": "/usr/bin:/bin", "HOME": "/tmp"}
-started = []
-
-
-@pytest.fixture(autouse=True)
-def no_process_outlives_its_test():
-    yield
-    while started:
-        process = started.pop()
-        if process.poll() is None:
-            process.kill()
-
-
-needs_compiler = pytest.mark.skipif(
-    not (shutil.which("c++") or shutil.which("g++")), reason="torch.compile needs a C++ compiler"
-)
-
-
-def start(*args, **kwargs):
-    command = [sys.executable, str(SCRIPT), *map(str, args)]
-    started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs))
-    return started[-1]
-
-
-def run(*args, code=0, **kwargs):
-    process = start(*args, **kwargs)
-    out, err = process.communicate()
-    assert process.returncode == code, err
-    return out, err
-
-
-def scalars(folder):
-    """tag -> [(step, value)] in the order of the event files."""
-    found = {}
-    for path in sorted(folder.glob("events.out.tfevents.*")):
-        for event in EventFileLoader(str(path)).Load():
-            for value in event.summary.value:
-                found.setdefault(value.tag, []).append((event.step, value.tensor.float_val[0]))
-    return found
-
-
-def only(folder, pattern="*"):
-    (path,) = folder.glob(pattern)
-    return path
-
-
-def wait_for(condition, seconds=120):
-    end = time.time() + seconds
-    while not condition():
-        assert time.time() < end, "waited too long"
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -114,32 +59,6 @@ def test_a_run_leaves_what_the_readme_says(noisy_run):
     assert rates == pytest.approx([2.5e-4 * left / 10 for left in range(10, 0, -1)])
     assert all(0 < rate < 0.35 for _, rate in logged["charts/noise_rate"])
     assert all(0 <= share <= 1 for _, share in logged["charts/adv_sign_change"])
-
-
-def wandb_records(path):
-    """The records of an offline W&B file: a 7-byte header, then LevelDB log blocks of 32 KiB holding protobufs."""
-    data, position, record = path.read_bytes(), 7, b""
-    while position + 7 <= len(data):
-        left = 32768 - position % 32768
-        _, length, kind = struct.unpack("<IHB", data[position : position + 7]) if left >= 7 else (0, 0, 0)
-        if kind == 0:
-            position += left
-            continue
-        record += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # a whole record, or the last piece of one
-            yield wandb_internal_pb2.Record.FromString(record)
-            record = b""
-
-
-def wandb_run(path):
-    config, history = {}, []
-    for record in wandb_records(path):
-        for item in record.run.config.update:
-            config[item.key] = json.loads(item.value_json)
-        if record.WhichOneof("record_type") == "history":
-            history.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
-    return config, history
 
 
 def test_wandb_offline_records_config_scalars_and_video(noisy_run):
