@@ -1,13 +1,15 @@
 """Speed of the scripts beside Stable-Baselines3: whole training loops, side by side, in the order A B A B.
 
-    python benchmark/speed.py                  # the README's tables, about 10 minutes on two cores
-    python benchmark/speed.py --iterations 4 --rounds 1
+    python benchmark/speed.py atari-ppo        # sppo_atari.py on Alien; the others: atari-a2c, dppo, da2c (Walker2d-v4)
+    python benchmark/speed.py dppo --blocks 4 --rounds 1
 
-Each arm is a process of its own (so that peak memory is its own) that trains for a few iterations; the first two of each
-process are warm-up and do not count. The figure is the median of environment steps per second over all others, and
-the ratio of these medians, on the CPU. Writes benchmark/results/speed_atari_ppo.md and .json. Nothing else should run.
+Each arm is a process of its own (so that peak memory is its own) that trains for a few blocks of iterations; the first two
+of each process are warm-up and do not count. The figure is the median of environment steps per second over all others,
+and the ratio of these medians, on the CPU. What the reverse term costs is measured on updates alone, in pairs, against
+a loss that has no such term in its code. Writes benchmark/results/speed_{suite}.md and .json. Nothing else should run.
 """
 
+import importlib
 import json
 import os
 import platform
@@ -19,6 +21,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,172 +31,314 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import sppo_atari
 
-WARM_UP = 2  # iterations
-BATCH = 1024  # 8 games x 128 steps
-ARMS = {  # label: arguments of sppo_atari.py (None: Stable-Baselines3)
-    "SB3 PPO": None,
-    "PPO (α 1, β 0)": ["--alpha", "1", "--beta", "0"],
-    "SPPO (α 0.5, β 10)": ["--alpha", "0.5", "--beta", "10"],
-    "SPPO with --bf16": ["--alpha", "0.5", "--beta", "10", "--bf16"],
+WARM_UP = 2  # blocks
+SB3 = "Stable-Baselines3"
+
+
+@dataclass
+class Suite:
+    script: str
+    algorithm: str  # of SB3
+    env_id: str
+    num_envs: int
+    num_steps: int
+    block: int  # iterations between two readings of the clock
+    threads: int  # CPU threads, 0 for all
+    arms: dict[str, str]  # label: arguments of the script
+
+
+SUITES = {
+    "atari-ppo": Suite(
+        "sppo_atari",
+        "ppo",
+        "Alien",
+        8,
+        128,
+        1,
+        0,
+        {
+            "PPO (α 1, β 0)": "--alpha 1 --beta 0",
+            "SPPO (α 0.5, β 10)": "--alpha 0.5 --beta 10",
+            "SPPO with --bf16": "--alpha 0.5 --beta 10 --bf16",
+        },
+    ),
+    "atari-a2c": Suite(
+        "sa2c_atari",
+        "a2c",
+        "Alien",
+        16,
+        5,
+        20,
+        0,
+        {
+            "A2C (α 1, β 0)": "--alpha 1 --beta 0",
+            "SA2C (α 0.5, β 5)": "--alpha 0.5 --beta 5",
+            "SA2C with --bf16": "--alpha 0.5 --beta 5 --bf16",
+        },
+    ),
+    "dppo": Suite(
+        "dsppo_continuous",
+        "ppo",
+        "Walker2d-v4",
+        1,
+        2048,
+        1,
+        1,
+        {
+            "Gaussian PPO": "--num-bins 0 --alpha 1 --beta 0",
+            "DPPO (α 1, β 0)": "--alpha 1 --beta 0",
+            "DSPPO (α 0.5, β 20)": "--alpha 0.5 --beta 20",
+            "DSPPO with --compile": "--alpha 0.5 --beta 20 --compile",
+        },
+    ),
+    "da2c": Suite(
+        "dsa2c_continuous",
+        "a2c",
+        "Walker2d-v4",
+        4,
+        8,
+        100,
+        1,
+        {
+            "Gaussian A2C": "--num-bins 0 --alpha 1 --beta 0",
+            "DA2C (α 1, β 0)": "--alpha 1 --beta 0",
+            "DSA2C (α 0.5, β 0.2)": "--alpha 0.5 --beta 0.2",
+            "DSA2C with --compile": "--alpha 0.5 --beta 0.2 --compile",
+        },
+    ),
 }
 
 
 @dataclass
 class Args:
-    env_id: str = "Alien"
-    """the game, without a suffix"""
-    iterations: int = 10
-    """counted iterations of each process"""
+    suite: tyro.conf.Positional[Literal["atari-ppo", "atari-a2c", "dppo", "da2c"]] = "atari-ppo"
+    """which script"""
+    blocks: int = 6
+    """counted blocks of each process"""
     rounds: int = 2
     """times that the arms take turns"""
     pairs: int = 10
     """pairs of updates that measure what the reverse term costs"""
-    num_threads: int = os.cpu_count()
-    """CPU threads of each arm"""
 
 
-def measure(args: Args, arm: list[str] | None) -> tuple[list[float], float]:
-    """Environment steps per second of each counted iteration, and the peak resident memory in MiB, of a fresh process."""
-    total = str(BATCH * (WARM_UP + args.iterations))
+def measure(args: Args, suite: Suite, arm: str | None, threads: int) -> tuple[list[float], float]:
+    """Environment steps per second of each counted block, and the peak resident memory in MiB, of a fresh process."""
+    batch = suite.num_envs * suite.num_steps * suite.block
+    total = str(batch * (WARM_UP + args.blocks))
     with tempfile.TemporaryDirectory() as folder:
-        common = ["--env-id", args.env_id, "--total-timesteps", total, "--num-threads", str(args.num_threads)]
-        common += ["--eval-episodes", "0"]
+        common = f"--env-id {suite.env_id} --total-timesteps {total} --num-threads {threads} --eval-episodes 0".split()
         if arm is None:
-            command = ["benchmark/sb3_peer.py", *common, "--csv", f"{folder}/sb3.csv", "--times", f"{folder}/times.json"]
+            command = ["benchmark/sb3_peer.py", "--algorithm", suite.algorithm, *common]
+            command += ["--csv", f"{folder}/sb3.csv", "--times", f"{folder}/times.json"]
         else:
-            command = ["sppo_atari.py", *common, *arm, "--no-cuda", "--run-dir", folder]
-        process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            command = [f"{suite.script}.py", *common, *arm.split(), "--no-cuda", "--run-dir", folder]
+            if suite.block > 1:
+                command += ["--log-interval", str(suite.block), "--checkpoint-interval", str(1000 * suite.block)]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen([sys.executable, *command], env=environment, **quiet)
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             sys.exit(f"failed: {' '.join(command)}")
         if arm is None:  # the time at which each rollout began
-            times = json.loads(Path(folder, "times.json").read_text())
-        else:  # the time at which each iteration was logged
+            times = json.loads(Path(folder, "times.json").read_text())[:: suite.block]
+        else:  # the time at which each block was logged
             (path,) = Path(folder).glob("*/events.out.tfevents.*")
             events = EventFileLoader(str(path)).Load()
             times = [e.wall_time for e in events for v in e.summary.value if v.tag == "charts/SPS"]
-    return (BATCH / np.diff(times)[-args.iterations :]).tolist(), usage.ru_maxrss / 1024
+    return (batch / np.diff(times)[-args.blocks :]).tolist(), usage.ru_maxrss / 1024
 
 
-def phases(args: Args) -> dict[str, float]:
-    """Seconds of one iteration by phase, the matrix-multiply rate of this machine, and SPPO against PPO, paired."""
-    torch.set_num_threads(args.num_threads)
-    sppo_atari.keep_freed_memory()
-    _, rom = sppo_atari.resolve_game(args.env_id)
-    envs = sppo_atari.make_envs(rom, 8, sppo_atari.Args(num_threads=args.num_threads))
+def timed(function, count: int = 1) -> float:
+    begin = time.perf_counter()
+    for _ in range(count):
+        function()
+    return time.perf_counter() - begin
+
+
+def plain_ppo_loss(logprobs, old_logprobs, advantages, clip_coef, Z, literal_signs):
+    """`symmetric_ppo_loss` without the reverse term: what a PPO script computes."""
+    logratio = logprobs - old_logprobs
+    ratio = logratio.clamp(-20, 20).exp()
+    surrogate = advantages * ratio
+    with torch.no_grad():
+        clipped = advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef)
+        kept = surrogate <= clipped
+        stats = {
+            "old_approx_kl": -logratio.mean(),
+            "approx_kl": (logratio.clamp(-20, 20).expm1() - logratio).mean(),
+            "clipfrac": ((ratio - 1).abs() > clip_coef).float().mean(),
+        }
+    return -torch.where(kept, surrogate, clipped).mean(), torch.zeros(()), stats
+
+
+def plain_a2c_loss(logprobs, advantages, Z, literal_signs):
+    """`symmetric_a2c_loss` without the reverse term: what an A2C script computes."""
+    return -(advantages * logprobs).mean(), torch.zeros(())
+
+
+def atari_parts(suite: Suite, script):
+    """Functions that play one step with random actions and that act, and the batch and arguments of an update."""
+    args = script.Args(num_threads=torch.get_num_threads(), num_envs=suite.num_envs, num_steps=suite.num_steps)
+    envs = script.make_envs(script.resolve_game(suite.env_id)[1], suite.num_envs, args)
     frames, _ = envs.reset(seed=1)
-    agent = sppo_atari.Agent(int(envs.single_action_space.n))
-    optimizer = torch.optim.Adam(agent.parameters(), lr=1e-5, eps=1e-5, fused=True)
-
-    def timed(function, count=1):
-        begin = time.perf_counter()
-        for _ in range(count):
-            function()
-        return time.perf_counter() - begin
-
-    obs = torch.zeros((BATCH, 84, 84, 4), dtype=torch.uint8).permute(0, 3, 1, 2)
-    actions, rng = torch.zeros(BATCH, dtype=torch.int64), np.random.default_rng(0)
+    agent, rng = script.Agent(int(envs.single_action_space.n)), np.random.default_rng(0)
+    size = suite.num_envs * suite.num_steps
+    obs = torch.zeros((size, 84, 84, 4), dtype=torch.uint8).permute(0, 3, 1, 2)
 
     def play():
         nonlocal frames
-        frames, *_ = envs.step(rng.integers(envs.single_action_space.n, size=8))
+        frames, *_ = envs.step(rng.integers(envs.single_action_space.n, size=suite.num_envs))
 
     def think():
         with torch.no_grad():
-            actions[:8], _, _ = sppo_atari.act(agent, obs[:8])
+            script.act(agent, obs[: suite.num_envs])
 
-    for i in range(BATCH // 8):
-        obs[8 * i : 8 * i + 8] = torch.as_tensor(frames)
+    for i in range(0, size, suite.num_envs):
+        obs[i : i + suite.num_envs] = torch.as_tensor(frames)
         play()
     with torch.no_grad():
-        actions, logprobs, values = sppo_atari.act(agent, obs)
-    batch = (obs, actions, logprobs, torch.randn(BATCH), values)
-    symmetric_ppo_loss = sppo_atari.symmetric_ppo_loss
+        actions, logprobs, values = script.act(agent, obs)
+    old = [logprobs] if suite.algorithm == "ppo" else []
+    batch = (obs, actions, *old, torch.randn(size), values)
+    if suite.algorithm == "ppo":
+        optimizer = torch.optim.Adam(agent.parameters(), lr=1e-5, eps=1e-5, fused=True)
+        before = (agent, optimizer, script.minibatch_loss, args, torch.tensor(0.1))
+    else:
+        square_avgs = [torch.ones_like(parameter) for parameter in agent.parameters()]
+        before = (agent, square_avgs, 1e-5, script.rollout_loss, args)
+    return play, think, lambda: script.update(*before, batch)
 
-    def ppo_loss(logprobs, old_logprobs, advantages, clip_coef, Z, literal_signs):
-        """symmetric_ppo_loss without the reverse term: what a PPO script computes."""
-        logratio = logprobs - old_logprobs
-        ratio = logratio.exp()
-        policy_loss = -torch.min(advantages * ratio, advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef)).mean()
-        with torch.no_grad():
-            stats = {"old_approx_kl": -logratio.mean(), "approx_kl": (ratio - 1 - logratio).mean()}
-            stats["clipfrac"] = ((ratio - 1).abs() > clip_coef).float().mean()
-        return policy_loss, torch.zeros(()), stats
 
-    def learn(loss, **settings):
-        sppo_atari.symmetric_ppo_loss = loss
-        settings = sppo_atari.Args(**settings)
-        sppo_atari.update(agent, optimizer, sppo_atari.minibatch_loss, settings, torch.tensor(0.1), batch)
+def continuous_parts(suite: Suite, script):
+    """As `atari_parts`; acting holds the normalisation."""
+    args = script.Args(num_envs=suite.num_envs, num_steps=suite.num_steps)
+    envs = [script.make_env(suite.env_id) for _ in range(suite.num_envs)]
+    raw_obs, space, rng = np.array([env.reset(seed=1)[0] for env in envs]), envs[0].action_space, np.random.default_rng(0)
+    bins, agent = script.make_bins(space, 11), script.Agent(raw_obs.shape[1], *space.shape, 11)
+    weights, actor, stats = (
+        script.flatten_parameters(agent),
+        script.numpy_actor(agent),
+        script.RunningMeanStd(raw_obs.shape[1:]),
+    )
+    noise = script.exploration_noise(rng, (suite.num_envs, *space.shape), 11)
+
+    def play():
+        script.step_envs(envs, script.to_env(rng.integers(11, size=(suite.num_envs, *space.shape)), space, bins))
+
+    def think():
+        stats.update(raw_obs)
+        script.act(actor, script.normalise_obs(raw_obs, stats), noise)
+
+    size = suite.num_envs * suite.num_steps
+    obs, actions = torch.randn(size, raw_obs.shape[1]), torch.randint(11, (size, *space.shape))
+    with torch.no_grad():
+        logprobs, _, values = agent(obs, actions)
+    if suite.algorithm == "ppo":
+        optimizer = torch.optim.Adam([weights], lr=1e-5, eps=1e-5, fused=True)
+        batch, loss = (obs, actions, logprobs, torch.randn(size), values), lambda: script.minibatch_loss
+    else:
+        optimizer = torch.optim.RMSprop([weights], lr=1e-5, eps=1e-5)
+        batch, loss = (obs, actions, torch.randn(size), values), lambda: script.rollout_loss
+    return play, think, lambda: script.update(agent, weights, optimizer, loss(), args, batch)
+
+
+def phases(args: Args, suite: Suite, threads: int) -> dict:
+    """Seconds of one iteration by phase, each measured alone, and updates with and without the reverse term in pairs."""
+    torch.set_num_threads(threads)
+    script = importlib.import_module(suite.script)
+    name = f"symmetric_{suite.algorithm}_loss"
+    symmetric, plain = getattr(script, name), {"ppo": plain_ppo_loss, "a2c": plain_a2c_loss}[suite.algorithm]
+    if "atari" in suite.script:
+        script.keep_freed_memory()
+    play, think, learn = (atari_parts if "atari" in suite.script else continuous_parts)(suite, script)
+
+    def update(loss):
+        setattr(script, name, loss)
+        learn()
 
     left, right = torch.randn(2, 2048, 2048)
+    # whole blocks of updates, so that a pair takes seconds; the order within a pair alternates
+    count = suite.block
     found = defaultdict(list)
-    for _ in range(1 + args.pairs):
-        found["environments"].append(timed(play, 128))
-        found["acting"].append(timed(think, 128))
-        found["update, PPO"].append(timed(lambda: learn(ppo_loss, alpha=1.0, beta=0.0)))
-        found["update, SPPO"].append(timed(lambda: learn(symmetric_ppo_loss, alpha=0.5, beta=10.0)))
-        found["matmul"].append(timed(lambda: left @ right, 10) / 10)
-    medians = {name: float(np.median(seconds[1:])) for name, seconds in found.items()}
-    pairs = np.array(found["update, SPPO"][1:]) / np.array(found["update, PPO"][1:])
-    # NatureCNN: 18.7 MFLOP forward, twice that backward less the first layer's input gradient (6.6)
-    update_flop = 4 * BATCH * (3 * 18.7e6 - 6.6e6)
-    return {
+    for pair in range(1 + args.pairs):
+        found["environments"].append(timed(play, suite.num_steps))
+        found["acting"].append(timed(think, suite.num_steps))
+        losses = [("update, plain", plain), ("update", symmetric)]
+        for label, loss in losses if pair % 2 else losses[::-1]:
+            found[label].append(timed(lambda loss=loss: update(loss), count) / count)
+        found["matmul"].append(timed(lambda: left @ right, 3) / 3)
+    medians = {label: float(np.median(seconds[1:])) for label, seconds in found.items()}
+    ratios = np.array(found["update"][1:]) / np.array(found["update, plain"][1:])
+    result = {
         **medians,
-        "update, SPPO / PPO": float(np.median(pairs)),
-        "quartiles": np.percentile(pairs, (25, 75)).tolist(),
+        "update, symmetric / plain": float(np.median(ratios)),
+        "quartiles": np.percentile(ratios, (25, 75)).tolist(),
         "matmul GFLOP/s": 2 * 2048**3 / medians["matmul"] / 1e9,
-        "update GFLOP/s": update_flop / medians["update, SPPO"] / 1e9,
     }
+    if "atari" in suite.script:
+        # NatureCNN: 18.7 MFLOP forward, twice that backward less the first layer's input gradient (6.6)
+        epochs = 4 if suite.algorithm == "ppo" else 1
+        flop = epochs * suite.num_envs * suite.num_steps * (3 * 18.7e6 - 6.6e6)
+        result["update GFLOP/s"] = flop / medians["update"] / 1e9
+    return result
 
 
 def main(args: Args) -> None:
     os.chdir(Path(__file__).parents[1])
+    suite = SUITES[args.suite]
+    threads = suite.threads or os.cpu_count()
     speeds, memory = defaultdict(list), defaultdict(float)
     # without bf16 instructions a CPU emulates them, at a tenth of the speed: nothing to compare
-    arms = {label: arm for label, arm in ARMS.items() if "--bf16" not in (arm or []) or sppo_atari.cpu_has_bf16()}
+    arms = {SB3: None, **{label: arm for label, arm in suite.arms.items() if "bf16" not in arm or sppo_atari.cpu_has_bf16()}}
     for turn in range(args.rounds):
         for label, arm in arms.items():
-            rates, peak = measure(args, arm)
+            rates, peak = measure(args, suite, arm, threads)
             speeds[label] += rates
             memory[label] = max(memory[label], peak)
             print(f"round {turn + 1}, {label}: {np.median(rates):.0f} steps/s, {peak:.0f} MiB", flush=True)
-    parts = phases(args)
+    parts = phases(args, suite, threads)
 
     medians = {label: float(np.median(rates)) for label, rates in speeds.items()}
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
     bf16 = "has" if sppo_atari.cpu_has_bf16() else "has no"
-    names = ("torch", "stable-baselines3", "gymnasium", "ale-py", "numpy")
+    names = ("torch", "stable-baselines3", "gymnasium", "ale-py", "mujoco", "numpy")
     versions = {"python": platform.python_version(), **{name: version(name) for name in names}}
     lines = [
-        f"{args.env_id}, 8 games x 128 steps, {args.num_threads} threads of {cpu}, which {bf16} bf16 instructions; "
-        f"{args.rounds} rounds of {args.iterations} iterations after {WARM_UP} of warm-up.",
+        f"{suite.env_id}, {suite.num_envs} x {suite.num_steps} steps, {threads} threads of {cpu}, which {bf16} bf16 "
+        f"instructions; {args.rounds} rounds of {args.blocks} blocks of {suite.block} iterations after {WARM_UP} of warm-up.",
         "",
         "| | steps/s, median (quartiles) | against SB3 | peak memory |",
         "|---|---|---|---|",
     ]
     for label, rates in speeds.items():
         low, high = np.percentile(rates, (25, 75))
-        ratio = medians[label] / medians["SB3 PPO"]
-        lines.append(f"| {label} | {medians[label]:.0f} ({low:.0f} to {high:.0f}) | {ratio:.2f} x | {memory[label]:.0f} MiB |")
+        ratio = medians[label] / medians[SB3]
+        lines.append(
+            f"| {label} | {medians[label]:,.0f} ({low:,.0f} to {high:,.0f}) | {ratio:.2f} x | {memory[label]:.0f} MiB |"
+        )
     low, high = parts["quartiles"]
-    whole = parts["environments"] + parts["acting"] + parts["update, SPPO"]
+    whole = parts["environments"] + parts["acting"] + parts["update"]
     lines += [
         "",
-        f"An update of SPPO (α 0.5, β 10) beside one of a PPO without the reverse term in its code, in turns: "
-        f"{parts['update, SPPO / PPO']:.3f} x the time (quartiles {low:.3f} to {high:.3f} of {args.pairs} pairs).",
+        "An update beside one without the reverse term in its code, in turns: "
+        f"{parts['update, symmetric / plain']:.3f} x the time (quartiles {low:.3f} to {high:.3f} of {args.pairs} pairs).",
         "",
-        "| phase of an iteration | seconds | share |",
+        "| phase of an iteration, measured alone | ms | share |",
         "|---|---|---|",
         *(
-            f"| {label} | {parts[name]:.2f} | {parts[name] / whole:.0%} |"
-            for label, name in (("environments", "environments"), ("acting", "acting"), ("update", "update, SPPO"))
+            f"| {name} | {1000 * parts[name]:.1f} | {parts[name] / whole:.0%} |"
+            for name in ("environments", "acting", "update")
         ),
-        "",
-        f"The update runs at {parts['update GFLOP/s']:.0f} GFLOP/s; a 2048 x 2048 float32 matrix product on this machine at "
-        f"{parts['matmul GFLOP/s']:.0f} ({parts['update GFLOP/s'] / parts['matmul GFLOP/s']:.0%} of it).",
     ]
-    stem = Path("benchmark/results/speed_atari_ppo")
+    if "update GFLOP/s" in parts:
+        lines += [
+            "",
+            f"The update runs at {parts['update GFLOP/s']:.0f} GFLOP/s; a 2048 x 2048 float32 matrix product at "
+            f"{parts['matmul GFLOP/s']:.0f} ({parts['update GFLOP/s'] / parts['matmul GFLOP/s']:.0%} of it).",
+        ]
+    stem = Path("benchmark/results") / f"speed_{args.suite}"
     stem.parent.mkdir(exist_ok=True)
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
     about = {"commit": sppo_atari.git_commit(), "versions": versions, "cpu": cpu}
