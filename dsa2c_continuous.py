@@ -73,7 +73,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-import wandb
 from gymnasium.spaces import Box
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -572,6 +571,8 @@ def check_args(args: Args) -> None:
     require("compile", compiler or not args.compile, "a C++ compiler on the PATH with it")
     check_env(args)
     if args.track and os.environ.get("WANDB_MODE", "online") == "online":
+        import wandb
+
         try:
             wandb.login()
         except wandb.errors.Error as error:
@@ -677,6 +678,8 @@ def open_run(args: Args, env_id: str, device: torch.device) -> tuple[Path, dict 
 
 def track_run(args: Args, run_folder: Path, identity: dict) -> None:
     """Starts the W&B run, or continues the one with this `run_id`. It logs what TensorBoard gets."""
+    import wandb
+
     wandb.init(
         project=args.wandb_project_name,
         entity=args.wandb_entity,
@@ -739,6 +742,8 @@ def main(args: Args) -> None:
             return
         (run_folder / "result.json").unlink()
     if args.track:
+        import wandb  # a second and 20 MB that only a tracked run pays
+
         track_run(args, run_folder, identity)
     writer = SummaryWriter(run_folder)
     policy = f"{args.num_bins} bins a dimension" if args.num_bins else "Gaussian"

@@ -76,7 +76,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-import wandb
 from gymnasium.spaces import Box
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -391,12 +390,12 @@ def symmetric_ppo_loss(
     with torch.no_grad():
         clipped = advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef)
         kept = surrogate <= clipped  # the minimum is the surrogate; where it is not, the clip has cut the gradient
+        signed = advantages.abs() if literal_signs else advantages
+        weights = torch.where(kept, -signed * Z, 0.0)
     policy_loss = -torch.where(kept, surrogate, clipped).mean()
-
     # 1 / pi_old_i is a constant: no gradient hangs on its clamp, which keeps it from overflowing float32
     others = (-old_logprobs).clamp(max=60).exp() - ratio  # sum_{j != i} pi_j / pi_old_i
-    signed = advantages.abs() if literal_signs else advantages
-    reverse_loss = torch.where(kept, -signed * Z * others, 0.0).mean()
+    reverse_loss = (weights * others).mean()
 
     with torch.no_grad():
         stats = {
@@ -426,9 +425,10 @@ def factored_ppo_reverse(
     with torch.no_grad():
         ratio = logratios.sum(-1).clamp(-20, 20).exp()
         kept = advantages * ratio <= advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef)
+        signed = advantages.abs() if literal_signs else advantages
+        weights = torch.where(kept, -signed * Z, 0.0)
     others = ((-old_logprobs).clamp(max=60).exp() - logratios.clamp(-20, 20).exp()).sum(-1)
-    signed = advantages.abs() if literal_signs else advantages
-    return torch.where(kept, -signed * Z * others, 0.0).mean()
+    return (weights * others).mean()
 
 
 def minibatch_loss(agent, args, obs, actions, old_logprobs, advantages, returns):
@@ -623,6 +623,8 @@ def check_args(args: Args) -> None:
     require("compile", compiler or not args.compile, "a C++ compiler on the PATH with it")
     check_env(args)
     if args.track and os.environ.get("WANDB_MODE", "online") == "online":
+        import wandb
+
         try:
             wandb.login()
         except wandb.errors.Error as error:
@@ -728,6 +730,8 @@ def open_run(args: Args, env_id: str, device: torch.device) -> tuple[Path, dict 
 
 def track_run(args: Args, run_folder: Path, identity: dict) -> None:
     """Starts the W&B run, or continues the one with this `run_id`. It logs what TensorBoard gets."""
+    import wandb
+
     wandb.init(
         project=args.wandb_project_name,
         entity=args.wandb_entity,
@@ -790,6 +794,8 @@ def main(args: Args) -> None:
             return
         (run_folder / "result.json").unlink()
     if args.track:
+        import wandb  # a second and 20 MB that only a tracked run pays
+
         track_run(args, run_folder, identity)
     writer = SummaryWriter(run_folder)
     policy = f"{args.num_bins} bins a dimension" if args.num_bins else "Gaussian"

@@ -68,7 +68,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-import wandb
 from ale_py.vector_env import AtariVectorEnv
 from gymnasium.vector import AutoresetMode
 from torch.utils.tensorboard import SummaryWriter
@@ -499,6 +498,8 @@ def check_args(args: Args) -> None:
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
     require("compile", compiler or not args.compile, "a C++ compiler on the PATH with it")
     if args.track and os.environ.get("WANDB_MODE", "online") == "online":
+        import wandb
+
         try:
             wandb.login()
         except wandb.errors.Error as error:
@@ -577,6 +578,8 @@ def open_run(args: Args, env_id: str, device: torch.device) -> tuple[Path, dict 
 
 def track_run(args: Args, run_folder: Path, identity: dict) -> None:
     """Starts the W&B run, or continues the one with this `run_id`. It logs what TensorBoard gets."""
+    import wandb
+
     wandb.init(
         project=args.wandb_project_name,
         entity=args.wandb_entity,
@@ -654,6 +657,8 @@ def main(args: Args) -> None:
             return
         (run_folder / "result.json").unlink()
     if args.track:
+        import wandb  # a second and 20 MB that only a tracked run pays
+
         track_run(args, run_folder, identity)
     writer = SummaryWriter(run_folder)
     print(

@@ -70,7 +70,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-import wandb
 from ale_py.vector_env import AtariVectorEnv
 from gymnasium.vector import AutoresetMode
 from torch.utils.tensorboard import SummaryWriter
@@ -318,12 +317,12 @@ def symmetric_ppo_loss(
     with torch.no_grad():
         clipped = advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef)
         kept = surrogate <= clipped  # the minimum is the surrogate; where it is not, the clip has cut the gradient
+        signed = advantages.abs() if literal_signs else advantages
+        weights = torch.where(kept, -signed * Z, 0.0)
     policy_loss = -torch.where(kept, surrogate, clipped).mean()
-
     # 1 / pi_old_i is a constant: no gradient hangs on its clamp, which keeps it from overflowing float32
     others = (-old_logprobs).clamp(max=60).exp() - ratio  # sum_{j != i} pi_j / pi_old_i
-    signed = advantages.abs() if literal_signs else advantages
-    reverse_loss = torch.where(kept, -signed * Z * others, 0.0).mean()
+    reverse_loss = (weights * others).mean()
 
     with torch.no_grad():
         stats = {
@@ -525,6 +524,8 @@ def check_args(args: Args) -> None:
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
     require("compile", compiler or not args.compile, "a C++ compiler on the PATH with it")
     if args.track and os.environ.get("WANDB_MODE", "online") == "online":
+        import wandb
+
         try:
             wandb.login()
         except wandb.errors.Error as error:
@@ -603,6 +604,8 @@ def open_run(args: Args, env_id: str, device: torch.device) -> tuple[Path, dict 
 
 def track_run(args: Args, run_folder: Path, identity: dict) -> None:
     """Starts the W&B run, or continues the one with this `run_id`. It logs what TensorBoard gets."""
+    import wandb
+
     wandb.init(
         project=args.wandb_project_name,
         entity=args.wandb_entity,
@@ -680,6 +683,8 @@ def main(args: Args) -> None:
             return
         (run_folder / "result.json").unlink()
     if args.track:
+        import wandb  # a second and 20 MB that only a tracked run pays
+
         track_run(args, run_folder, identity)
     writer = SummaryWriter(run_folder)
     print(
