@@ -205,8 +205,8 @@ def make_env(env_id: str, **kwargs) -> gymnasium.Env:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*out of date.*")  # the paper's tasks are the -v4 ones
         env = gymnasium.make(env_id, disable_env_checker=True, **kwargs)
-    shape = env.observation_space.shape  # None for spaces that check_env refuses
-    return env if shape is None or len(shape) == 1 else gymnasium.wrappers.FlattenObservation(env)
+    flat = not isinstance(env.observation_space, Box) or len(env.observation_space.shape) == 1
+    return env if flat else gymnasium.wrappers.FlattenObservation(env)
 
 
 def make_bins(space: Box, num_bins: int) -> np.ndarray:
