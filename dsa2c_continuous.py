@@ -883,7 +883,8 @@ def main(args: Args) -> None:
         progress.update(batch_size)
 
         # log
-        if (iteration + 1) % args.log_interval == 0 or iteration + 1 == num_iterations or stop:
+        stopping = bool(stop)  # asked once, so that what a signal leaves is logged up to its checkpoint
+        if (iteration + 1) % args.log_interval == 0 or iteration + 1 == num_iterations or stopping:
             stats = {name: torch.stack([each[name] for each in collected]).mean().item() for name in collected[0]}
             end_if_broken(stats)
             recent_returns.extend(finished_returns)
@@ -906,7 +907,7 @@ def main(args: Args) -> None:
             evaluate_and_log()
         if (iteration + 1) % args.checkpoint_interval == 0:
             save_checkpoint()
-        if stop:
+        if stopping:
             break
     progress.close()
     save_checkpoint()
