@@ -89,7 +89,7 @@ class Args:
     torch_deterministic: bool = True
     """make cuDNN choose deterministic kernels"""
     cuda: bool = False
-    """learn on a GPU; for networks as small as these one CPU core is usually faster"""
+    """learn on a GPU; networks as small as these gain nothing from one"""
     track: bool = False
     """log to Weights & Biases (WANDB_MODE=offline works)"""
     wandb_project_name: str = "symmetric-rl"
@@ -100,7 +100,8 @@ class Args:
     """write an mp4 of the first episode of each evaluation to videos/ in the run folder"""
 
     env_id: str = "Hopper"
-    """one of the paper's tasks by its short name (Hopper is Hopper-v4), or any Gymnasium id with Box actions"""
+    """one of the paper's tasks by its short name (Hopper is Hopper-v4), or any Gymnasium id (also module:Id) with Box
+    observations and actions"""
     total_timesteps: int = 2_000_000
     """environment steps, rounded down to whole iterations"""
     learning_rate: float = 7e-4
@@ -188,11 +189,17 @@ TASKS = {
 
 
 def resolve_env(env_id: str) -> str:
-    """The Gymnasium id for a task's short name or id: Hopper -> Hopper-v4, Hopper-v5 -> Hopper-v5.
+    """The Gymnasium id for a task's short name or id: Hopper -> Hopper-v4, Hopper-v5 -> Hopper-v5, module:Id -> Id.
 
-    Raises ValueError with the close matches if Gymnasium knows no such environment.
+    Raises ValueError with the close matches if Gymnasium, with that module imported, knows no such environment.
     """
     env_id = TASKS.get(env_id, env_id)
+    if ":" in env_id:
+        module, _, env_id = env_id.partition(":")
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ValueError(f"--env-id {module}:{env_id}: {error}; expected a module that can be imported") from error
     if env_id not in gymnasium.registry:
         close = difflib.get_close_matches(env_id, [*TASKS, *gymnasium.registry], n=3, cutoff=0.6)
         expected = " or ".join(close) or f"one of {', '.join(TASKS)}, or a Gymnasium id"
@@ -203,7 +210,12 @@ def resolve_env(env_id: str) -> str:
 def make_env(env_id: str, **kwargs) -> gymnasium.Env:
     """One environment with its time limit; observations flat."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*out of date.*")  # the paper's tasks are the -v4 ones
+        # the paper's tasks are the -v4 ones; some of their models use a word that mujoco would do without
+        warnings.filterwarnings("ignore", message=".*(out of date|settotalmass).*")
+        if "mujoco" in str(gymnasium.spec(env_id).entry_point):
+            import mujoco
+
+            mujoco.set_mju_user_warning(warnings.warn)  # it would write MUJOCO_LOG.TXT into the working folder
         env = gymnasium.make(env_id, disable_env_checker=True, **kwargs)
     flat = not isinstance(env.observation_space, Box) or len(env.observation_space.shape) == 1
     return env if flat else gymnasium.wrappers.FlattenObservation(env)
@@ -372,7 +384,8 @@ def symmetric_a2c_loss(
         policy_loss, reverse_loss: scalars, means over all B samples; finite for any finite input.
     """
     signed = advantages.abs() if literal_signs else advantages
-    others = -logprobs.expm1()  # sum_{j != i} pi_j = 1 - pi_i, precise also where pi_i is nearly 1
+    # sum_{j != i} pi_j = 1 - pi_i, precise also where pi_i is nearly 1; a density above 1 (beta is 0 there) counts as 1
+    others = -logprobs.clamp(max=0).expm1()
     return -(advantages * logprobs).mean(), (-signed * Z * others).mean()
 
 
@@ -387,7 +400,7 @@ def factored_a2c_reverse(
     the joint one.
     """
     signed = advantages.abs() if literal_signs else advantages
-    return (signed * Z * logprobs.expm1().sum(-1)).mean()
+    return (signed * Z * logprobs.clamp(max=0).expm1().sum(-1)).mean()
 
 
 def rollout_loss(agent, args, obs, actions, advantages, returns):
@@ -567,6 +580,7 @@ def check_args(args: Args) -> None:
     require(
         "wandb_project_name", re.fullmatch(r"[^/\\#?%:]{1,128}", args.wandb_project_name), "1 to 128 characters but /\\#?%:"
     )
+    require("cuda", args.resume or torch.cuda.is_available() or not args.cuda, "a GPU that torch can use")
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
     require("compile", compiler or not args.compile, "a C++ compiler on the PATH with it")
     check_env(args)
@@ -584,26 +598,29 @@ def check_env(args: Args) -> None:
     if args.capture_video and sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a screen; mujoco reads it when it is imported
     try:
-        env = make_env(resolve_env(args.env_id))
+        env_id = resolve_env(args.env_id)
     except ValueError as error:
         fail(str(error))
+    try:
+        env = make_env(env_id)
     except Exception as error:  # each family of environments has errors of its own
-        fail(f"--env-id {args.env_id}: Gymnasium cannot make it ({str(error).splitlines()[0]}); expected one that it can")
+        reason = " ".join(str(error).split()) or type(error).__name__
+        fail(f"--env-id {args.env_id}: Gymnasium cannot make it ({reason}); expected one that it can")
     action_space = env.action_space
     if not isinstance(env.observation_space, Box) or not isinstance(action_space, Box) or len(action_space.shape) != 1:
         spaces = f"{type(env.observation_space).__name__} observations and {type(action_space).__name__} actions"
         fail(f"--env-id {args.env_id}: has {spaces}; expected Box observations and a one-dimensional Box of actions")
-    if args.num_bins and not action_space.is_bounded():
+    if args.num_bins and not (action_space.is_bounded() and np.isfinite(action_space.high - action_space.low).all()):
         fail(f"--env-id {args.env_id}: its actions are unbounded; expected bounded ones with bins, or --num-bins 0")
     if args.capture_video:
         try:
-            env = make_env(resolve_env(args.env_id), render_mode="rgb_array")
+            env = make_env(env_id, render_mode="rgb_array")
             env.reset(seed=0)
             env.render()
         except Exception as error:  # and so has each renderer
             sys.unraisablehook = lambda unraisable: None  # the half-made renderer complains when it is deleted
-            message = str(error).splitlines()[0]
-            fail(f"--capture-video: cannot render ({message}); expected a screen, or MUJOCO_GL=egl or osmesa with its library")
+            reason = " ".join(str(error).split()) or type(error).__name__
+            fail(f"--capture-video: cannot render ({reason}); expected a screen, or MUJOCO_GL=egl or osmesa with its library")
 
 
 # --- run folder -------------------------------------------------------------------------------------------------------
@@ -657,7 +674,7 @@ def open_run(args: Args, env_id: str, device: torch.device) -> tuple[Path, dict 
             except Exception as error:  # torch names no common type for a file that is no checkpoint
                 fail(f"--resume {args.resume}: cannot load its checkpoint.pt ({type(error).__name__})")
     while not args.resume:
-        run_folder = Path(args.run_dir) / f"{env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        run_folder = Path(args.run_dir) / f"{env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
         try:
             run_folder.mkdir(parents=True)
             break
@@ -832,14 +849,15 @@ def main(args: Args) -> None:
     gc.freeze()  # the collector need not search torch's own objects again and again: a tenth of the run's time
     start_time = time.perf_counter()
     # since the last log entry
-    finished_returns, finished_lengths, collected, noise_seen = [], [], [], []
+    finished_returns, finished_lengths, collected, fits, noise_seen = [], [], [], [], []
     progress = tqdm(total=num_iterations * batch_size, initial=global_step, unit="step", unit_scale=True, disable=None)
     for iteration in range(start_step // batch_size, num_iterations):
         iteration_start = time.perf_counter()
         fraction_left = 1.0 - iteration / num_iterations if args.anneal_lr else 1.0
         optimizer.param_groups[0]["lr"] = fraction_left * args.learning_rate
 
-        # act for num_steps steps
+        # act for num_steps steps, unless the last update broke the policy
+        end_if_broken({"the sum of the weights": weights.sum().item()})
         cut_steps, cut_obs = [], []
         actor = numpy_actor(agent)
         exploration = exploration_noise(action_rng, actions.shape, args.num_bins)
@@ -878,6 +896,7 @@ def main(args: Args) -> None:
             advantages, returns = compute_gae(seen[0], values, seen[1], next_values, args.gamma, args.gae_lambda)
         batch += [advantages.flatten(), returns.flatten()]
         collected.append(update(agent, weights, optimizer, loss_fn, args, tuple(batch)))
+        fits.append(torch.stack([returns, values]))
         noise_seen.append(reward_noise)
         seconds += time.perf_counter() - iteration_start
         progress.update(batch_size)
@@ -894,12 +913,13 @@ def main(args: Args) -> None:
                 stats["charts/episodic_length"] = np.mean(finished_lengths)
             if args.noise == "gaussian":
                 stats["charts/noise_std"] = np.std(noise_seen)
-            stats["losses/explained_variance"] = (1 - (returns - values).var() / returns.var()).item()  # last rollout
+            all_returns, all_values = torch.stack(fits).unbind(1)
+            stats["losses/explained_variance"] = (1 - (all_returns - all_values).var() / all_returns.var()).item()
             stats["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             stats["charts/SPS"] = (global_step - start_step) / (time.perf_counter() - start_time)
             for name, value in stats.items():
                 writer.add_scalar(name, value, global_step)
-            finished_returns, finished_lengths, collected, noise_seen = [], [], [], []
+            finished_returns, finished_lengths, collected, fits, noise_seen = [], [], [], [], []
             if recent_returns:
                 progress.set_postfix_str(f"return {np.mean(recent_returns):.1f}", refresh=False)
         eval_due = args.eval_interval and global_step % args.eval_interval < batch_size

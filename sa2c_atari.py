@@ -300,7 +300,8 @@ def symmetric_a2c_loss(
         policy_loss, reverse_loss: scalars, means over all B samples; finite for any finite input.
     """
     signed = advantages.abs() if literal_signs else advantages
-    others = -logprobs.expm1()  # sum_{j != i} pi_j = 1 - pi_i, precise also where pi_i is nearly 1
+    # sum_{j != i} pi_j = 1 - pi_i, precise also where pi_i is nearly 1; a density above 1 (beta is 0 there) counts as 1
+    others = -logprobs.clamp(max=0).expm1()
     return -(advantages * logprobs).mean(), (-signed * Z * others).mean()
 
 
@@ -557,7 +558,7 @@ def open_run(args: Args, env_id: str, device: torch.device) -> tuple[Path, dict 
             except Exception as error:  # torch names no common type for a file that is no checkpoint
                 fail(f"--resume {args.resume}: cannot load its checkpoint.pt ({type(error).__name__})")
     while not args.resume:
-        run_folder = Path(args.run_dir) / f"{env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        run_folder = Path(args.run_dir) / f"{env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
         try:
             run_folder.mkdir(parents=True)
             break
@@ -742,7 +743,7 @@ def main(args: Args) -> None:
     game_returns, game_lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=int)
     start_time = time.perf_counter()
     # since the last log entry
-    finished_returns, finished_lengths, collected, flips, symbols = [], [], [], 0, 0
+    finished_returns, finished_lengths, collected, fits, flips, symbols = [], [], [], [], 0, 0
     progress = tqdm(total=num_iterations * batch_size, initial=global_step, unit="step", unit_scale=True, disable=None)
     for iteration in range(start_step // batch_size, num_iterations):
         iteration_start = time.perf_counter()
@@ -785,6 +786,7 @@ def main(args: Args) -> None:
             advantages, returns = gae_fn(seen[0], values, seen[1], next_values, args.gamma, args.gae_lambda)
         batch = tuple(tensor.flatten(0, 1) for tensor in (obs, actions, advantages, returns))
         collected.append(update(agent, square_avgs, learning_rate, loss_fn, args, batch))
+        fits.append(torch.stack([returns, values]))
         seconds += time.perf_counter() - iteration_start
         progress.update(batch_size)
 
@@ -800,12 +802,13 @@ def main(args: Args) -> None:
                 stats["charts/episodic_length"] = np.mean(finished_lengths)
             if symbols:
                 stats["charts/noise_rate"] = flips / symbols
-            stats["losses/explained_variance"] = (1 - (returns - values).var() / returns.var()).item()  # last rollout
+            all_returns, all_values = torch.stack(fits).unbind(1)
+            stats["losses/explained_variance"] = (1 - (all_returns - all_values).var() / all_returns.var()).item()
             stats["charts/learning_rate"] = learning_rate
             stats["charts/SPS"] = (global_step - start_step) / (time.perf_counter() - start_time)
             for name, value in stats.items():
                 writer.add_scalar(name, value, global_step)
-            finished_returns, finished_lengths, collected, flips, symbols = [], [], [], 0, 0
+            finished_returns, finished_lengths, collected, fits, flips, symbols = [], [], [], [], 0, 0
             if recent_returns:
                 progress.set_postfix_str(f"return {np.mean(recent_returns):.1f}", refresh=False)
         eval_due = args.eval_interval and global_step % args.eval_interval < batch_size

@@ -583,7 +583,7 @@ def open_run(args: Args, env_id: str, device: torch.device) -> tuple[Path, dict 
             except Exception as error:  # torch names no common type for a file that is no checkpoint
                 fail(f"--resume {args.resume}: cannot load its checkpoint.pt ({type(error).__name__})")
     while not args.resume:
-        run_folder = Path(args.run_dir) / f"{env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        run_folder = Path(args.run_dir) / f"{env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
         try:
             run_folder.mkdir(parents=True)
             break

@@ -146,9 +146,12 @@ def summarise(args: Args, data: pd.DataFrame, stem: Path) -> None:
 
 def main(args: Args) -> None:
     os.chdir(Path(__file__).parents[1])
+    if args.noise and args.suite != "bins":
+        sys.exit(f"learning.py: error: --noise with {args.suite}: expected it with bins only")
     args.arms = args.arms or tuple(SUITES[args.suite])
     args.total_timesteps = args.total_timesteps or STEPS[args.suite]
-    stem = Path("benchmark") / "results" / f"learning_{args.suite}_{args.env_id}{'_noise' if args.noise else ''}"
+    length = "" if args.total_timesteps == STEPS[args.suite] else f"_{args.total_timesteps}"  # never mixed in one csv
+    stem = Path("benchmark") / "results" / f"learning_{args.suite}_{args.env_id}{'_noise' if args.noise else ''}{length}"
     stem.parent.mkdir(exist_ok=True)
     data, about = pd.DataFrame(columns=["arm", "seed", "kind", "global_step", "episodic_return"]), {}
     if stem.with_suffix(".csv").exists():

@@ -197,6 +197,32 @@ def test_factored_ppo_finite_in_float32_for_17_dimensions(logprob, old_logprob, 
         assert torch.isfinite(value).all()
 
 
+@pytest.mark.parametrize("norm_adv", [True, False])
+def test_dsa2c_rollout_loss_is_the_sum_of_its_parts(norm_adv):
+    """alpha, beta, vf_coef and ent_coef reach the parts; --reverse-prob chooses between the reverse losses."""
+    logits, _, logprobs, _, advantages = dims(3, samples=64)
+    values, returns = torch.zeros(64).double(), torch.ones(64).double() * 3
+    entropies = torch.distributions.Independent(torch.distributions.Categorical(logits=logits), 1).entropy()
+    agent = lambda obs, actions: (logprobs, entropies, values)  # noqa: E731
+    used = (advantages - advantages.mean()) / (advantages.std() + 1e-8) if norm_adv else advantages
+    pi = logprobs.exp()
+    reverse = {"joint": (used * (1 - pi.prod(-1))).mean(), "factored": (used * (1 - pi).sum(-1)).mean()}
+    for reverse_prob, expected_reverse in reverse.items():
+        settings = {"alpha": 0.7, "beta": 3.0, "vf_coef": 0.4, "ent_coef": 0.05}
+        args = dsa2c_continuous.Args(**settings, norm_adv=norm_adv, reverse_prob=reverse_prob)
+        loss, stats = dsa2c_continuous.rollout_loss(agent, args, None, None, advantages, returns)
+        expected = 0.7 * -(used * logprobs.sum(-1)).mean() + 3.0 * expected_reverse + 0.4 * 9.0 - 0.05 * entropies.mean()
+        torch.testing.assert_close(loss, expected)
+        assert stats["losses/reverse_loss"].item() == pytest.approx(expected_reverse.item())
+
+
+def test_densities_above_1_leave_a_gaussian_a2c_finite():
+    logprobs = torch.tensor([[60.0, 60.0]], requires_grad=True)  # jointly e^120, more than float32 holds
+    for reverse_loss in (symmetric_a2c_loss(logprobs.sum(-1), torch.ones(1))[1], factored_a2c_reverse(logprobs, torch.ones(1))):
+        (grad,) = torch.autograd.grad(0.0 * reverse_loss, logprobs)
+        assert reverse_loss.item() == 0.0 and not grad.any()
+
+
 def test_dsppo_minibatch_loss_is_the_sum_of_its_parts():
     """alpha, beta, vf_coef and ent_coef reach the parts; --reverse-prob chooses between the reverse losses."""
     logits, _, logprobs, old_logprobs, advantages = dims(3, samples=64)

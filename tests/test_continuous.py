@@ -13,6 +13,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch.distributions import Categorical, Independent, Normal
 
 import dsa2c_continuous
+import dsppo_continuous
 from dsppo_continuous import (
     Agent,
     Args,
@@ -131,6 +132,26 @@ def test_gaussian_ppo_update_matches_stable_baselines3(monkeypatch, norm_adv):
     batch = tuple(tensor.flatten(0, 1) for tensor in (obs, actions, logprobs, advantages, returns))
     update(agent, weights, optimizer, minibatch_loss, args, batch)
     assert_same_weights(agent, sb3, pairs, before)
+
+
+def test_dsppo_update_matches_its_control():
+    """Fact 2 in float32 at D = 17: alpha 0.5, beta 20 and alpha 20.5, beta 0 end at the same weights, 1 / pi_old near 1e18."""
+    ends = []
+    for alpha, beta in ((0.5, 20.0), (20.5, 0.0), (1.0, 0.0)):
+        torch.manual_seed(3)
+        agent, generator = Agent(OBS, 17, 11), torch.Generator().manual_seed(4)
+        obs, actions = torch.randn(128, OBS, generator=generator), torch.randint(11, (128, 17), generator=generator)
+        with torch.no_grad():
+            logprobs, _, values = agent(obs, actions)
+        assert logprobs.sum(-1).mean() < -40
+        logprobs += 0.03 * torch.randn(128, 17, generator=generator)
+        batch = (obs, actions, logprobs, torch.randn(128, generator=generator), values + 1)
+        weights = flatten_parameters(agent)
+        optimizer = torch.optim.Adam([weights], lr=3e-4, eps=1e-5, fused=True)
+        update(agent, weights, optimizer, minibatch_loss, Args(alpha=alpha, beta=beta, update_epochs=4), batch)
+        ends.append(weights.detach().clone())
+    assert (ends[0] - ends[1]).abs().max() < 1e-5
+    assert (ends[0] - ends[2]).abs().max() > 3e-4  # and DPPO ends elsewhere
 
 
 @pytest.mark.parametrize("norm_adv", [True, False])
@@ -312,7 +333,8 @@ def test_initialisation_is_orthogonal_with_the_usual_gains():
 
 @pytest.mark.parametrize("task", tomllib.loads(SETTINGS.read_text())["continuous"]["tasks"])
 def test_the_papers_tasks_resolve_by_short_name_and_play(task):
-    assert resolve_env(task.split("-")[0]) == resolve_env(task) == task
+    for module in (dsppo_continuous, dsa2c_continuous):
+        assert module.resolve_env(task.split("-")[0]) == module.resolve_env(task) == task
     env = make_env(task)
     env.reset(seed=0)
     env_actions = to_env(np.zeros((1, *env.action_space.shape), int), env.action_space, make_bins(env.action_space, 11))
@@ -323,8 +345,17 @@ def test_the_papers_tasks_resolve_by_short_name_and_play(task):
 def test_unknown_environments_list_close_matches():
     with pytest.raises(ValueError, match=r"--env-id Walker2: no such environment; expected .*Walker2d"):
         resolve_env("Walker2")
+    assert resolve_env("gymnasium.envs:Hopper-v5") == "Hopper-v5"
+    with pytest.raises(ValueError, match="--env-id nomodule:Hopper-v5: No module named 'nomodule'; expected a module"):
+        resolve_env("nomodule:Hopper-v5")
     with pytest.raises(ValueError, match="--env-id xyzzy: no such environment; expected one of Ant, "):
         resolve_env("xyzzy")
+
+
+def test_mujoco_writes_no_log_into_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_env("HalfCheetah-v4").reset(seed=0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_evaluation_plays_greedily_with_the_frozen_normaliser_and_no_noise():

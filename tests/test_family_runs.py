@@ -220,6 +220,8 @@ def test_resume_restores_weights_optimiser_normalisers_and_generators(script, tm
         different["torch_rng"] = torch.Generator().manual_seed(99).get_state()
         different["square_avgs"] = [value * 1e12 for value in saved["square_avgs"]]
     else:
+        if "dsppo" in script.name:  # shuffles the minibatches
+            different["torch_rng"] = torch.Generator().manual_seed(99).get_state()
         different["action_rng"] = np.random.default_rng(99).bit_generator.state
         state = {
             key: value * 1e12 if torch.is_tensor(value) else value for key, value in saved["optimizer"]["state"][0].items()
@@ -233,6 +235,26 @@ def test_resume_restores_weights_optimiser_normalisers_and_generators(script, tm
     for part, value in different.items():
         changed = resumed(part, **{part: value})[0]["losses/value_loss"]
         assert changed[:new] == logged["losses/value_loss"][:new] and changed[new:] != logged["losses/value_loss"][new:], part
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:], ids=lambda script: script.name)
+def test_gaussian_runs_learn_evaluate_and_resume(script, tmp_path, call):
+    args = ["--num-bins", 0, "--alpha", 1, "--beta", 0, "--total-timesteps", 640, "--eval-episodes", 1, "--run-dir", tmp_path]
+    call(script, *script.args, *args)
+    folder = only(tmp_path)
+    call(script, "--resume", folder, "--total-timesteps", 1280)
+    result = json.loads((folder / "result.json").read_text())
+    assert result["global_step"] == 1280 and np.isfinite(result["score"])
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert saved["agent"]["log_std"].abs().max() > 0  # it starts at 0
+    assert saved["agent"]["actor.4.weight"].shape == (2, 64)
+
+
+def test_a_broken_gaussian_ends_before_the_environment_meets_it(tmp_path):
+    """NaN actions are an assertion error in Box2D."""
+    args = ["--env-id", "BipedalWalker", "--num-bins", 0, "--alpha", 1, "--beta", 0, "--learning-rate", 1e30]
+    _, err = run("dsa2c_continuous.py", *args, "--run-dir", tmp_path, code=1)
+    assert re.search(r"dsa2c_continuous.py: .* is (nan|-?inf) at step \d+; the run ends, there is no checkpoint yet", err)
 
 
 @each_script
@@ -302,6 +324,22 @@ def test_unbounded_actions_are_refused_with_bins_and_accepted_without(capsys):
         dsppo_continuous.check_args(dsppo_continuous.Args(env_id="Unbounded-v0"))
     assert "--env-id Unbounded-v0: its actions are unbounded" in capsys.readouterr().err
     dsppo_continuous.check_args(dsppo_continuous.Args(env_id="Unbounded-v0", num_bins=0, beta=0.0))
+
+    class Broken(Unbounded):
+        action_space = gym.spaces.Box(-3.4e38, 3.4e38, (1,))  # high - low is infinite
+
+        def __init__(self, message):
+            if message is not None:
+                raise ValueError(message)
+
+    gym.register("Huge-v0", entry_point=Broken, kwargs={"message": None})
+    gym.register("Silent-v0", entry_point=Broken, kwargs={"message": ""})
+    gym.register("Verbose-v0", entry_point=Broken, kwargs={"message": "two\nlines"})
+    for env_id, reason in (("Huge", "its actions are unbounded"), ("Silent", "ValueError"), ("Verbose", "two lines")):
+        with pytest.raises(SystemExit):
+            dsppo_continuous.check_args(dsppo_continuous.Args(env_id=f"{env_id}-v0"))
+        err = capsys.readouterr().err
+        assert f"--env-id {env_id}-v0: " in err and reason in err and err.count("\n") == 1
 
 
 @needs_compiler

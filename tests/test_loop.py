@@ -1,4 +1,4 @@
-"""The rollout loop of main(), on scripted games: what reaches the advantages, the update and the log."""
+"""The rollout loops of the Atari scripts' main(), on scripted games: what reaches the advantages, the update and the log."""
 
 import signal
 
@@ -8,8 +8,9 @@ import torch
 from gymnasium.spaces import Discrete
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import sa2c_atari
 import sppo_atari
-from sppo_atari import Agent, Args
+from sppo_atari import Agent
 
 RAW = np.array([[3, -2], [0, 5], [1, 0], [0, 4], [-7, 1], [2, 0]])  # rewards of steps 0 to 5, two games
 LIFE_LOST, CUT, BOTH_OVER = 1, 2, 3  # step 1: game 0 loses a life; 2: game 1 is truncated; 3: both games end
@@ -49,33 +50,41 @@ class ScriptedGames:
         return self.observe(), RAW[t], terminated, truncated, {**self.info(), "final_obs": final_obs}
 
 
-@pytest.fixture
-def loop(monkeypatch, tmp_path):
+@pytest.fixture(params=[sppo_atari, sa2c_atari], ids=["sppo", "sa2c"])
+def loop(request, monkeypatch, tmp_path):
     """Runs main() for two iterations of six steps; returns what it gave to compute_gae and update, and the scalars."""
-    games, seen = ScriptedGames(), {"gae": [], "update": []}
-    plain_gae = sppo_atari.compute_gae
+    script, games, seen = request.param, ScriptedGames(), {"gae": [], "update": []}
+    plain_gae = script.compute_gae
 
     def compute_gae(*args):
         seen["gae"].append([arg.clone() if torch.is_tensor(arg) else arg for arg in args])
         return plain_gae(*args)
 
-    def update(agent, optimizer, loss_fn, args, clip_coef, batch):
+    def update_ppo(agent, optimizer, loss_fn, args, clip_coef, batch):
         group = optimizer.param_groups[0]
-        seen["update"].append((agent, group["lr"], group["eps"], clip_coef.item(), [tensor.clone() for tensor in batch]))
+        assert isinstance(optimizer, torch.optim.Adam) and group["eps"] == 1e-5
+        seen["update"].append((agent, group["lr"], clip_coef.item(), [tensor.clone() for tensor in batch]))
         return {"losses/policy_loss": 0.0}
 
-    monkeypatch.setattr(sppo_atari, "make_envs", lambda *args: games)
-    monkeypatch.setattr(sppo_atari, "compute_gae", compute_gae)
-    monkeypatch.setattr(sppo_atari, "update", update)
+    def update_a2c(agent, square_avgs, learning_rate, loss_fn, args, batch):
+        for square_avg, parameter in zip(square_avgs, agent.parameters(), strict=True):  # TensorFlow's form starts at one
+            assert torch.equal(square_avg, torch.ones_like(parameter))
+        seen["update"].append((agent, learning_rate, None, [tensor.clone() for tensor in batch]))
+        return {"losses/policy_loss": torch.tensor(0.0)}
+
+    monkeypatch.setattr(script, "make_envs", lambda *args: games)
+    monkeypatch.setattr(script, "compute_gae", compute_gae)
+    monkeypatch.setattr(script, "update", update_ppo if script is sppo_atari else update_a2c)
     handlers = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
 
     def run(**changed):
-        settings = {"num_envs": 2, "num_steps": 6, "total_timesteps": 24, "eval_episodes": 0, "clip_coef": 0.2}
-        sppo_atari.main(Args(**settings, run_dir=str(tmp_path), **changed))
+        settings = {"num_envs": 2, "num_steps": 6, "total_timesteps": 24, "eval_episodes": 0, "gae_lambda": 0.8}
+        settings |= {"clip_coef": 0.2} if script is sppo_atari else {"log_interval": 1}
+        script.main(script.Args(**settings, run_dir=str(tmp_path), **changed))
         (folder,) = tmp_path.glob("*/")
         events = EventAccumulator(str(folder))
         events.Reload()
-        return games, seen, {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+        return script, games, seen, {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
     yield run
     for signum, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
@@ -84,7 +93,7 @@ def loop(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("noise", ["none", "bsc"])
 def test_rewards_and_dones_that_the_advantages_see(loop, noise):
-    _, seen, _ = loop(noise=noise, noise_prob=1.0)
+    _, _, seen, _ = loop(noise=noise, noise_prob=1.0)
     agent = seen["update"][0][0]
     with torch.no_grad():
         cut_value = agent(torch.full((1, 4, 84, 84), 200, dtype=torch.uint8))[1].item()
@@ -99,37 +108,40 @@ def test_rewards_and_dones_that_the_advantages_see(loop, noise):
     np.testing.assert_allclose(rewards.numpy(), clipped, atol=1e-6)
     np.testing.assert_array_equal(saw_dones.numpy(), dones)
     np.testing.assert_allclose(next_values.numpy(), next_value, atol=1e-6)
-    assert (gamma, gae_lambda) == (0.99, 0.95)
+    assert (gamma, gae_lambda) == (0.99, 0.8)
     with torch.no_grad():
         expected = agent(torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 4, 84, 84))[1]
     np.testing.assert_allclose(values.numpy(), expected[:, None].expand(6, 2).numpy(), atol=1e-5)
 
 
-def test_batch_schedules_and_optimiser_that_the_update_sees(loop):
-    games, seen, scalars = loop()
-    for iteration, (agent, rate, eps, clip_coef, batch) in enumerate(seen["update"]):
-        obs, actions, logprobs, advantages, returns = batch
+def test_batch_and_schedules_that_the_update_sees(loop):
+    script, games, seen, scalars = loop(anneal_lr=True)
+    first_rate = script.Args().learning_rate
+    for iteration, (agent, rate, clip_coef, batch) in enumerate(seen["update"]):
+        obs, actions, *logprobs, advantages, returns = batch
         assert [int(frame.float().mean()) for frame in obs] == [6 * iteration + t for t in range(6) for _ in range(2)]
         played = np.concatenate(games.actions[6 * iteration : 6 * iteration + 6])
         assert actions.tolist() == played.tolist()
-        with torch.no_grad():
-            expected = agent(obs)[0].gather(-1, actions[:, None])[:, 0]
-        torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-5)
         torch.testing.assert_close(returns - advantages, seen["gae"][iteration][1].flatten())
-        assert (rate, eps) == (pytest.approx(2.5e-4 * (1 - iteration / 2)), 1e-5)
-        assert clip_coef == pytest.approx(0.2 * (1 - iteration / 2))
+        assert rate == pytest.approx(first_rate * (1 - iteration / 2))
+        if script is sppo_atari:
+            with torch.no_grad():
+                expected = agent(obs)[0].gather(-1, actions[:, None])[:, 0]
+            torch.testing.assert_close(logprobs[0], expected, rtol=0, atol=1e-5)
+            assert clip_coef == pytest.approx(0.2 * (1 - iteration / 2))
     assert len(seen["update"]) == 2 and not seen["update"][0][0].bf16
-    assert [value for _, value in scalars["charts/learning_rate"]] == pytest.approx([2.5e-4, 1.25e-4])
+    assert [value for _, value in scalars["charts/learning_rate"]] == pytest.approx([first_rate, first_rate / 2])
 
 
 def test_schedules_stay_without_annealing_and_bf16_reaches_the_agent(loop):
-    _, seen, _ = loop(anneal_lr=False, bf16=True)
-    assert [(rate, clip) for _, rate, _, clip, _ in seen["update"]] == [(2.5e-4, pytest.approx(0.2))] * 2
+    script, _, seen, _ = loop(anneal_lr=False, bf16=True)
+    clip_coef = pytest.approx(0.2) if script is sppo_atari else None
+    assert [(rate, clip) for _, rate, clip, _ in seen["update"]] == [(script.Args().learning_rate, clip_coef)] * 2
     assert seen["update"][0][0].bf16
 
 
 def test_logged_returns_are_raw_whole_games_and_none_is_lost(loop):
-    _, _, scalars = loop(noise="bsc", noise_prob=1.0)
+    _, _, _, scalars = loop(noise="bsc", noise_prob=1.0)
     # iteration 1: game 1 is cut with -2 + 5 + 0 after 3 steps; then both end, game 0 with 3 + 0 + 1 + 0 after 4, game 1
     # with 4 after 1. Iteration 2 begins with -7 + 2 and 1 + 0 of two steps each, to which its own first steps add.
     first, second = [3, 4, 4], [1 + 3, -5 + 4, 4]
