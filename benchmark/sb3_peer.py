@@ -6,7 +6,8 @@
 The same network, optimiser, schedules and minibatches as ours with `--alpha 1 --beta 0` (and `--num-bins 0` for continuous
 tasks: SB3's policy is Gaussian), with SB3's own environments (Atari: `make_atari_env`, one Python process, noop reset, episodic
 life, fire reset, clipped reward; else DummyVecEnv and VecNormalize) and its own training loop. Writes a csv row
-after each rollout, at least 1,000 steps apart: the step and the mean raw return of the episodes (of the whole games) since.
+as often as ours log (PPO after each rollout, A2C after 100): the step and the mean raw return of the episodes (of the whole
+games) since; the mean over episodes depends on how many steps it spans, as failing episodes are short and many.
 """
 
 import csv
@@ -124,9 +125,9 @@ def make_model(algorithm: str, env_id: str, seed: int) -> PPO | A2C:
 class GameReturns(BaseCallback):
     """Collects the raw return of every whole episode (SB3's Monitor sits below the wrappers that cut, clip and scale)."""
 
-    def __init__(self):
+    def __init__(self, log_interval: int):
         super().__init__()
-        self.rows, self.games, self.times = [], [], []
+        self.rows, self.games, self.times, self.rollouts, self.log_interval = [], [], [], 0, log_interval
 
     def _on_rollout_start(self) -> None:
         self.times.append(time.time())
@@ -136,14 +137,15 @@ class GameReturns(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
-        if self.games and self.num_timesteps >= (self.rows[-1][0] if self.rows else 0) + 1000:
+        self.rollouts += 1
+        if self.games and self.rollouts % self.log_interval == 0:
             self.rows.append((self.num_timesteps, float(np.mean(self.games)), len(self.games)))
             self.games = []
 
 
 def main(args: Args) -> None:
     torch.set_num_threads(args.num_threads)
-    games = GameReturns()
+    games = GameReturns(log_interval=1 if args.algorithm == "ppo" else 100)
     model = make_model(args.algorithm, args.env_id, args.seed)
     # whole rollouts, as in our scripts: SB3 would round up, and an annealed learning rate would end below 0
     model.learn(args.total_timesteps - args.total_timesteps % (model.n_steps * model.n_envs), callback=games)
