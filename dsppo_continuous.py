@@ -661,7 +661,9 @@ def check_env(args: Args) -> None:
     if not isinstance(env.observation_space, Box) or not isinstance(action_space, Box) or len(action_space.shape) != 1:
         spaces = f"{type(env.observation_space).__name__} observations and {type(action_space).__name__} actions"
         fail(f"--env-id {args.env_id}: has {spaces}; expected Box observations and a one-dimensional Box of actions")
-    if args.num_bins and not (action_space.is_bounded() and np.isfinite(action_space.high - action_space.low).all()):
+    with np.errstate(over="ignore"):  # bounds near the largest float leave no room for bins either
+        bounded = action_space.is_bounded() and np.isfinite(action_space.high - action_space.low).all()
+    if args.num_bins and not bounded:
         fail(f"--env-id {args.env_id}: its actions are unbounded; expected bounded ones with bins, or --num-bins 0")
     if args.capture_video:
         try:
