@@ -549,41 +549,38 @@ def parse_args(argv: list[str]) -> Args:
     return resumed
 
 
-def check_args(args: Args) -> None:
-    """Refuses values that no run can have; each check names the argument, its value and what is accepted."""
+def require(args: Args, name: str, accepted: object, expected: str) -> None:
+    """Unless `accepted`: one line that names the argument, its value and what is expected, exit status 2."""
+    if not accepted:
+        fail(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {expected}")
 
-    def require(name: str, accepted: object, expected: str):
-        if not accepted:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {expected}")
 
-    for name in ("num_envs", "num_steps", "log_interval", "checkpoint_interval"):
-        require(name, getattr(args, name) >= 1, "a whole number of 1 or more")
-    require("seed", 0 <= args.seed < 2**63, "a whole number from 0 to 2^63 - 1")
+def check_common(args: Args) -> None:
+    """Refuses values that no run of any of the scripts can have."""
+    for name in ("num_envs", "num_steps", "checkpoint_interval"):
+        require(args, name, getattr(args, name) >= 1, "a whole number of 1 or more")
     for name in ("eval_episodes", "eval_interval", "num_threads"):
-        require(name, getattr(args, name) >= 0, "a whole number of 0 or more")
-    for name in ("gamma", "gae_lambda", "rmsprop_alpha"):
-        require(name, 0 <= getattr(args, name) <= 1, "a number from 0 to 1")
-    for name in ("learning_rate", "rmsprop_eps", "max_grad_norm"):
-        require(name, math.isfinite(getattr(args, name)) and getattr(args, name) > 0, "a finite number above 0")
-    for name in ("alpha", "beta", "ent_coef", "vf_coef", "noise_std"):
-        require(name, math.isfinite(getattr(args, name)) and getattr(args, name) >= 0, "a finite number of 0 or more")
-    require("Z", math.isfinite(args.Z) and args.Z < 0, "a finite number below 0")
-    require("num_bins", args.num_bins == 0 or args.num_bins >= 2, "0 (Gaussian) or 2 or more")
-    require("beta", args.num_bins or args.beta == 0, "0 with num_bins 0: a density has no sum over other actions")
+        require(args, name, getattr(args, name) >= 0, "a whole number of 0 or more")
+    require(args, "seed", 0 <= args.seed < 2**63, "a whole number from 0 to 2^63 - 1")
+    for name in ("gamma", "gae_lambda"):
+        require(args, name, 0 <= getattr(args, name) <= 1, "a number from 0 to 1")
+    for name in ("learning_rate", "max_grad_norm"):
+        require(args, name, math.isfinite(getattr(args, name)) and getattr(args, name) > 0, "a finite number above 0")
+    for name in ("alpha", "beta", "ent_coef", "vf_coef"):
+        require(args, name, math.isfinite(getattr(args, name)) and getattr(args, name) >= 0, "a finite number of 0 or more")
+    require(args, "Z", math.isfinite(args.Z) and args.Z < 0, "a finite number below 0")
     batch_size = args.num_envs * args.num_steps
-    require("total_timesteps", args.total_timesteps >= batch_size, f"num_envs x num_steps = {batch_size} or more")
-    require("norm_adv", batch_size > 1 or not args.norm_adv, "num_envs x num_steps of 2 or more with it")
-    log_interval = args.log_interval
-    require("checkpoint_interval", args.checkpoint_interval % log_interval == 0, f"a multiple of log_interval = {log_interval}")
-    require("capture_video", args.eval_episodes > 0 or not args.capture_video, "eval_episodes of 1 or more with it")
-    require("exp_name", re.fullmatch(r"[\w.-]{1,100}", args.exp_name), "1 to 100 letters, digits, '_', '.' or '-'")
-    require(
-        "wandb_project_name", re.fullmatch(r"[^/\\#?%:]{1,128}", args.wandb_project_name), "1 to 128 characters but /\\#?%:"
-    )
-    require("cuda", args.resume or torch.cuda.is_available() or not args.cuda, "a GPU that torch can use")
+    require(args, "total_timesteps", args.total_timesteps >= batch_size, f"num_envs x num_steps = {batch_size} or more")
+    require(args, "capture_video", args.eval_episodes > 0 or not args.capture_video, "eval_episodes of 1 or more with it")
+    require(args, "exp_name", re.fullmatch(r"[\w.-]{1,100}", args.exp_name), "1 to 100 letters, digits, '_', '.' or '-'")
+    project = re.fullmatch(r"[^/\\#?%:]{1,128}", args.wandb_project_name)
+    require(args, "wandb_project_name", project, "1 to 128 characters but /\\#?%:")
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
-    require("compile", compiler or not args.compile, "a C++ compiler on the PATH with it")
-    check_env(args)
+    require(args, "compile", compiler or not args.compile, "a C++ compiler on the PATH with it")
+
+
+def check_tracking(args: Args) -> None:
+    """Refuses to track online without a key; last, as W&B may ask for one."""
     if args.track and os.environ.get("WANDB_MODE", "online") == "online":
         import wandb
 
@@ -623,6 +620,24 @@ def check_env(args: Args) -> None:
             sys.unraisablehook = lambda unraisable: None  # the half-made renderer complains when it is deleted
             reason = " ".join(str(error).split()) or type(error).__name__
             fail(f"--capture-video: cannot render ({reason}); expected a screen, or MUJOCO_GL=egl or osmesa with its library")
+
+
+def check_args(args: Args) -> None:
+    """Refuses values that no run can have, before anything is made."""
+    check_common(args)
+    require(args, "log_interval", args.log_interval >= 1, "a whole number of 1 or more")
+    multiple = args.checkpoint_interval % args.log_interval == 0
+    require(args, "checkpoint_interval", multiple, f"a multiple of log_interval = {args.log_interval}")
+    require(args, "rmsprop_alpha", 0 <= args.rmsprop_alpha <= 1, "a number from 0 to 1")
+    require(args, "rmsprop_eps", math.isfinite(args.rmsprop_eps) and args.rmsprop_eps > 0, "a finite number above 0")
+    enough = args.num_envs * args.num_steps > 1 or not args.norm_adv
+    require(args, "norm_adv", enough, "num_envs x num_steps of 2 or more with it")
+    require(args, "noise_std", math.isfinite(args.noise_std) and args.noise_std >= 0, "a finite number of 0 or more")
+    require(args, "num_bins", args.num_bins == 0 or args.num_bins >= 2, "0 (Gaussian) or 2 or more")
+    require(args, "beta", args.num_bins or args.beta == 0, "0 with num_bins 0: a density has no sum over other actions")
+    require(args, "cuda", args.resume or torch.cuda.is_available() or not args.cuda, "a GPU that torch can use")
+    check_env(args)
+    check_tracking(args)
 
 
 # --- run folder -------------------------------------------------------------------------------------------------------

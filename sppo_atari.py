@@ -488,41 +488,38 @@ def parse_args(argv: list[str]) -> Args:
     return resumed
 
 
-def check_args(args: Args) -> None:
-    """Refuses values that no run can have; each check names the argument, its value and what is accepted."""
+def require(args: Args, name: str, accepted: object, expected: str) -> None:
+    """Unless `accepted`: one line that names the argument, its value and what is expected, exit status 2."""
+    if not accepted:
+        fail(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {expected}")
 
-    def require(name: str, accepted: object, expected: str):
-        if not accepted:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {expected}")
 
-    try:
-        resolve_game(args.env_id)
-    except ValueError as error:
-        fail(str(error))
-    for name in ("num_envs", "num_steps", "update_epochs", "minibatch_size", "checkpoint_interval"):
-        require(name, getattr(args, name) >= 1, "a whole number of 1 or more")
-    require("seed", 0 <= args.seed < 2**63, "a whole number from 0 to 2^63 - 1")
+def check_common(args: Args) -> None:
+    """Refuses values that no run of any of the scripts can have."""
+    for name in ("num_envs", "num_steps", "checkpoint_interval"):
+        require(args, name, getattr(args, name) >= 1, "a whole number of 1 or more")
     for name in ("eval_episodes", "eval_interval", "num_threads"):
-        require(name, getattr(args, name) >= 0, "a whole number of 0 or more")
-    for name in ("repeat_action_probability", "gamma", "gae_lambda", "noise_prob"):
-        require(name, 0 <= getattr(args, name) <= 1, "a number from 0 to 1")
-    for name in ("learning_rate", "clip_coef", "max_grad_norm", "target_kl"):
-        value = getattr(args, name)
-        require(name, value is None or (math.isfinite(value) and value > 0), "a finite number above 0")
+        require(args, name, getattr(args, name) >= 0, "a whole number of 0 or more")
+    require(args, "seed", 0 <= args.seed < 2**63, "a whole number from 0 to 2^63 - 1")
+    for name in ("gamma", "gae_lambda"):
+        require(args, name, 0 <= getattr(args, name) <= 1, "a number from 0 to 1")
+    for name in ("learning_rate", "max_grad_norm"):
+        require(args, name, math.isfinite(getattr(args, name)) and getattr(args, name) > 0, "a finite number above 0")
     for name in ("alpha", "beta", "ent_coef", "vf_coef"):
-        require(name, math.isfinite(getattr(args, name)) and getattr(args, name) >= 0, "a finite number of 0 or more")
-    require("Z", math.isfinite(args.Z) and args.Z < 0, "a finite number below 0")
+        require(args, name, math.isfinite(getattr(args, name)) and getattr(args, name) >= 0, "a finite number of 0 or more")
+    require(args, "Z", math.isfinite(args.Z) and args.Z < 0, "a finite number below 0")
     batch_size = args.num_envs * args.num_steps
-    require("total_timesteps", args.total_timesteps >= batch_size, f"num_envs x num_steps = {batch_size} or more")
-    require("minibatch_size", batch_size % args.minibatch_size == 0, f"a divisor of num_envs x num_steps = {batch_size}")
-    require("minibatch_size", args.minibatch_size > 1 or not args.norm_adv, "2 or more with norm_adv")
-    require("capture_video", args.eval_episodes > 0 or not args.capture_video, "eval_episodes of 1 or more with it")
-    require("exp_name", re.fullmatch(r"[\w.-]{1,100}", args.exp_name), "1 to 100 letters, digits, '_', '.' or '-'")
-    require(
-        "wandb_project_name", re.fullmatch(r"[^/\\#?%:]{1,128}", args.wandb_project_name), "1 to 128 characters but /\\#?%:"
-    )
+    require(args, "total_timesteps", args.total_timesteps >= batch_size, f"num_envs x num_steps = {batch_size} or more")
+    require(args, "capture_video", args.eval_episodes > 0 or not args.capture_video, "eval_episodes of 1 or more with it")
+    require(args, "exp_name", re.fullmatch(r"[\w.-]{1,100}", args.exp_name), "1 to 100 letters, digits, '_', '.' or '-'")
+    project = re.fullmatch(r"[^/\\#?%:]{1,128}", args.wandb_project_name)
+    require(args, "wandb_project_name", project, "1 to 128 characters but /\\#?%:")
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
-    require("compile", compiler or not args.compile, "a C++ compiler on the PATH with it")
+    require(args, "compile", compiler or not args.compile, "a C++ compiler on the PATH with it")
+
+
+def check_tracking(args: Args) -> None:
+    """Refuses to track online without a key; last, as W&B may ask for one."""
     if args.track and os.environ.get("WANDB_MODE", "online") == "online":
         import wandb
 
@@ -530,6 +527,27 @@ def check_args(args: Args) -> None:
             wandb.login()
         except wandb.errors.Error as error:
             fail(f"--track: {str(error).splitlines()[0]} Expected that, a WANDB_API_KEY or WANDB_MODE=offline")
+
+
+def check_args(args: Args) -> None:
+    """Refuses values that no run can have, before anything is made."""
+    check_common(args)
+    for name in ("update_epochs", "minibatch_size"):
+        require(args, name, getattr(args, name) >= 1, "a whole number of 1 or more")
+    for name in ("clip_coef", "target_kl"):
+        value = getattr(args, name)
+        require(args, name, value is None or (math.isfinite(value) and value > 0), "a finite number above 0")
+    batch_size = args.num_envs * args.num_steps
+    divides = batch_size % args.minibatch_size == 0
+    require(args, "minibatch_size", divides, f"a divisor of num_envs x num_steps = {batch_size}")
+    require(args, "minibatch_size", args.minibatch_size > 1 or not args.norm_adv, "2 or more with norm_adv")
+    for name in ("repeat_action_probability", "noise_prob"):
+        require(args, name, 0 <= getattr(args, name) <= 1, "a number from 0 to 1")
+    try:
+        resolve_game(args.env_id)
+    except ValueError as error:
+        fail(str(error))
+    check_tracking(args)
 
 
 # --- run folder -------------------------------------------------------------------------------------------------------
