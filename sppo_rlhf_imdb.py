@@ -213,6 +213,7 @@ OFFLINE = Args(
     eval_every=0,
     perplexity_tokens=2048,
 )
+TASK = "imdb"  # in the names of assets and run folders
 LENGTH = "iterations"  # the argument that a resumed run may raise
 # Generators beside torch's own, so that none disturbs another: each is seeded with [seed, its number, ...]
 EVALUATION, SPLIT, ORDER, SAMPLES, MINIBATCHES = 1, 2, 3, 4, 5
@@ -228,7 +229,7 @@ STRIDE = 512  # tokens by which the window of the perplexity moves
 def cannot_load(args: Args, name: str, error: Exception, expected: str) -> None:
     """Ends in one line: what of the argument `name` could not be loaded, why, and what there is instead."""
     reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-    hint = "python benchmark/make_rlhf_assets.py imdb builds what --offline takes"
+    hint = f"python benchmark/make_rlhf_assets.py {TASK} builds what --offline takes"
     require(args, name, False, f"{expected} ({reason}); {hint}")
 
 
@@ -892,7 +893,7 @@ def write_json(path: Path, content: dict) -> None:
 def save_samples(run_folder: Path, before: list[dict], after: list[dict]) -> list[list]:
     """samples.json, what followed each prompt before and after training; returns the first 20 as a table with its header."""
     samples = [
-        {**new, **{f"{name}_before": value for name, value in old.items() if name != "prompt"}}
+        {**new, **{f"{name}_before": value for name, value in old.items() if name not in ("prompt", "reference")}}
         for old, new in zip(before, after, strict=True)
     ]
     write_json(run_folder / "samples.json", samples)
@@ -1015,7 +1016,7 @@ def main(args: Args) -> None:
     tokenizer, agent, reference, reward = load_models(args, device)
     train_reviews, eval_reviews = load_reviews(args)
     judge = load_judge(args)
-    run_folder, checkpoint, identity = open_run(args, "imdb", device) if leads else (None, None, None)
+    run_folder, checkpoint, identity = open_run(args, TASK, device) if leads else (None, None, None)
     (run_folder,) = broadcast_object_list([run_folder])
     if not leads and args.resume and (run_folder / "checkpoint.pt").exists():
         checkpoint = torch.load(run_folder / "checkpoint.pt", map_location="cpu", weights_only=True)
