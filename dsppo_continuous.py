@@ -574,6 +574,8 @@ def parse_args(argv: list[str], defaults: Args) -> Args:
     except SystemExit as stopped:
         if stopped.code:  # tyro's box of several lines, as one line
             text = " ".join(re.sub(r"[╭╮╰╯│─]+|-{3,}|[|+]", " ", captured.getvalue()).split())
+            titles = "Value error|Parsing error|Missing argument|Invalid choice|Unrecognized options"
+            text = re.sub(rf"^({titles}) (?=[A-Z]|invalid)", "", text)
             fail(re.split(r" (For full|Argument) helptext", text)[0] + "; see --help")
         raise
     if args.resume is None:
@@ -611,6 +613,7 @@ def check_common(args: Args) -> None:
         require(args, name, getattr(args, name) >= 1, "a whole number of 1 or more")
     for name in ("eval_episodes", "eval_interval", "num_threads"):
         require(args, name, getattr(args, name) >= 0, "a whole number of 0 or more")
+    require(args, "num_threads", args.num_threads <= 1024, "1,024 or less")
     require(args, "seed", 0 <= args.seed < 2**63, "a whole number from 0 to 2^63 - 1")
     for name in ("gamma", "gae_lambda"):
         require(args, name, 0 <= getattr(args, name) <= 1, "a number from 0 to 1")

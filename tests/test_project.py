@@ -14,6 +14,8 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(ROOT.glob("*.py"))
 OWN = {"Args", "main", "check_args", "update"}  # what each script has in a form of its own
 FAMILY = {"Agent", "act", "evaluate", "minibatch_loss", "rollout_loss", "rollout"}  # and what those of other environments have
+# What differs between the RLHF scripts: a classifier and a trained model there, adapters on one base here
+RLHF_OWN = {"Agent", "encode", "evaluate", "load_models", "rollout", "save_model", "score"}
 
 
 def pins(path):
@@ -29,6 +31,7 @@ def pep723(script):
 def test_there_are_scripts():
     names = {script.name for script in SCRIPTS}
     assert {"sa2c_atari.py", "sppo_atari.py", "dsa2c_continuous.py", "dsppo_continuous.py", "sppo_rlhf_imdb.py"} <= names
+    assert "sppo_rlhf_tldr.py" in names
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
@@ -60,7 +63,8 @@ def test_helpers_of_one_name_are_identical_to_the_character():
     for script in SCRIPTS:
         source = script.read_text()
         for node in ast.parse(source).body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in OWN:
+            own = OWN | RLHF_OWN if "_rlhf_" in script.stem else OWN
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in own:
                 key = (node.name, script.stem.split("_")[1]) if node.name in FAMILY else node.name
                 found.setdefault(key, []).append((script.name, ast.get_source_segment(source, node)))
     assert len(found["compute_gae"]) == len(found["open_run"]) == len(SCRIPTS)
@@ -119,6 +123,20 @@ def test_defaults_of_the_imdb_script_are_the_papers():
     for name in settings.keys() & args.keys():
         assert args[name] == settings[name], name
     assert args["min_response_length"] == 48 and args["reward_label"] == "1" and args["weight_decay"] == 1e-6
+
+
+def test_defaults_of_the_tldr_script_are_the_papers():
+    settings = tomllib.loads((ROOT / "benchmark/paper/hyperparameters.toml").read_text())["rlhf"]["tldr"]
+    args = vars(importlib.import_module("sppo_rlhf_tldr").Args())
+    lora = settings.pop("lora")
+    assert {f"lora_{name}": value for name, value in lora.items()} == {name: args[name] for name in args if name[:5] == "lora_"}
+    assert {name for name in settings if name not in args} == {"prompt", "metrics", "reward_model"}  # prose
+    assert settings["reward_model"] == f"{args['reward_base']} + adapter {args['reward_adapter']}"
+    assert settings.pop("reward_text").startswith(args["reward_text"].replace("{text}", "{prompt and summary}"))
+    for name in settings.keys() & args.keys():
+        assert args[name] == settings[name], name
+    assert args["reward_max_length"] == 550 and args["weight_decay"] == 0.01 and args["top_k"] == 0
+    assert args["eval_episodes"] == 100 and args["test_episodes"] == 500
 
 
 def test_ci_runs_the_readmes_test_command():

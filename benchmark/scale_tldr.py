@@ -1,0 +1,263 @@
+"""What sppo_rlhf_tldr.py needs at GPT-J's size: a model of its memory and time, checked against small models that are measured.
+
+    python benchmark/scale_tldr.py                   # 1 and 2 layers of GPT-J's width on this CPU, minutes; 6 GB
+    python benchmark/scale_tldr.py --predict-only    # the table for a GPU alone
+    python benchmark/scale_tldr.py --device cuda --layers 28 --dtype bfloat16 --trajectories 64 --prompt 500 --response 50
+
+The model counts parameters (on torch's meta device, so nothing is downloaded or allocated), bytes, and multiply-adds: a pass of
+N parameters over a token is 2 N operations, its backward pass through a frozen base 2 N more (no gradients of weights), and
+checkpointing computes the forward pass again. Phases are those of the script's `time/...`. Measured times are divided by what
+the model predicts at the rate of this machine's matrix products; 1.0 is a perfect prediction at full rate. Nothing else should
+run. Writes benchmark/results/scale_tldr.md and .json.
+"""
+
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+import tyro
+from accelerate import Accelerator
+from peft import LoraConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import sppo_rlhf_tldr as tldr
+
+PHASES = ("generate", "score", "forward", "update")
+GIB = 2**30
+
+
+@dataclass
+class Args:
+    layers: tuple[int, ...] = (1, 2)
+    """numbers of layers to measure, each in a process of its own"""
+    device: str = "cpu"
+    """where to measure: cpu or cuda"""
+    dtype: str = "float32"
+    """of the base's weights"""
+    trajectories: int = 4
+    """trajectories of an update"""
+    minibatch_size: int = 2
+    """trajectories of a minibatch"""
+    accumulation: int = 1
+    """parts of a minibatch"""
+    epochs: int = 1
+    """passes over the trajectories"""
+    prompt: int = 100
+    """tokens of a prompt"""
+    response: int = 10
+    """tokens of a summary"""
+    predict_only: bool = False
+    """measure nothing"""
+    child: bool = False
+    """measure one number of layers in this process, and print it as JSON; what the others call"""
+
+
+def gptj(layers: int) -> transformers.GPTJConfig:
+    """GPT-J 6B's configuration, transformers' default one, with so many layers and no dropout."""
+    return transformers.GPTJConfig(n_layer=layers, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+
+
+def settings(args: Args) -> tldr.Args:
+    """The script's arguments for a measurement: the paper's but for the sizes."""
+    return tldr.Args(
+        trajectories_per_update=args.trajectories,
+        minibatch_size=args.minibatch_size,
+        gradient_accumulation=args.accumulation,
+        update_epochs=args.epochs,
+        max_prompt_length=args.prompt,
+        response_length=args.response,
+        min_response_length=args.response,
+        dtype=args.dtype,
+        reward_max_length=args.prompt + args.response,
+        reward_text="{text}",
+    )
+
+
+def count(layers: int, lora_r: int) -> dict[str, int]:
+    """Parameters of the layers and final norm (body), of one vocabulary matrix (embedding, and as many in the head), of an
+    adapter."""
+    with torch.device("meta"):
+        lm = transformers.GPTJForCausalLM(gptj(layers))
+        whole, head = sum(p.numel() for p in lm.parameters()), sum(p.numel() for p in lm.lm_head.parameters())
+        embedding = lm.transformer.wte.weight.numel()
+        agent = tldr.Agent(lm)
+        agent.add("policy", LoraConfig(r=lora_r), head=False)
+        adapter = sum(p.numel() for p in tldr.trained_parameters(agent).values())
+    return {"body": whole - head - embedding, "embedding": embedding, "head": head, "adapter": adapter}
+
+
+def predict(layers: int, args: tldr.Args, own_reward_base: bool) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes by what they hold, and operations by phase, of one update of the script on one device."""
+    config, n = gptj(layers), count(layers, args.lora_r)
+    width = {"float32": 4, "bfloat16": 2, "float16": 2}[args.dtype]
+    length, d = args.max_prompt_length + args.response_length, config.n_embd
+    rows = args.minibatch_size // args.gradient_accumulation  # of a part
+    base = (n["body"] + n["embedding"] + n["head"]) * width
+    # of a layer that is computed again: its input twice, normed input, q, k, v, attention's output (d each), the feed-forward's
+    # hidden layer before and inside and after its activation (4 d each, four of them), scores and weights of all heads
+    layer = rows * length * (7 * d + 16 * d) * width + 3 * rows * config.n_head * length**2 * 4
+    memory = {
+        "base": base,
+        "base of the reward model": base if own_reward_base else 0,
+        "head in float32": 0 if width == 4 else n["head"] * 4,
+        "adapters, gradients, AdamW": (2 * n["adapter"] + d) * 16 + n["adapter"] * 4,
+        # in generation; given back before the update
+        "KV cache": 2 * layers * args.trajectories_per_update * length * d * width,
+        "update: layers' inputs": layers * rows * length * d * width,
+        "update: one layer again": layer,
+        "update: logits": 3 * rows * args.response_length * config.vocab_size * 4,
+    }
+    tokens = args.trajectories_per_update * length
+    a_pass = tokens * (2 * n["body"] + 4 * layers * d * length / 2)  # attention looks back over half of them on average
+    logits = args.trajectories_per_update * args.response_length * 2 * n["head"]
+    again = 4 if not args.gradient_checkpointing else 6  # forward, backward, forward again
+    nll = bool(args.reference_nll_coef)
+    operations = {
+        "generate": a_pass + logits,
+        "score": a_pass,
+        "forward": 3 * a_pass + 2 * logits,
+        "update": args.update_epochs * ((2 + nll) * a_pass * again / 2 + (1 + nll) * logits * 2),
+    }
+    return memory, operations
+
+
+def peak(memory: dict[str, float]) -> float:
+    """Bytes at the worst moment: weights all the time, and the larger one of generation and update."""
+    update = sum(value for name, value in memory.items() if name.startswith("update"))
+    rest = sum(value for name, value in memory.items() if not name.startswith(("update", "KV")))
+    return rest + max(update, memory["KV cache"])
+
+
+class Numbers:
+    """Stands for a tokenizer: a text is its token ids in decimals."""
+
+    eos_token_id = 50256
+
+    def __call__(self, texts: list[str], add_special_tokens: bool = False):
+        return transformers.BatchEncoding({"input_ids": [[int(word) for word in text.split()] for text in texts]})
+
+    def batch_decode(self, rows: list[list[int]], skip_special_tokens: bool = True) -> list[str]:
+        return [" ".join(map(str, row)) for row in rows]
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory, or allocated on the GPU, at most so far."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(args: Args) -> dict:
+    """One rollout and one update, after one of each for warm-up, with random weights and the reward on the same base."""
+    tldr.keep_freed_memory()
+    device = torch.device(args.device)
+    before = resident()
+    torch.set_default_dtype(getattr(torch, args.dtype))
+    with device:
+        lm = transformers.GPTJForCausalLM(gptj(args.layers[0])).requires_grad_(False)
+    torch.set_default_dtype(torch.float32)
+    agent, size = tldr.Agent(lm), settings(args)
+    for name in ("policy", "value", "reward"):
+        config = LoraConfig(r=size.lora_r, lora_alpha=size.lora_alpha, lora_dropout=size.lora_dropout)
+        agent.add(name, config, head=name != "policy")
+    agent.lm.activation_checkpointing_enable({"use_reentrant": False})
+    agent.to(device).eval()
+    optimizer = torch.optim.AdamW(tldr.trained_parameters(agent).values(), lr=size.learning_rate, fused=True)
+    accelerator, rng = Accelerator(cpu=args.device == "cpu"), np.random.default_rng(0)
+    prompts = torch.from_numpy(rng.integers(100, 50_000, (args.trajectories, args.prompt)))
+    uniforms = torch.from_numpy(rng.random((args.trajectories, args.response)))
+    for _ in range(2):
+        batch, clock = tldr.rollout(agent, agent, Numbers(), prompts, uniforms, size, accelerator)
+        advantages, returns = tldr.advantages_and_returns(batch, size)
+        references = prompts[:, : args.response].to(device)
+        batch |= {"advantages": advantages, "returns": returns, "references": references}
+        begin = time.perf_counter()
+        tldr.update(agent, optimizer, accelerator, size, batch, 0)
+        clock["time/update"] = time.perf_counter() - begin
+    return {"seconds": {name: clock[f"time/{name}"] for name in PHASES}, "bytes": resident() - before}
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a product of GPT-J's kind: 512 tokens, 4,096 to 16,384; the best of five."""
+    x, weight = torch.randn(512, 4096, dtype=dtype, device=device), torch.randn(16_384, 4096, dtype=dtype, device=device)
+    rates = []
+    for _ in range(6):
+        begin = time.perf_counter()
+        y = x @ weight.T
+        y.flatten()[0].item()
+        rates.append(2 * 512 * 4096 * 16_384 / (time.perf_counter() - begin))
+    return max(rates[1:])
+
+
+def main(args: Args) -> None:
+    if args.child:
+        print(json.dumps(measure(args)))
+        return
+    lines, content = [], {"settings": asdict(args), "measured": []}
+    if not args.predict_only:
+        device = torch.device(args.device)
+        content["commit"] = tldr.git_commit()
+        content["versions"] = {"python": platform.python_version(), **{name: version(name) for name in tldr.PACKAGES}}
+        content["operations a second"] = rate = matmul_rate(device, getattr(torch, args.dtype))
+        name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        lines += [
+            f"{name}: {rate / 1e9:.0f} GFLOP/s in {args.dtype} products; "
+            f"{args.trajectories} x ({args.prompt} + {args.response}) tokens, "
+            f"minibatch {args.minibatch_size}, {args.epochs} epoch(s). Measured (predicted at that rate):",
+            "",
+            "| layers | " + " | ".join(PHASES) + " | whole | memory |",
+            "|---" * (len(PHASES) + 3) + "|",
+        ]
+        for layers in args.layers:
+            command = [sys.executable, __file__, "--child", "--layers", str(layers)]
+            for name, value in asdict(args).items():
+                if name not in ("layers", "child", "predict_only"):
+                    command += [f"--{name.replace('_', '-')}", str(value)]
+            found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+            memory, operations = predict(layers, settings(args), own_reward_base=False)
+            predicted = {phase: operations[phase] / rate for phase in PHASES}
+            cells = [f"{found['seconds'][phase]:.2f} s ({predicted[phase]:.2f})" for phase in PHASES]
+            wholes = sum(found["seconds"].values()), sum(predicted.values())
+            sizes = found["bytes"] / GIB, peak(memory) / GIB
+            lines.append(
+                f"| {layers} | {' | '.join(cells)} | {wholes[0]:.2f} s ({wholes[1]:.2f}) | "
+                f"{sizes[0]:.2f} GiB ({sizes[1]:.2f}) |"
+            )
+            content["measured"].append({"layers": layers, **found, "predicted": predicted, "predicted bytes": memory})
+            print(lines[-1], flush=True)
+    lines += [
+        "",
+        "Predicted, not measured, for GPT-J 6B (28 layers) with the paper's settings on one GPU, 64 x (500 + 50) tokens:",
+        "",
+        "| base | weights | KV cache | update's activations | peak | operations of an iteration |",
+        "|---|---|---|---|---|---|",
+    ]
+    for label, own in (("the policy's is the reward model's", False), ("one each, as in the paper", True)):
+        paper = replace(tldr.Args(), reward_text="{text}")
+        memory, operations = predict(28, paper, own)
+        weights = sum(value for name, value in memory.items() if not name.startswith(("update", "KV")))
+        activations = sum(value for name, value in memory.items() if name.startswith("update"))
+        shares = ", ".join(f"{name} {value / 1e15:.1f}" for name, value in operations.items())
+        lines.append(
+            f"| bfloat16; {label} | {weights / GIB:.1f} GiB | {memory['KV cache'] / GIB:.1f} GiB | "
+            f"{activations / GIB:.1f} GiB | {peak(memory) / GIB:.1f} GiB | "
+            f"{sum(operations.values()) / 1e15:.1f} PFLOP ({shares}) |"
+        )
+    print("\n".join(lines))
+    if not args.predict_only:
+        stem = Path(__file__).parent / "results/scale_tldr"
+        stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
+        stem.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

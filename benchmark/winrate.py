@@ -1,0 +1,236 @@
+"""Win rate of a run's summaries by an LLM judge: any endpoint that speaks OpenAI's chat protocol.
+
+    OPENAI_API_KEY=... python benchmark/winrate.py runs/tldr__sppo_rlhf_tldr__1__1700000000 --model MODEL
+    python benchmark/winrate.py RUN_FOLDER --model MODEL --base-url http://localhost:8000/v1      # a server of your own
+    python benchmark/winrate.py RUN_FOLDER --model MODEL --against before                         # the untrained policy
+
+Reads samples.json of the run folder of sppo_rlhf_tldr.py. Each pair of summaries is judged twice, in both orders, as judges
+favour a place; a pair won in one order and lost in the other counts as a tie. Two equal summaries are a tie without asking.
+Writes into the run folder
+
+    winrate_{against}_{model}.jsonl   each answer as it comes: killed, the next start asks for the missing ones alone
+    winrate_{against}_{model}.json    win rate (ties count half) with its standard error, wins, ties, losses, how often both
+                                      orders agree and how often the first place won, refusals, failures, tokens and cost
+
+The key is read from OPENAI_API_KEY by the library and is written nowhere. Exit status 1 if requests failed for good.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import openai
+import tyro
+from tqdm import tqdm
+
+QUESTION = """Below are a post and two summaries of it, A and B. Which summary is better? A good summary states the main \
+points of the post, is true to it, and is short and clear.
+
+Post:
+{post}
+
+Summary A:
+{a}
+
+Summary B:
+{b}
+
+Answer with one word: A, B or tie."""
+ASK_AGAIN = 2  # times, where an answer is none of these
+
+
+@dataclass
+class Args:
+    run: tyro.conf.Positional[Path]
+    """run folder with samples.json"""
+    model: str
+    """name of the judge at the endpoint"""
+    base_url: str | None = None
+    """address of the endpoint; OpenAI's own unless given"""
+    against: Literal["reference", "before"] = "reference"
+    """what the trained policy's summaries are compared with: the reference summaries or the untrained policy's"""
+    pairs: int = 0
+    """the first so many samples; 0 for all"""
+    jobs: int = 8
+    """requests at a time"""
+    timeout: float = 60.0
+    """seconds that a request may take"""
+    retries: int = 6
+    """times that a request is sent again after 429, 5xx, a timeout or a broken connection, after longer and longer waits"""
+    temperature: float = 0.0
+    """of the judge"""
+    input_price: float = 0.0
+    """what a million tokens of questions cost, in any currency"""
+    output_price: float = 0.0
+    """what a million tokens of answers cost"""
+
+
+def read_verdict(text: str) -> str | None:
+    """ "A", "B" or "tie" if the answer is one of these, whatever marks stand around it; None otherwise."""
+    found = re.fullmatch(r"\W*(?:summary\s+)?(A|B|tie)\W*", text.strip(), flags=re.IGNORECASE)
+    return found and {"a": "A", "b": "B", "tie": "tie"}[found.group(1).lower()]
+
+
+def ask(client: openai.OpenAI, args: Args, question: str) -> dict:
+    """{"verdict": "A", "B", "tie", "refused" or "unreadable", "answer", "input_tokens", "output_tokens"}.
+
+    Raises openai.APIError if the request fails for good, ValueError if what came back is no answer of the protocol.
+    """
+    used = {"input_tokens": 0, "output_tokens": 0}
+    for _ in range(1 + ASK_AGAIN):
+        messages = [{"role": "user", "content": question}]
+        reply = client.chat.completions.create(model=args.model, messages=messages, temperature=args.temperature)
+        try:
+            choice = reply.choices[0]
+            text = choice.message.content or ""
+            used["input_tokens"] += reply.usage.prompt_tokens if reply.usage else 0
+            used["output_tokens"] += reply.usage.completion_tokens if reply.usage else 0
+        except (AttributeError, IndexError, TypeError) as error:
+            raise ValueError(f"no answer of the protocol: {str(reply)[:80]!r}") from error
+        if choice.message.refusal or choice.finish_reason == "content_filter":
+            return {"verdict": "refused", "answer": choice.message.refusal or text, **used}
+        verdict = read_verdict(text)
+        if verdict:
+            return {"verdict": verdict, "answer": text, **used}
+    return {"verdict": "unreadable", "answer": text, **used}
+
+
+def summarise(answers: dict[tuple[int, str], dict], equal: int, args: Args) -> dict:
+    """The numbers of the .json from the answers by (sample, order); order "AB" has the trained policy's summary as A.
+
+    A pair scores 1 if it wins in both orders, or in one with a tie in the other; 0 if it loses so; else 1/2, like the `equal`
+    pairs that were not asked about. Pairs without a verdict in both orders are left out; what they lack is counted.
+    """
+    points = {"AB": {"A": 1.0, "B": 0.0, "tie": 0.5}, "BA": {"A": 0.0, "B": 1.0, "tie": 0.5}}
+    scores, agree, first = [], [], []
+    for sample in sorted({sample for sample, _ in answers}):
+        both = [points[order].get(answers.get((sample, order), {}).get("verdict")) for order in points]
+        if None not in both:
+            mean = sum(both) / 2
+            scores.append(0.5 if mean == 0.5 else float(mean > 0.5))
+            agree.append(both[0] == both[1])
+            first.append((both[0] + 1 - both[1]) / 2)
+    asked = len(scores)
+    scores += [0.5] * equal
+    n = len(scores)
+    rate = sum(scores) / n if n else None
+    verdicts = [answer["verdict"] for answer in answers.values()]
+    tokens = {name: sum(answer[name] for answer in answers.values()) for name in ("input_tokens", "output_tokens")}
+    return {
+        "win_rate": rate,
+        "win_rate_stderr": math.sqrt(sum((score - rate) ** 2 for score in scores) / (n - 1) / n) if n > 1 else None,
+        "pairs": n,
+        "wins": scores.count(1.0),
+        "ties": scores.count(0.5),
+        "losses": scores.count(0.0),
+        "equal": equal,
+        "orders_agree": sum(agree) / asked if asked else None,
+        "first_place_won": sum(first) / asked if asked else None,
+        "refused": verdicts.count("refused"),
+        "unreadable": verdicts.count("unreadable"),
+        **tokens,
+        "cost": (tokens["input_tokens"] * args.input_price + tokens["output_tokens"] * args.output_price) / 1e6,
+        "model": args.model,
+        "against": args.against,
+        "temperature": args.temperature,
+        "question": QUESTION,
+    }
+
+
+def load_questions(args: Args) -> tuple[dict[tuple[int, str], str], int]:
+    """What to ask, by (sample, order), and how many pairs are equal texts."""
+    other = {"reference": "reference", "before": "response_before"}[args.against]
+    try:
+        samples = json.loads((args.run / "samples.json").read_text())
+        triples = [(sample["prompt"], sample["response"], sample[other]) for sample in samples[: args.pairs or None]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"{args.run}: expected a folder of a finished run of sppo_rlhf_tldr.py, with its samples.json ({error!r:.80})")
+    questions, equal = {}, 0
+    for i, (prompt, response, against) in enumerate(triples):
+        if response.strip() == against.strip():
+            equal += 1
+            continue
+        post = prompt.strip().removesuffix("TL;DR:").strip()
+        for order, (a, b) in (("AB", (response, against)), ("BA", (against, response))):
+            questions[i, order] = QUESTION.format(post=post, a=a.strip() or "(empty)", b=b.strip() or "(empty)")
+    return questions, equal
+
+
+def fail(message: str):
+    print(f"winrate.py: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main(args: Args) -> None:
+    questions, equal = load_questions(args)
+    if not (args.base_url or os.environ.get("OPENAI_API_KEY")):
+        fail("OPENAI_API_KEY is not set; expected the key of the endpoint, or --base-url of one that needs none")
+    stem = args.run / f"winrate_{args.against}_{re.sub(r'[^A-Za-z0-9.-]', '_', args.model)}"
+    answers_path, result_path = Path(f"{stem}.jsonl"), Path(f"{stem}.json")
+    # an answer belongs to the judge's settings and the very question: another run of the policy asks anew
+    digest = {key: hashlib.sha256(f"{args.temperature} {text}".encode()).hexdigest()[:16] for key, text in questions.items()}
+    answers = {}
+    for line in answers_path.read_text().splitlines() if answers_path.exists() else []:
+        try:
+            answer = json.loads(line)
+            key = (answer["sample"], answer["order"])
+            if digest.get(key) == answer["question"]:
+                answers[key] = answer
+        except (ValueError, KeyError, TypeError):  # a line that a kill cut off
+            continue
+    missing = [key for key in questions if key not in answers]
+    options = {"api_key": os.environ.get("OPENAI_API_KEY") or "none", "timeout": args.timeout, "max_retries": args.retries}
+    client = openai.OpenAI(base_url=args.base_url, **options)
+    failures: list[str] = []
+
+    def answer_one(key: tuple[int, str]) -> dict | None:
+        try:
+            return {"sample": key[0], "order": key[1], "question": digest[key], **ask(client, args, questions[key])}
+        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError):
+            raise  # no other request would fare better
+        except (openai.APIError, ValueError) as error:
+            failures.append(f"{type(error).__name__}: {error}"[:200])
+            return None
+
+    pool = ThreadPoolExecutor(args.jobs)
+    try:
+        with answers_path.open("a") as file:
+            if answers_path.stat().st_size and not answers_path.read_text().endswith("\n"):
+                file.write("\n")
+            for key, answer in zip(missing, tqdm(pool.map(answer_one, missing), total=len(missing), disable=None), strict=True):
+                if answer:
+                    answers[key] = answer
+                    file.write(json.dumps(answer) + "\n")
+                    file.flush()
+    except openai.APIStatusError as error:
+        pool.shutdown(cancel_futures=True)
+        reason = f"{error.status_code} {type(error).__name__}"
+        fail(f"--model {args.model}: the endpoint says {reason}; expected a key and a model that it knows")
+    except KeyboardInterrupt:
+        pool.shutdown(wait=False, cancel_futures=True)
+        sys.exit(130)
+    result = {**summarise(answers, equal, args), "failed": len(failures), "failures": sorted(set(failures))[:5]}
+    temporary = result_path.with_name(result_path.name + ".tmp")
+    temporary.write_text(json.dumps(result, indent=2) + "\n")
+    os.replace(temporary, result_path)
+    if result["pairs"]:
+        error = "" if result["win_rate_stderr"] is None else f" ± {result['win_rate_stderr']:.3f}"
+        agree = "" if result["orders_agree"] is None else f"orders agree in {result['orders_agree']:.0%}; "
+        print(
+            f"winrate.py: {result['win_rate']:.3f}{error} against {args.against}, {result['pairs']} pairs: "
+            f"{result['wins']} won, {result['ties']} tied, {result['losses']} lost; "
+            f"{agree}{result['refused']} refused, {result['unreadable']} unreadable; cost {result['cost']:.4f}; {result_path}"
+        )
+    if failures:
+        sys.exit(f"winrate.py: {len(failures)} requests failed ({failures[0]}); start again to ask for them")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
