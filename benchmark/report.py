@@ -1,0 +1,468 @@
+"""Tables and figures from finished runs, in the paper's layout, with its published numbers beside ours.
+
+    python benchmark/report.py runs/grid/continuous-ppo                    # every finished run below a folder
+    python benchmark/report.py runs/grid/atari-ppo wandb_export.csv        # or a table of runs exported from W&B
+    python benchmark/report.py runs/a runs/b --out reports/mine --allow-mixed
+
+A run's score is the mean over the last evaluation's episodes (result.json, W&B's summary); a cell is the mean over seeds ± its
+standard error. Writes into --out
+
+    report.md       tables by noise (best in bold, wins), aggregates, what is mixed
+    runs.csv        one line a run: what a table exported from W&B has, and may be given back to this script
+    cells.csv       one line a cell: mean, standard error, seeds; the paper's
+    aggregates.csv  interquartile mean and probability of improvement with 95 % stratified bootstrap intervals (rliable)
+    curves.csv      learning curves and advantage sign changes of local runs, one line a point: run, tag, step, value
+    *.png           learning curves (Figure 3), advantage sign changes (Figure 2), performance profiles, scores by beta
+
+Runs whose settings, lengths or versions differ where they should not are refused, unless --allow-mixed, which says so in the
+report. For aggregates a score is divided by the mean of the first baseline (PPO or A2C) in the same environment: 1 is that one.
+"""
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import tyro
+from matplotlib.ticker import EngFormatter
+
+PUBLISHED = Path(__file__).parent / "paper/scores.csv"
+CURVES = ("charts/episodic_return", "charts/adv_sign_change", "objective/scores")
+# What runs of one row may differ in: what makes an arm, what names a run, and what changes no number
+ARM = ("alpha", "beta", "Z", "num_bins", "reverse_prob", "norm_adv", "literal_signs")
+FREE = (
+    *("seed", "exp_name", "run_dir", "resume", "track", "wandb_project_name", "wandb_entity", "capture_video", "save_model"),
+    *("checkpoint_interval", "eval_interval", "eval_every", "compile", "cuda", "num_threads", "total_timesteps", "iterations"),
+)
+BASELINES = ("PPO", "A2C", "DPPO", "DA2C")
+
+
+@dataclass
+class Args:
+    sources: tyro.conf.Positional[tuple[Path, ...]]
+    """folders, searched for finished runs, and csv files of runs"""
+    out: Path = Path("report")
+    """folder to write into"""
+    allow_mixed: bool = False
+    """report although settings, lengths or versions differ, and say so"""
+    reps: int = 2000
+    """bootstrap samples"""
+
+
+def fail(message: str):
+    print(f"report.py: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def flatten(result: dict) -> dict:
+    """A result.json as a line of W&B's table of runs: arguments by their own names, versions as versions.NAME."""
+    row = {key: value for key, value in result.items() if isinstance(value, str | int | float)}
+    row |= {key: value for key, value in result["args"].items() if key != "env_id"}
+    return row | {f"versions.{name}": value for name, value in result["versions"].items()}
+
+
+def load_runs(sources: tuple[Path, ...]) -> pd.DataFrame:
+    """One line a run; those of local folders have their folder in the column `folder`."""
+    rows = []
+    for source in sources:
+        if source.is_dir():
+            for path in sorted(source.rglob("result.json")):
+                try:
+                    rows.append({**flatten(json.loads(path.read_text())), "Name": path.parent.name, "folder": str(path.parent)})
+                except (ValueError, KeyError, AttributeError) as error:
+                    fail(f"{path}: expected a result.json of one of the scripts ({error!r:.80})")
+        elif source.is_file():
+            try:
+                rows += pd.read_csv(source).to_dict("records")
+            except (ValueError, pd.errors.ParserError, UnicodeDecodeError) as error:
+                fail(f"{source}: expected a csv with a line a run ({str(error).splitlines()[0]})")
+        else:
+            fail(f"{source}: expected a folder with finished runs, or a csv with a line a run")
+    if not rows:
+        fail(f"{' '.join(map(str, sources))}: no finished run there; expected some result.json below")
+    runs = pd.DataFrame(rows)
+    missing = {"script", "env_id", "seed", "alpha", "beta", "score"} - set(runs.columns)
+    if missing:
+        fail(f"{sources[0]}: no column {', '.join(sorted(missing))}; expected what the scripts log to W&B")
+    if "noise" not in runs:
+        runs["noise"] = "none"
+    runs["noise"] = runs.noise.fillna("none")
+    runs = runs[runs.score.notna()].reset_index(drop=True)
+    runs["env"] = [re.sub(r"-v\d+$", "", env_id.removeprefix("ALE/")) for env_id in runs.env_id]
+    runs["arm"] = [label(run) for run in runs.to_dict("records")]
+    # one beta an arm and row is the arm itself; several are told apart
+    several = runs.groupby(["env", "noise", "arm"]).beta.transform("nunique") > 1
+    runs.loc[several, "arm"] += runs[several].beta.map(" β {:g}".format)
+    runs["steps"] = runs.get("total_timesteps", np.nan)
+    if "iterations" in runs:
+        runs["steps"] = runs.steps.fillna(runs.iterations)
+    return runs
+
+
+def label(run: dict) -> str:
+    """The arm of a run, by its arguments."""
+    algorithm = "A2C" if "a2c" in run["script"] else "PPO"
+    continuous = "continuous" in run["script"]
+    discrete = "D" if continuous and run.get("num_bins", 11) else ""
+    if run["beta"]:
+        name = f"{discrete}S{algorithm}"
+        name += " factored" if run.get("reverse_prob") == "factored" else ""
+        name += " literal" if run.get("literal_signs") in (True, "True") else ""
+    else:
+        name = discrete + algorithm if run["alpha"] == 1 else f"control {discrete}{algorithm}"
+    default = algorithm == "PPO"
+    raw = run.get("norm_adv") in (False, "False", 0) if default else run.get("norm_adv") in (True, "True", 1)
+    return name + (" raw" if raw and default else " normalised" if raw else "")
+
+
+def find_mixture(runs: pd.DataFrame) -> list[str]:
+    """What differs among runs that a table would compare: versions and settings anywhere, lengths within a row."""
+    found = []
+    for (script, env, noise), row in runs.groupby(["script", "env", "noise"]):
+        steps = sorted(row.steps.dropna().unique())
+        if len(steps) > 1:
+            found.append(f"{env}, noise {noise}: lengths {', '.join(f'{step:,.0f}' for step in steps)}")
+        twice = row[row.duplicated(["arm", "seed"], keep=False)]
+        for (arm, seed), same in twice.groupby(["arm", "seed"]):
+            if same.get("run_id", same.index.to_series()).nunique() == 1:
+                continue
+            found.append(f"{env}, noise {noise}, {script}: {len(same)} runs of {arm} with seed {seed}")
+    for script, same in runs.groupby("script"):
+        settings = json_settings(same)
+        for name, values in settings.items():
+            found.append(f"{script}: {name} {', '.join(values)}")
+    return found
+
+
+def json_settings(runs: pd.DataFrame) -> dict[str, list[str]]:
+    """Columns of settings and versions with more than one value, and these; settings that belong to a task apart."""
+    about = (
+        "Name",
+        "folder",
+        "run_id",
+        "env",
+        "env_id",
+        "arm",
+        "noise",
+        "steps",
+        "score",
+        "score_stderr",
+        "global_step",
+        "seconds",
+    )
+    other = ("steps_per_second", "script", "commit", "device")
+    found = {}
+    for name in runs.columns:
+        if name in (*about, *other, *ARM, *FREE) or name.startswith(("noise_", "_")) or name in ("State", "Created", "Runtime"):
+            continue
+        values = runs[name].dropna().map(str).unique()
+        if len(values) > 1:
+            found[name] = sorted(values)
+    return found
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+def cells(runs: pd.DataFrame) -> pd.DataFrame:
+    """Mean, standard error and number of seeds of each script, environment, noise and arm, and the paper's numbers."""
+    grouped = runs.groupby(["script", "env", "noise", "arm"]).score
+    table = pd.DataFrame({"mean": grouped.mean(), "stderr": grouped.sem(), "seeds": grouped.count()}).reset_index()
+    published = pd.read_csv(PUBLISHED).rename(columns={"algo": "arm", "mean": "paper_mean", "stderr": "paper_stderr"})
+    return table.merge(published[["env", "noise", "arm", "paper_mean", "paper_stderr"]], how="left", on=["env", "noise", "arm"])
+
+
+def order(arms: list[str]) -> list[str]:
+    """Baselines first, then what is compared with them, then controls."""
+    first = {arm: i for i, arm in enumerate(BASELINES)}
+    return sorted(arms, key=lambda arm: (arm.startswith("control"), first.get(arm, 9), arm))
+
+
+def wins(table: pd.DataFrame, column: str = "mean") -> dict[tuple[str, str], tuple[int, int]]:
+    """(arm, other): in how many rows the arm's mean is the higher one, and of how many rows that have both."""
+    wide = table.pivot_table(index=["env", "noise"], columns="arm", values=column)
+    found = {}
+    for arm in wide.columns:
+        for other in wide.columns:
+            both = wide[[arm, other]].dropna() if arm != other else wide.iloc[:0]
+            if len(both):
+                found[arm, other] = (int((both[arm] > both[other]).sum()), len(both))
+    return found
+
+
+def matrices(runs: pd.DataFrame, baseline: str) -> tuple[dict[str, np.ndarray], list[str], int]:
+    """Scores by arm as [seeds, environments], each divided by the baseline's mean there; the environments; how many seeds.
+
+    Environments that every arm has, and as many seeds of each as the poorest cell.
+    """
+    sets = runs.groupby("arm").env.agg(set)
+    envs = sorted(set.intersection(*sets))
+    if not envs:
+        return {}, [], 0
+    kept = runs[runs.env.isin(envs)].sort_values("seed")
+    seeds = int(kept.groupby(["arm", "env"]).score.count().min())
+    scale = {env: abs(kept[(kept.arm == baseline) & (kept.env == env)].score.mean()) or 1.0 for env in envs}
+    found = {}
+    for arm in order(list(sets.index)):
+        columns = [kept[(kept.arm == arm) & (kept.env == env)].score.to_numpy()[:seeds] / scale[env] for env in envs]
+        found[arm] = np.stack(columns, axis=1)
+    return found, envs, seeds
+
+
+def aggregate(scores: dict[str, np.ndarray], reps: int) -> pd.DataFrame:
+    """Interquartile mean of each arm, and P(arm > other) of each pair, with 95 % stratified bootstrap intervals by rliable."""
+    from rliable import library, metrics
+
+    np.random.seed(0)  # rliable draws from numpy's own generator
+    rows = []
+    point, interval = library.get_interval_estimates(scores, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=reps)
+    rows += [("IQM", arm, "", point[arm][0], *interval[arm][:, 0]) for arm in scores]
+    pairs = {f"{a},{b}": (scores[a], scores[b]) for a in scores for b in scores if a != b}
+    if pairs:
+        point, interval = library.get_interval_estimates(
+            pairs, lambda x, y: np.array([metrics.probability_of_improvement(x, y)]), reps=reps
+        )
+        rows += [("P(arm > other)", *pair.split(","), point[pair][0], *interval[pair][:, 0]) for pair in pairs]
+    return pd.DataFrame(rows, columns=["what", "arm", "other", "value", "low", "high"])
+
+
+def load_curves(runs: pd.DataFrame) -> pd.DataFrame:
+    """Points of CURVES of the local runs."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    rows = []
+    for run in runs.to_dict("records"):
+        if not isinstance(run.get("folder"), str):
+            continue
+        events = EventAccumulator(run["folder"], size_guidance={"scalars": 0}).Reload()
+        for tag in set(CURVES) & set(events.Tags()["scalars"]):
+            rows += [(run["Name"], tag, event.step, event.value) for event in events.Scalars(tag)]
+    return pd.DataFrame(rows, columns=["run", "tag", "step", "value"])
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def markdown(table: pd.DataFrame) -> list[str]:
+    """The rows of one script and noise: ours by arm, the paper's in brackets; the best of ours in bold; wins below."""
+    arms = order(list(table.arm.unique()))
+    lines = ["| | " + " | ".join(arms) + " |", "|---" * (len(arms) + 1) + "|"]
+    for env, row in table.groupby("env"):
+        best, texts = row["mean"].max(), []
+        for arm in arms:
+            cell = row[row.arm == arm]
+            if cell.empty:
+                texts.append("")
+                continue
+            (cell,) = cell.to_dict("records")
+            text = number(cell["mean"]) + (f" ± {number(cell['stderr'])}" if cell["seeds"] > 1 else "")
+            text = f"**{text}**" if cell["mean"] == best and len(row) > 1 else text
+            text += f" ({cell['seeds']})"
+            if not np.isnan(cell["paper_mean"]):
+                text += f" [{number(cell['paper_mean'])} ± {number(cell['paper_stderr'])}]"
+            texts.append(text)
+        lines.append(f"| {env} | {' | '.join(texts)} |")
+    ours, papers = wins(table), wins(table, "paper_mean")
+    for other in [arm for arm in arms if arm in BASELINES or arm.startswith("control")]:
+        texts = []
+        for arm in arms:
+            text = "{} of {}".format(*ours[arm, other]) if (arm, other) in ours else ""
+            text += " [{} of {}]".format(*papers[arm, other]) if (arm, other) in papers else ""
+            texts.append(text)
+        lines.append(f"| above {other} | {' | '.join(texts)} |")
+    return lines
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def colours(arms: list[str]) -> dict[str, str]:
+    return dict(zip(order(arms), [f"C{i % 10}" for i in range(len(arms))], strict=True))
+
+
+def grid_of_axes(count: int):
+    columns = min(4, count)
+    figure, axes = plt.subplots(-(-count // columns), columns, figsize=(4 * columns, 3 * -(-count // columns)), squeeze=False)
+    for axis in axes.flat[count:]:
+        axis.set_axis_off()
+    return figure, axes.flat
+
+
+def draw_curves(runs: pd.DataFrame, curves: pd.DataFrame, path: Path) -> None:
+    """Figure 3: return while training by environment and noise, mean and standard error of the seeds, smoothed over 5 %."""
+    merged = curves[curves.tag.isin(("charts/episodic_return", "objective/scores"))].merge(runs, left_on="run", right_on="Name")
+    groups = list(merged.groupby(["script", "env", "noise"]))
+    if not groups:
+        return
+    figure, axes = grid_of_axes(len(groups))
+    colour = colours(list(merged.arm.unique()))
+    for axis, ((script, env, noise), group) in zip(axes, groups, strict=False):
+        for arm in order(list(group.arm.unique())):
+            mine = group[group.arm == arm]
+            ends = np.linspace(0, mine.step.max(), 101)[1:]  # steps of episodes differ between seeds: a hundred bins
+            bins = ends[np.minimum(np.searchsorted(ends, mine.step), 99)]
+            table = (
+                mine.assign(bin=bins).pivot_table(index="bin", columns="run", values="value").interpolate(limit_area="inside")
+            )
+            table = table.rolling(5, min_periods=1).mean()
+            mean, error = table.mean(axis=1), table.sem(axis=1).fillna(0)
+            axis.plot(table.index, mean, "--" if arm.startswith("control") else "-", color=colour[arm], label=arm)
+            axis.fill_between(table.index, mean - error, mean + error, color=colour[arm], alpha=0.2, linewidth=0)
+        axis.set(title=f"{env}{'' if noise == 'none' else ', noise'} ({script.removesuffix('.py')})", xlabel="step")
+        axis.title.set_fontsize(9)
+        axis.xaxis.set_major_formatter(EngFormatter())
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_sign_changes(runs: pd.DataFrame, curves: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """Figure 2: share of advantages whose sign normalisation changes; mean over training, range of the seeds."""
+    merged = curves[curves.tag == "charts/adv_sign_change"].merge(runs, left_on="run", right_on="Name")
+    shares = merged.groupby(["script", "env", "noise", "arm", "seed"]).value.mean().reset_index()
+    shares = shares[shares.value > 0]  # without normalisation there is none
+    groups = list(shares.groupby(["env", "noise"]))
+    if not groups:
+        return shares
+    figure, axis = plt.subplots(figsize=(max(4, 1.2 * len(groups)), 4))
+    colour = colours(list(shares.arm.unique()))
+    for i, (_, group) in enumerate(groups):
+        arms = order(list(group.arm.unique()))
+        for j, arm in enumerate(arms):
+            values = group[group.arm == arm].value * 100
+            x = i + (j + 0.5) / len(arms) * 0.8 - 0.4
+            axis.bar(x, values.mean(), 0.7 / len(arms), color=colour[arm])
+            axis.plot([x, x], [values.min(), values.max()], color="black", linewidth=1)
+    axis.set_xticks(
+        range(len(groups)), [f"{env}\n{'' if noise == 'none' else noise}" for (env, noise), _ in groups], fontsize=7
+    )
+    axis.set_ylabel("advantages with another sign, %")
+    axis.legend([plt.Rectangle((0, 0), 1, 1, color=c) for c in colour.values()], colour, fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return shares
+
+
+def draw_profiles(scores: dict[str, np.ndarray], reps: int, path: Path) -> None:
+    """Share of runs above a normalised score, with 95 % intervals (rliable)."""
+    from rliable import library
+
+    taus = np.linspace(0, max(2.0, float(np.quantile(np.concatenate([x.flatten() for x in scores.values()]), 0.95))), 81)
+    np.random.seed(0)
+    profiles, intervals = library.create_performance_profile(scores, taus, reps=max(100, reps // 4))
+    figure, axis = plt.subplots(figsize=(5, 3.5))
+    for arm, colour in colours(list(scores)).items():
+        axis.plot(taus, profiles[arm], "--" if arm.startswith("control") else "-", color=colour, label=arm)
+        axis.fill_between(taus, *intervals[arm], color=colour, alpha=0.15, linewidth=0)
+    axis.set(xlabel="normalised score", ylabel="share of runs above it")
+    axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_betas(runs: pd.DataFrame, path: Path) -> None:
+    """Scores by beta, or by the beta that a control stands for, where there are three or more."""
+    swept = runs[runs.arm.str.contains("S(?:PPO|A2C)|control")].copy()
+    swept["weight"] = swept.beta.where(swept.beta > 0, swept.alpha - 0.5)
+    swept["kind"] = np.where(swept.beta > 0, "symmetric", "control")
+    groups = [group for group in swept.groupby(["script", "env", "noise"]) if group[1].weight.nunique() >= 3]
+    if not groups:
+        return
+    figure, axes = grid_of_axes(len(groups))
+    for axis, ((_, env, noise), group) in zip(axes, groups, strict=False):
+        for kind, style in (("symmetric", "C3o-"), ("control", "C1s--")):
+            by_beta = group[group.kind == kind].groupby("weight").score
+            if len(by_beta):
+                axis.errorbar(by_beta.mean().index, by_beta.mean(), by_beta.sem().fillna(0), fmt=style, label=kind, capsize=3)
+        axis.set(
+            title=f"{env}{'' if noise == 'none' else ', noise'}", xlabel="β (control: α - 0.5)", ylabel="score", xscale="log"
+        )
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# --- report -----------------------------------------------------------------------------------------------------------
+
+
+def main(args: Args) -> None:
+    runs = load_runs(args.sources)
+    mixture = find_mixture(runs)
+    if mixture and not args.allow_mixed:
+        rest = f"; and {len(mixture) - 1} more differences" if len(mixture) > 1 else ""
+        fail(f"the runs differ: {mixture[0]}{rest}; expected alike ones, or --allow-mixed, which reports them and says so")
+    args.out.mkdir(parents=True, exist_ok=True)
+    table, curves = cells(runs), load_curves(runs)
+    seconds = runs.seconds.sum() / 3600 if "seconds" in runs else float("nan")
+    commits = (
+        ", ".join(sorted(runs.commit.dropna().map(lambda text: text[:12] + text[40:]).unique())) if "commit" in runs else "?"
+    )
+    lines = [
+        f"{len(runs)} runs, {seconds:.1f} hours of training; commits {commits}. Mean ± standard error of the seeds "
+        "(their number) [the paper's]; best of ours in bold.",
+        "",
+    ]
+    if mixture:
+        lines += ["**Mixed on request:**", "", *(f"* {text}" for text in mixture), ""]
+    collected = []
+    for (script, noise), part in table.groupby(["script", "noise"]):
+        steps = sorted(runs[(runs.script == script) & (runs.noise == noise)].steps.dropna().unique())
+        lengths = ", ".join(f"{step:,.0f}" for step in steps)
+        lines += [f"### {script}, {'without noise' if noise == 'none' else f'noise {noise}'}; {lengths} steps", ""]
+        lines += [*markdown(part), ""]
+        mine = runs[(runs.script == script) & (runs.noise == noise)]
+        baseline = next((arm for arm in BASELINES if arm in set(mine.arm)), mine.arm.iloc[0])
+        scores, envs, seeds = matrices(mine, baseline)
+        if len(scores) < 2 or seeds < 2:
+            lines += ["No aggregates: they need two arms with two seeds in one environment or more.", ""]
+            continue
+        found = aggregate(scores, args.reps)
+        collected.append(found.assign(script=script, noise=noise, environments=len(envs), seeds=seeds))
+        title = "| | interquartile mean | " + " | ".join(f"P(better than {arm})" for arm in scores) + " |"
+        lines += [f"{len(envs)} environments x {seeds} seeds, scores divided by {baseline}'s mean, 95 % intervals:", "", title]
+        lines += ["|---" * (len(scores) + 2) + "|"]
+        values = {
+            (row.what, row.arm, row.other): f"{row.value:.2f} ({row.low:.2f} to {row.high:.2f})" for row in found.itertuples()
+        }
+        for arm in scores:
+            chances = [values.get(("P(arm > other)", arm, other), "") for other in scores]
+            lines.append(f"| {arm} | {values['IQM', arm, '']} | {' | '.join(chances)} |")
+        lines.append("")
+        draw_profiles(scores, args.reps, args.out / f"profiles_{script.removesuffix('.py')}_{noise}.png")
+    draw_curves(runs, curves, args.out / "curves.png")
+    shares = draw_sign_changes(runs, curves, args.out / "sign_changes.png")
+    draw_betas(runs, args.out / "betas.png")
+    if len(shares):
+        lines += ["### Advantages whose sign normalisation changes", "", "| | share (range of the runs) |", "|---|---|"]
+        for (env, noise), group in shares.groupby(["env", "noise"]):
+            values = group.value * 100
+            lines.append(f"| {env}, noise {noise} | {values.mean():.1f} % ({values.min():.1f} to {values.max():.1f}) |")
+    runs.drop(columns=["folder"], errors="ignore").to_csv(args.out / "runs.csv", index=False)
+    table.to_csv(args.out / "cells.csv", index=False, float_format="%.8g")
+    curves.to_csv(args.out / "curves.csv", index=False, float_format="%.6g")
+    if collected:
+        pd.concat(collected).to_csv(args.out / "aggregates.csv", index=False, float_format="%.6g")
+    (args.out / "report.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,433 @@
+"""Runs the paper's tables, or a grid of your own, on one machine or on a Ray cluster.
+
+    python benchmark/run.py atari-ppo --dry-run                                   # 660 commands, as you would type them
+    python benchmark/run.py continuous-ppo --filter env=Hopper-v4,seed=1,seed=2 --total-timesteps 200000
+    python benchmark/run.py my_grid.toml --address auto                           # on the cluster that this machine belongs to
+
+Tables: atari-ppo, atari-a2c, continuous-ppo, continuous-a2c, imdb, tldr, sensitivity, adv-norm; settings, seeds and steps are
+those of benchmark/paper/hyperparameters.toml. Every comparison with PPO has its control, --alpha (alpha + beta |Z|) --beta 0.
+A grid of your own is a TOML file:
+
+    script = "sppo_atari.py"
+    envs = ["Gopher", "StarGunner"]
+    noises = ["none", "bsc"]              # optional; ["none"] unless given
+    seeds = [1, 2, 3]
+    total_timesteps = 1_000_000           # RLHF scripts: iterations, and no envs or noises
+    [arms]
+    ppo = "--alpha 1 --beta 0"
+    sppo = "--alpha 0.5 --beta 10"
+
+Each run has a folder FOLDER/{grid}/{length}/{env}__{noise}__{arm}__{seed}/ with its own run folder and log.txt. A finished run
+is not run again, a killed one goes on from its checkpoint, one that fails is tried again twice and then reported. There is one
+process a core, unless --cpus or --gpus say otherwise. Ctrl-C lets the runs save and leaves. On a cluster this checkout, its
+Python and --folder must have the same path on all machines (a shared file system); a machine that dies costs its runs only the
+time since their checkpoints.
+"""
+
+import ctypes
+import fcntl
+import itertools
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+PAPER = Path(__file__).parent / "paper/hyperparameters.toml"
+TABLES = ("atari-ppo", "atari-a2c", "continuous-ppo", "continuous-a2c", "imdb", "tldr", "sensitivity", "adv-norm")
+SCRIPTS = {  # script: its argument for a run's length
+    "sppo_atari.py": "total_timesteps",
+    "sa2c_atari.py": "total_timesteps",
+    "dsppo_continuous.py": "total_timesteps",
+    "dsa2c_continuous.py": "total_timesteps",
+    "sppo_rlhf_imdb.py": "iterations",
+    "sppo_rlhf_tldr.py": "iterations",
+}
+LOST = 10  # times that a run may lose its machine
+
+
+@dataclass
+class Args:
+    grid: tyro.conf.Positional[str]
+    """name of a table, or a TOML file"""
+    filter: str = ""
+    """only these runs, as key=value,...: env, noise, arm or seed; values of one key are alternatives"""
+    total_timesteps: int | None = None
+    """length of every run in environment steps (RLHF: iterations) in place of the table's"""
+    args: str = ""
+    """what to add to every command, such as "--track" """
+    folder: Path = Path("runs/grid")
+    """where the runs' folders go"""
+    dry_run: bool = False
+    """print the commands and run nothing"""
+    address: str | None = None
+    """a Ray cluster's address, or auto; unless given, this machine alone"""
+    cpus: int = 1
+    """cores, and threads, of a run"""
+    gpus: float = 0.0
+    """GPUs of a run; parts of one, such as 0.25, share it"""
+    retries: int = 2
+    """times that a failed run is tried again"""
+
+
+@dataclass(frozen=True)
+class Run:
+    grid: str
+    env: str
+    noise: str
+    arm: str
+    seed: int
+    length: int
+    script: str
+    options: str
+    """the arm's part of the command line"""
+
+    @property
+    def folder(self) -> Path:
+        env = self.env.replace("/", "_")
+        return Path(self.grid) / str(self.length) / f"{env}__{self.noise}__{self.arm}__{self.seed}"
+
+    def command(self, args: Args) -> list[str]:
+        """As a user would type it, in the checkout's folder."""
+        task = [] if self.script.startswith("sppo_rlhf") else ["--env-id", self.env]
+        noise = [] if self.noise == "none" else ["--noise", self.noise]
+        length = [f"--{SCRIPTS[self.script].replace('_', '-')}", str(self.length)]
+        rest = ["--seed", str(self.seed), "--num-threads", str(args.cpus), *shlex.split(args.args)]
+        return [
+            self.script,
+            *task,
+            *noise,
+            *shlex.split(self.options),
+            *length,
+            *rest,
+            "--run-dir",
+            str(args.folder / self.folder),
+        ]
+
+
+def fail(message: str):
+    print(f"run.py: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+# --- grids ------------------------------------------------------------------------------------------------------------
+
+
+def symmetric(alpha: float, beta: float, control: bool = True) -> dict[str, str]:
+    """The options of the baseline, of the symmetric loss and of its control, whose weight of the policy loss is the same."""
+    arms = {"base": "--alpha 1 --beta 0", "symmetric": f"--alpha {alpha:g} --beta {beta:g}"}
+    return arms | ({"control": f"--alpha {alpha + beta:g} --beta 0"} if control else {})
+
+
+def named_grid(name: str) -> list[Run]:
+    """The cells of one of the paper's TABLES; Z is -1 everywhere."""
+    paper = tomllib.loads(PAPER.read_text())
+    if name in ("imdb", "tldr"):
+        settings = paper["rlhf"][name]
+        arms = symmetric(settings["alpha"], settings["beta"])
+        names = {"base": "ppo", "symmetric": "sppo"}
+        script, length = f"sppo_rlhf_{name}.py", settings["iterations"]
+        return [
+            Run(name, name, "none", names.get(arm, arm), seed, length, script, options)
+            for arm, options in arms.items()
+            for seed in range(1, 5)
+        ]
+    if name == "sensitivity":  # Table 4: does the choice of beta matter? These values are ours
+        family, algorithm, betas = "atari", "ppo", (1.0, 2.0, 5.0, 10.0, 20.0)
+    else:
+        family, algorithm = name.split("-") if name != "adv-norm" else ("atari", "ppo")
+        betas = None
+    settings = paper[family]
+    own = settings[algorithm]
+    script = {
+        ("atari", "ppo"): "sppo_atari.py",
+        ("atari", "a2c"): "sa2c_atari.py",
+        ("continuous", "ppo"): "dsppo_continuous.py",
+        ("continuous", "a2c"): "dsa2c_continuous.py",
+    }[family, algorithm]
+    prefix = {"atari": "s", "continuous": "ds"}[family]
+    names = {"base": algorithm if family == "atari" else f"d{algorithm}", "symmetric": prefix + algorithm}
+    runs = []
+    noises = ("none", settings["noise"]["kind"])
+    for env, noise in itertools.product(settings.get("games") or settings["tasks"], noises):
+        beta = own["beta"][noise]
+        beta = beta.get(env, beta.get("default")) if isinstance(beta, dict) else beta
+        length = own.get("total_timesteps", settings.get("total_timesteps"))
+        length = length[env] if isinstance(length, dict) else length
+        alpha = settings["alpha"]
+        arms = {names.get(arm, arm): options for arm, options in symmetric(alpha, beta, algorithm == "ppo").items()}
+        if family == "continuous":
+            arms = {algorithm: "--num-bins 0 --alpha 1 --beta 0"} | arms
+        if betas:
+            pairs = [(f"sppo-beta-{value:g}", f"control-beta-{value:g}", symmetric(alpha, value)) for value in betas]
+            arms = {"ppo": arms["ppo"]}
+            for treated, control, options in pairs:
+                arms |= {treated: options["symmetric"], control: options["control"]}
+        if name == "adv-norm":
+            arms = {**arms, **{f"{arm}-raw": f"{options} --no-norm-adv" for arm, options in arms.items()}}
+        runs += [
+            Run(name, env, noise, arm, seed, length, script, options)
+            for arm, options in arms.items()
+            for seed in range(1, settings["seeds"] + 1)
+        ]
+    return runs
+
+
+def toml_grid(path: Path) -> list[Run]:
+    """The cells of a TOML file as the docstring above shows it."""
+    try:
+        grid = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        fail(f"{path}: expected one of {', '.join(TABLES)}, or a TOML file ({error})")
+    script = grid.get("script")
+    if script not in SCRIPTS:
+        fail(f"{path}: script = {script!r}; expected one of {', '.join(SCRIPTS)}")
+    rlhf = script.startswith("sppo_rlhf")
+    required = {"script", "seeds", SCRIPTS[script], "arms"} | (set() if rlhf else {"envs"})
+    unknown = grid.keys() - required - (set() if rlhf else {"noises"})
+    if unknown or required - grid.keys():
+        wrong = f"unknown: {', '.join(sorted(unknown))}" if unknown else f"missing: {', '.join(sorted(required - grid.keys()))}"
+        fail(f"{path}: {wrong}; expected {', '.join(sorted(required))}{'' if rlhf else ' and, if wanted, noises'}")
+    name = script.removesuffix(".py").split("_")[-1]
+    envs, noises = ([name], ["none"]) if rlhf else (grid["envs"], grid.get("noises", ["none"]))
+    length, arms = grid[SCRIPTS[script]], grid["arms"]
+    for key, values, kind in (("envs", envs, str), ("noises", noises, str), ("seeds", grid["seeds"], int)):
+        if not (isinstance(values, list) and values and all(type(value) is kind for value in values)):
+            fail(f"{path}: {key} = {values!r}; expected a list of {'whole numbers' if kind is int else 'texts'}")
+        if len(set(values)) < len(values):
+            fail(f"{path}: {key} = {values!r}; expected each once")
+    if type(length) is not int or length < 1:
+        fail(f"{path}: {SCRIPTS[script]} = {length!r}; expected a whole number of 1 or more")
+    if not (isinstance(arms, dict) and arms and all(isinstance(options, str) for options in arms.values())):
+        fail(f"{path}: arms = {arms!r}; expected a table of texts, the options of each arm")
+    return [
+        Run(path.stem, env, noise, arm, seed, length, script, arms[arm])
+        for env, noise, arm, seed in itertools.product(envs, noises, arms, grid["seeds"])
+    ]
+
+
+def select(runs: list[Run], text: str) -> list[Run]:
+    """Those that --filter names."""
+    wanted: dict[str, set[str]] = {}
+    for part in filter(None, text.split(",")):
+        key, _, value = part.partition("=")
+        known = sorted({str(getattr(run, key)) for run in runs}) if key in ("env", "noise", "arm", "seed") else []
+        if value not in known:
+            expected = f"{key}= one of {', '.join(known)}" if known else "env=, noise=, arm= or seed="
+            fail(f"--filter {part}: expected {expected}")
+        wanted.setdefault(key, set()).add(value)
+    return [run for run in runs if all(str(getattr(run, key)) in values for key, values in wanted.items())]
+
+
+# --- one run ----------------------------------------------------------------------------------------------------------
+
+
+def find_state(folder: Path) -> tuple[str, Path | None]:
+    """("finished", run folder), ("begun", run folder) if it has a checkpoint, or ("new", None)."""
+    for name, state in (("result.json", "finished"), ("checkpoint.pt", "begun")):
+        found = sorted(folder.glob(f"*/{name}"))
+        if found:
+            return state, found[0].parent
+    return "new", None
+
+
+def execute(command: list[str], folder: Path, python: str, gpus: float) -> tuple[int, str]:
+    """Runs or resumes one run to its end. Returns its exit status and the last lines of its log.
+
+    The lock belongs to whoever runs in this folder: if a machine was only thought dead, its run goes on alone.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(1)
+        state, run_folder = find_state(folder)
+        if state == "finished":
+            return 0, ""
+        if state == "begun":
+            command = [command[0], "--resume", str(run_folder)]
+        else:
+            for leftover in folder.glob("*/args.json"):  # killed before its first checkpoint
+                shutil.rmtree(leftover.parent)
+        threads = command[command.index("--num-threads") + 1] if "--num-threads" in command else "1"
+        env = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+        if not gpus:
+            env["CUDA_VISIBLE_DEVICES"] = ""
+        log_path = folder / "log.txt"
+        with log_path.open("a") as log:
+            log.write(f"$ python {shlex.join(command)}\n")
+            log.flush()
+            process = subprocess.Popen(
+                [python, *command],
+                cwd=ROOT,
+                env=env,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a Ctrl-C in the terminal is for the driver, which tells each run once
+                pass_fds=(lock.fileno(),),
+                preexec_fn=die_with_parent,
+            )
+            try:
+                while process.poll() is None:
+                    time.sleep(0.2)
+            except BaseException:  # ray.cancel
+                process.terminate()  # it saves a checkpoint and leaves
+                try:
+                    process.wait(120)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                raise
+    return process.returncode, "\n".join(log_path.read_text(errors="replace").splitlines()[-5:])
+
+
+def die_with_parent() -> None:
+    """A run does not outlive the worker that watches it (Linux; elsewhere the lock alone protects its folder)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+# --- all runs ---------------------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """A table of the runs under way, in a terminal; elsewhere a line for each run that ends."""
+
+    def __init__(self, total: int, folder: Path):
+        from rich.console import Console
+        from rich.live import Live
+
+        self.total, self.folder, self.counts, self.start, self.loaders = total, folder, Counter(), time.time(), {}
+        self.console = Console(stderr=True)
+        self.live = Live(console=self.console, refresh_per_second=1) if self.console.is_terminal else None
+        if self.live:
+            self.live.start()
+
+    def last_step(self, run: Run) -> int | None:
+        """Of what TensorBoard has got so far."""
+        from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+        step = self.loaders.get(run, (None, None))[1]
+        for path in sorted((self.folder / run.folder).glob("*/events.out.tfevents.*"))[-1:]:
+            loader = self.loaders.get(run, (None, None))[0]
+            if loader is None or loader[0] != path:
+                loader = (path, EventFileLoader(str(path)))
+            step = max((event.step for event in loader[1].Load()), default=step)
+            self.loaders[run] = (loader, step)
+        return step
+
+    def show(self, running: list[Run]) -> None:
+        if not self.live:
+            return
+        from rich.table import Table
+
+        done = self.counts["finished"] + self.counts["failed"]
+        hours = (time.time() - self.start) / 3600
+        left = f", {hours / done * (self.total - done):.1f} h left" if done else ""
+        title = f"{self.counts['finished']} of {self.total} finished, {self.counts['failed']} failed, {hours:.1f} h{left}"
+        table = Table("env", "noise", "arm", "seed", "step", "of", title=title)
+        for run in running[:30]:
+            step = self.last_step(run)
+            table.add_row(run.env, run.noise, run.arm, str(run.seed), f"{step:,}" if step else "", f"{run.length:,}")
+        self.live.update(table)
+
+    def ended(self, run: Run, what: str, detail: str = "") -> None:
+        self.counts[what] += what in ("finished", "failed")
+        self.loaders.pop(run, None)
+        self.console.print(f"{what}: {run.folder}{detail}", markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self.live:
+            self.live.stop()
+
+
+def run_all(runs: list[Run], args: Args) -> list[Run]:
+    """Runs what has not finished; returns what failed for good."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    ray.init(
+        address=args.address, include_dashboard=None if args.address else False, log_to_driver=False, logging_level="ERROR"
+    )
+    remote = ray.remote(execute).options(num_cpus=args.cpus, num_gpus=args.gpus, max_retries=0)
+    folder = args.folder.resolve()
+    todo = [run for run in runs if find_state(folder / run.folder)[0] != "finished"]
+    progress = Progress(len(todo), folder)
+    print(f"run.py: {len(runs)} runs, {len(runs) - len(todo)} of them finished before; {folder}", flush=True)
+    failures, lost, failed = Counter(), Counter(), []
+
+    def submit(run: Run):
+        return remote.remote(run.command(args), folder / run.folder, sys.executable, args.gpus)
+
+    pending = {submit(run): run for run in todo}
+    try:
+        while pending:
+            ready, _ = ray.wait(list(pending), num_returns=1, timeout=2.0)
+            for reference in ready:
+                run = pending.pop(reference)
+                try:
+                    status, tail = ray.get(reference)
+                    signalled = status < 0 or status in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+                except ray.exceptions.RayError as error:  # its worker or machine died
+                    status, tail, signalled = None, type(error).__name__, True
+                if status == 0:
+                    progress.ended(run, "finished")
+                    continue
+                (lost if signalled else failures)[run] += 1
+                if lost[run] > LOST or failures[run] > args.retries:
+                    failed.append(run)
+                    progress.ended(run, "failed", f" (status {status}): {tail.splitlines()[-1] if tail else ''}")
+                else:
+                    progress.ended(run, "again", f" (status {status})")
+                    pending[submit(run)] = run
+            progress.show([run for run in pending.values() if (folder / run.folder / "lock").exists()])
+    except KeyboardInterrupt:
+        progress.close()
+        print("run.py: stopping; the runs save their checkpoints", file=sys.stderr, flush=True)
+        for reference in pending:
+            ray.cancel(reference)
+        ray.wait(list(pending), num_returns=len(pending), timeout=150)
+        sys.exit(130)
+    finally:
+        progress.close()
+    return failed
+
+
+def main(args: Args) -> None:
+    runs = named_grid(args.grid) if args.grid in TABLES else toml_grid(Path(args.grid))
+    runs = select(runs, args.filter)
+    for name, value, accepted in (("cpus", args.cpus, args.cpus >= 1), ("gpus", args.gpus, args.gpus >= 0)):
+        if not accepted:
+            fail(f"--{name} {value}: expected {'1 or more' if name == 'cpus' else '0 or more'}")
+    if args.retries < 0:
+        fail(f"--retries {args.retries}: expected 0 or more")
+    if args.total_timesteps is not None:
+        if args.total_timesteps < 1:
+            fail(f"--total-timesteps {args.total_timesteps}: expected 1 or more")
+        runs = [Run(**{**vars(run), "length": args.total_timesteps}) for run in runs]
+    if args.dry_run:
+        for run in runs:
+            print("python " + shlex.join(run.command(args)))
+        return
+    args.folder = args.folder.absolute()
+    failed = run_all(runs, args)
+    if failed:
+        for run in failed:
+            print(f"run.py: failed: {args.folder / run.folder / 'log.txt'}", file=sys.stderr)
+        sys.exit(1)
+    print(f"run.py: all {len(runs)} runs have finished", flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

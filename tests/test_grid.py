@@ -1,0 +1,274 @@
+"""benchmark/run.py: cells against the paper's data and the scripts' own parsers, bad grids, and Ray, whose second node dies."""
+
+import importlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections import Counter
+
+import pytest
+from helpers import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+import run as grid
+
+PAPER = tomllib.loads((ROOT / "benchmark/paper/hyperparameters.toml").read_text())
+
+
+# --- cells ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("atari-ppo", 22 * 5 * 2 * 3),
+        ("atari-a2c", 22 * 5 * 2 * 2),
+        ("continuous-ppo", 9 * 30 * 2 * 4),
+        ("continuous-a2c", 9 * 30 * 2 * 3),
+        ("imdb", 4 * 3),
+        ("tldr", 4 * 3),
+        ("sensitivity", 22 * 5 * 2 * (1 + 2 * 5)),
+        ("adv-norm", 22 * 5 * 2 * 3 * 2),
+    ],
+)
+def test_every_cell_is_there_once(name, count):
+    runs = grid.named_grid(name)
+    assert len(runs) == count == len({run.folder for run in runs})
+    assert len({(run.env, run.noise, run.options, run.seed) for run in runs}) == count  # no two arms are one
+
+
+def test_every_cell_of_the_papers_tables_is_in_a_grid():
+    """The published scores' cells, each with the paper's number of seeds."""
+    names = {
+        "PPO": "ppo",
+        "SPPO": "sppo",
+        "A2C": "a2c",
+        "SA2C": "sa2c",
+        "DPPO": "dppo",
+        "DSPPO": "dsppo",
+        "DA2C": "da2c",
+        "DSA2C": "dsa2c",
+    }
+    ours = Counter()
+    for table in ("atari-ppo", "atari-a2c", "continuous-ppo", "continuous-a2c"):
+        ours.update((table.split("-")[0], run.env.rsplit("-v", 1)[0], run.noise, run.arm) for run in grid.named_grid(table))
+    lines = (ROOT / "benchmark/paper/scores.csv").read_text().splitlines()[1:]
+    for line in lines:
+        _, family, env, noise, algorithm, *_ = line.split(",")
+        assert ours[family, env, noise, names[algorithm]] == {"atari": 5, "continuous": 30}[family], line
+
+
+@pytest.mark.parametrize(
+    ("name", "env", "noise", "arm", "expected"),
+    [
+        ("atari-ppo", "Alien", "bsc", "sppo",
+         "sppo_atari.py --env-id Alien --noise bsc --alpha 0.5 --beta 10 --total-timesteps 5000000"),
+        ("atari-ppo", "Alien", "none", "control",
+         "sppo_atari.py --env-id Alien --alpha 1.5 --beta 0 --total-timesteps 5000000"),
+        ("atari-a2c", "Qbert", "none", "sa2c", "sa2c_atari.py --env-id Qbert --alpha 0.5 --beta 5 --total-timesteps 5000000"),
+        ("continuous-ppo", "Hopper-v4", "gaussian", "dsppo",
+         "dsppo_continuous.py --env-id Hopper-v4 --noise gaussian --alpha 0.5 --beta 50 --total-timesteps 2000000"),
+        ("continuous-ppo", "Walker2d-v4", "gaussian", "control",
+         "dsppo_continuous.py --env-id Walker2d-v4 --noise gaussian --alpha 25.5 --beta 0 --total-timesteps 5000000"),
+        ("continuous-ppo", "Ant-v4", "none", "ppo",
+         "dsppo_continuous.py --env-id Ant-v4 --num-bins 0 --alpha 1 --beta 0 --total-timesteps 2000000"),
+        ("continuous-a2c", "Ant-v4", "none", "dsa2c",
+         "dsa2c_continuous.py --env-id Ant-v4 --alpha 0.5 --beta 0.2 --total-timesteps 2000000"),
+        ("imdb", "imdb", "none", "control", "sppo_rlhf_imdb.py --alpha 0.9 --beta 0 --iterations 60"),
+        ("tldr", "tldr", "none", "sppo", "sppo_rlhf_tldr.py --alpha 0.5 --beta 0.2 --iterations 100"),
+        ("adv-norm", "Alien", "none", "sppo-raw",
+         "sppo_atari.py --env-id Alien --alpha 0.5 --beta 1 --no-norm-adv --total-timesteps 5000000"),
+    ],
+)  # fmt: skip
+def test_commands_are_the_papers(name, env, noise, arm, expected):
+    (run,) = (run for run in grid.named_grid(name) if (run.env, run.noise, run.arm, run.seed) == (env, noise, arm, 2))
+    command = run.command(grid.Args(name))
+    length = command[command.index("--seed") - 1]
+    folder = f"runs/grid/{name}/{length}/{env}__{noise}__{arm}__2"
+    assert shlex.join(command) == f"{expected} --seed 2 --num-threads 1 --run-dir {folder}"
+
+
+@pytest.mark.parametrize("name", grid.TABLES)
+def test_the_scripts_understand_each_command(name, monkeypatch):
+    """Parsed by the script itself; each comparison with PPO has the control of its weight."""
+    arms = {}
+    for run in grid.named_grid(name):
+        if run.seed == 1 and run.env in ("Alien", "Hopper-v4", "imdb", "tldr"):
+            arms.setdefault((run.env, run.noise), {})[run.arm] = run
+    for found in arms.values():
+        weights = {}
+        for arm, run in found.items():
+            script = importlib.import_module(run.script.removesuffix(".py"))
+            monkeypatch.setattr(sys, "argv", [run.script])
+            args = script.parse_args(run.command(grid.Args(name))[1:], script.Args())
+            assert args.seed == 1 and getattr(args, grid.SCRIPTS[run.script]) == run.length
+            assert args.run_dir.endswith(str(run.folder)) and args.num_threads == 1
+            weights[arm] = (args.alpha + args.beta * abs(args.Z), args.beta > 0, getattr(args, "norm_adv", None))
+        for weight, symmetric, norm_adv in weights.values():
+            if symmetric and "a2c" not in name:
+                assert (weight, False, norm_adv) in weights.values()
+
+
+def test_filter_and_length(capsys):
+    args = grid.Args("continuous-ppo", filter="env=Hopper-v4,env=Ant-v4,seed=3,arm=ppo", total_timesteps=1000, dry_run=True)
+    args.args = "--track"
+    grid.main(args)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and all(line.startswith("python dsppo_continuous.py --env-id ") for line in lines)
+    assert all("--total-timesteps 1000 --seed 3 --num-threads 1 --track" in line for line in lines)
+    assert all("/continuous-ppo/1000/" in line for line in lines)
+
+
+GOOD = """
+script = "sppo_atari.py"
+envs = ["Alien"]
+seeds = [1, 2]
+total_timesteps = 2000
+[arms]
+ppo = "--alpha 1 --beta 0"
+"""
+
+
+def test_a_grid_of_ones_own(tmp_path):
+    (tmp_path / "mine.toml").write_text(GOOD.replace("[arms]", 'noises = ["none", "bsc"]\n[arms]\nsppo = "--beta 10"'))
+    runs = grid.toml_grid(tmp_path / "mine.toml")
+    assert len(runs) == 1 * 2 * 2 * 2 and {run.grid for run in runs} == {"mine"} and {run.length for run in runs} == {2000}
+
+
+BAD = [
+    ("no such table", None, "no such table: expected one of atari-ppo, atari-a2c, "),
+    ("broken", "script = ", "expected one of atari-ppo"),
+    ("script", GOOD.replace("sppo_atari", "ppo"), "script = 'ppo.py'; expected one of sppo_atari.py"),
+    ("missing", GOOD.replace("seeds", "#"), "missing: seeds; expected arms, envs, script, seeds, total_timesteps"),
+    ("unknown", "nosie = 1\n" + GOOD, "unknown: nosie; expected"),
+    ("seeds", GOOD.replace("[1, 2]", "[1, 1]"), "seeds = [1, 1]; expected each once"),
+    ("seed", GOOD.replace("[1, 2]", '["1"]'), "seeds = ['1']; expected a list of whole numbers"),
+    ("length", GOOD.replace("2000", "0"), "total_timesteps = 0; expected a whole number of 1 or more"),
+    ("arms", GOOD.replace('"--alpha 1 --beta 0"', "1"), "expected a table of texts"),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "expected"), BAD, ids=[name for name, *_ in BAD])
+def test_bad_grids_are_one_line(name, text, expected, tmp_path, capsys):
+    path = tmp_path / name
+    if text:
+        path.write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        grid.main(grid.Args(str(path) if text else name, folder=tmp_path / "runs"))
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and expected in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"filter": "env=Pong"}, "--filter env=Pong: expected env= one of Alien"),
+        ({"filter": "game=Alien"}, "--filter game=Alien: expected env=, noise=, arm= or seed="),
+        ({"cpus": 0}, "--cpus 0: expected 1 or more"),
+        ({"total_timesteps": 0}, "--total-timesteps 0: expected 1 or more"),
+    ],
+)
+def test_bad_arguments_are_one_line(changed, expected, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        grid.main(grid.Args("atari-ppo", dry_run=True, **changed))
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and expected in err and err.count("\n") == 1
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+SMALL = """
+script = "dsppo_continuous.py"
+envs = ["Pendulum-v1"]
+seeds = {seeds}
+total_timesteps = {steps}
+[arms]
+dppo = "--alpha 1 --beta 0 --num-steps 512 --update-epochs 4 --checkpoint-interval 1 --eval-episodes 1"
+"""
+ENV = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONWARNINGS": "ignore"}
+
+
+def write_grid(tmp_path, seeds, steps):
+    (tmp_path / "small.toml").write_text(SMALL.format(seeds=seeds, steps=steps))
+    return tmp_path / "small.toml", tmp_path / "runs" / "small" / str(steps)
+
+
+def start_grid(path, tmp_path, *more):
+    command = [sys.executable, str(ROOT / "benchmark/run.py"), str(path), "--folder", str(tmp_path / "runs"), *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV, start_new_session=True)
+
+
+def wait_for(condition, seconds=180):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end
+        time.sleep(0.2)
+
+
+def commands(folder):
+    return [line for line in (folder / "log.txt").read_text().splitlines() if line.startswith("$ python")]
+
+
+def test_a_run_that_fails_is_tried_again_twice_and_does_not_stop_the_rest(tmp_path):
+    path, folder = write_grid(tmp_path, [1], 1024)
+    path.write_text(path.read_text() + 'broken = "--num-bins 1 --num-steps 512"\n')
+    process = start_grid(path, tmp_path)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 1, err
+    broken, good = (folder / f"Pendulum-v1__none__{arm}__1" for arm in ("broken", "dppo"))
+    assert len(commands(broken)) == 3 and len(commands(good)) == 1
+    assert f"run.py: failed: {broken / 'log.txt'}" in err and "--num-bins 1: expected" in err
+    (result,) = good.glob("*/result.json")
+    assert json.loads(result.read_text())["args"]["total_timesteps"] == 1024
+    before = result.stat().st_mtime_ns
+    process = start_grid(path, tmp_path, "--filter", "arm=dppo")  # finished: not run again
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "1 runs, 1 of them finished before" in out and result.stat().st_mtime_ns == before
+
+
+def test_ctrl_c_saves_and_the_next_start_goes_on(tmp_path):
+    path, folder = write_grid(tmp_path, [1], 30_720)
+    process = start_grid(path, tmp_path)
+    wait_for(lambda: list(folder.glob("*/*/checkpoint.pt")))
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 130 and "stopping; the runs save their checkpoints" in err, err
+    cell = folder / "Pendulum-v1__none__dppo__1"
+    assert "SIGTERM at step" in (cell / "log.txt").read_text() and not list(cell.glob("*/result.json"))
+    process = start_grid(path, tmp_path)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    first, second = commands(cell)
+    assert "--resume" not in first and "--resume" in second and len(list(cell.glob("*/result.json"))) == 1
+
+
+def test_a_cluster_that_loses_a_machine_finishes_every_run_once(tmp_path):
+    """Two nodes of one core; the second is killed when its run has a checkpoint."""
+    from ray.cluster_utils import Cluster
+
+    path, folder = write_grid(tmp_path, [1, 2, 3], 15_360)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        second = cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes()
+        process = start_grid(path, tmp_path, "--address", cluster.address)
+        wait_for(lambda: len(list(folder.glob("*/*/checkpoint.pt"))) == 2)
+        cluster.remove_node(second, allow_graceful=False)
+        out, err = process.communicate(timeout=400)
+        assert process.returncode == 0, err
+    finally:
+        cluster.shutdown()
+    resumed = 0
+    for seed in (1, 2, 3):
+        cell = folder / f"Pendulum-v1__none__dppo__{seed}"
+        first, *rest = commands(cell)
+        assert "--resume" not in first and all("--resume" in command for command in rest) and len(rest) <= 1
+        resumed += len(rest)
+        assert len(list(cell.glob("*/args.json"))) == len(list(cell.glob("*/result.json"))) == 1
+        assert (cell / "log.txt").read_text().count("result.json") == 1  # the last line of a run that ends
+    assert resumed == 1 and "all 3 runs have finished" in out

@@ -1,0 +1,243 @@
+"""benchmark/report.py: statistics against scipy and by hand, mixtures, W&B's csv beside local folders, a golden report."""
+
+import json
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import ROOT
+from scipy import stats
+from torch.utils.tensorboard import SummaryWriter
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+import report
+
+SCORES = {  # environment, noise, arm: seeds' scores
+    ("Hopper", "none", "DPPO"): [100.0, 110.0, 120.0],
+    ("Hopper", "none", "DSPPO"): [130.0, 140.0, 120.0],
+    ("Hopper", "none", "control DPPO"): [128.0, 140.0, 119.0],
+    ("Ant", "none", "DPPO"): [10.0, 20.0, 30.0],
+    ("Ant", "none", "DSPPO"): [15.0, 10.0, 5.0],
+    ("Ant", "none", "control DPPO"): [40.0, 16.0, 4.0],
+}
+OPTIONS = {"DPPO": (1.0, 0.0), "DSPPO": (0.5, 20.0), "control DPPO": (20.5, 0.0), "PPO": (1.0, 0.0)}
+
+
+def result(env="Hopper", noise="none", arm="DPPO", seed=1, score=1.0, **changed):
+    """A result.json as dsppo_continuous.py writes it, in brief."""
+    alpha, beta = OPTIONS[arm]
+    args = {"seed": seed, "alpha": alpha, "beta": beta, "Z": -1.0, "noise": noise, "num_bins": 0 if arm == "PPO" else 11}
+    args |= {"env_id": f"{env}-v4", "norm_adv": True, "total_timesteps": 1000, "learning_rate": 3e-4, "run_dir": f"x{seed}"}
+    args |= {"reverse_prob": "joint", "literal_signs": False}
+    about = {"script": "dsppo_continuous.py", "run_id": f"{env}{noise}{arm}{seed}", "env_id": f"{env}-v4", "seconds": 36.0}
+    versions = {"torch": "2.13.0", "mujoco": "4.0.0"}
+    for key, value in changed.items():
+        target = args if key in args else versions if key in versions else about
+        target[key] = value
+    return {"score": score, "args": args, "versions": versions, "commit": "a" * 40, "device": "cpu", **about}
+
+
+def write_runs(folder, scores=SCORES, curves=False):
+    for (env, noise, arm), values in scores.items():
+        for seed, score in enumerate(values, 1):
+            path = folder / f"{env}__{noise}__{arm}__{seed}" / "run"
+            path.mkdir(parents=True)
+            (path.parent / "run").rename(path.parent / f"{env}{arm}{seed}")
+            path = path.parent / f"{env}{arm}{seed}"
+            (path / "result.json").write_text(json.dumps(result(env, noise, arm, seed, score)))
+            if curves:
+                with SummaryWriter(path) as writer:
+                    for step in range(100, 1001, 100):
+                        writer.add_scalar("charts/episodic_return", score * step / 1000, step)
+                        writer.add_scalar("charts/adv_sign_change", seed / 100, step)
+    return folder
+
+
+def make(sources, out, **changed):
+    report.main(report.Args(sources=tuple(sources), out=out, reps=50, **changed))
+    return (out / "report.md").read_text()
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+def test_cells_wins_and_the_papers_numbers(tmp_path):
+    table = report.cells(report.load_runs((write_runs(tmp_path),)))
+    by = {(row.env, row.arm): row for row in table.itertuples()}
+    assert by["Hopper", "DPPO"].mean == 110 and by["Hopper", "DPPO"].seeds == 3
+    assert by["Hopper", "DPPO"].stderr == pytest.approx(10 / np.sqrt(3))
+    published = pd.read_csv(ROOT / "benchmark/paper/scores.csv")
+    (paper,) = published[(published.env == "Hopper") & (published.noise == "none") & (published.algo == "DSPPO")].to_dict(
+        "records"
+    )
+    assert by["Hopper", "DSPPO"].paper_mean == paper["mean"] and by["Hopper", "DSPPO"].paper_stderr == paper["stderr"]
+    assert np.isnan(by["Hopper", "control DPPO"].paper_mean)
+    wins = report.wins(table)
+    assert wins["DSPPO", "DPPO"] == (1, 2) and wins["DPPO", "DSPPO"] == (1, 2) and wins["control DPPO", "DSPPO"] == (1, 2)
+
+
+def test_matrices_take_common_environments_and_seeds(tmp_path):
+    scores = {**SCORES, ("Swimmer", "none", "DPPO"): [1.0, 2.0, 3.0]}
+    scores["Ant", "none", "DSPPO"] = [15.0, 10.0]
+    found, envs, seeds = report.matrices(report.load_runs((write_runs(tmp_path, scores),)), "DPPO")
+    assert envs == ["Ant", "Hopper"] and seeds == 2
+    np.testing.assert_allclose(found["DSPPO"], [[15 / 20, 130 / 110], [10 / 20, 140 / 110]])
+    assert list(found) == ["DPPO", "DSPPO", "control DPPO"]
+
+
+def test_aggregates_equal_scipys(tmp_path):
+    found, *_ = report.matrices(report.load_runs((write_runs(tmp_path),)), "DPPO")
+    table = report.aggregate(found, 200)
+    for row in table.itertuples():
+        assert row.low <= row.value + 1e-9 and row.value <= row.high + 1e-9
+        if row.what == "IQM":
+            assert row.value == pytest.approx(stats.trim_mean(found[row.arm], 0.25, axis=None))
+        else:  # the mean over environments of U / (n m)
+            pairs = zip(found[row.arm].T, found[row.other].T, strict=True)
+            assert row.value == pytest.approx(np.mean([stats.mannwhitneyu(a, b).statistic / 9 for a, b in pairs]))
+    # by hand: of 9 pairs in Hopper DSPPO wins 8 and ties 1; in Ant DSPPO's 15 beats 10, its 10 ties 10
+    (chance,) = table[(table.arm == "DSPPO") & (table.other == "DPPO")].value
+    assert chance == pytest.approx(((8 + 0.5) / 9 + (1 + 0.5) / 9) / 2)
+    assert len(table) == 3 + 6
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, "DPPO"),
+        ({"arm": "PPO"}, "PPO"),
+        ({"arm": "DSPPO"}, "DSPPO"),
+        ({"arm": "DSPPO", "reverse_prob": "factored"}, "DSPPO factored"),
+        ({"arm": "DSPPO", "literal_signs": True}, "DSPPO literal"),
+        ({"arm": "control DPPO"}, "control DPPO"),
+        ({"norm_adv": False}, "DPPO raw"),
+        ({"script": "sppo_atari.py"}, "PPO"),
+        ({"script": "sppo_atari.py", "arm": "DSPPO"}, "SPPO"),
+        ({"script": "dsa2c_continuous.py", "arm": "DSPPO", "norm_adv": False}, "DSA2C"),
+        ({"script": "sa2c_atari.py", "norm_adv": True}, "A2C normalised"),
+        ({"script": "sppo_rlhf_imdb.py", "arm": "control DPPO"}, "control PPO"),
+    ],
+)
+def test_labels(changed, expected):
+    assert report.label(report.flatten(result(**changed))) == expected
+
+
+def test_several_betas_are_told_apart(tmp_path):
+    for i, beta in enumerate((1.0, 5.0, 20.0)):
+        for seed in (1, 2):
+            path = tmp_path / f"{beta}{seed}"
+            path.mkdir()
+            one = result(arm="DSPPO", seed=seed, score=10.0 * i + seed, beta=beta, run_id=f"{beta}{seed}")
+            (path / "result.json").write_text(json.dumps(one))
+    runs = report.load_runs((tmp_path,))
+    assert sorted(set(runs.arm)) == ["DSPPO β 1", "DSPPO β 20", "DSPPO β 5"]
+    make([tmp_path], tmp_path / "out")
+    assert (tmp_path / "out/betas.png").stat().st_size > 5000
+
+
+def test_a_table_exported_from_wandb_gives_the_same_report(tmp_path):
+    """runs.csv has the columns of W&B's export: Name, the configuration and the summary."""
+    folder = write_runs(tmp_path / "runs")
+    first = make([folder], tmp_path / "one")
+    second = make([tmp_path / "one/runs.csv"], tmp_path / "two")
+    assert first == second
+    for name in ("cells.csv", "aggregates.csv"):
+        assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
+    exported = pd.read_csv(tmp_path / "one/runs.csv").drop(columns=["arm", "env", "steps"])
+    exported["State"], exported["Created"] = "finished", "2026-11-21"
+    exported.to_csv(tmp_path / "export.csv", index=False)
+    assert make([tmp_path / "export.csv"], tmp_path / "three") == first
+
+
+# --- mixtures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"total_timesteps": 2000}, "Hopper, noise none: lengths 1,000, 2,000"),
+        ({"torch": "2.12.0"}, "dsppo_continuous.py: versions.torch 2.12.0, 2.13.0"),
+        ({"learning_rate": 1e-3}, "dsppo_continuous.py: learning_rate 0.0003, 0.001"),
+        ({"seed": 1, "run_id": "another"}, "2 runs of DPPO with seed 1"),
+    ],
+)
+def test_mixed_runs_are_refused_unless_asked_for(changed, expected, tmp_path, capsys):
+    folder = write_runs(tmp_path / "runs")
+    (folder / "more").mkdir()
+    (folder / "more/result.json").write_text(json.dumps(result(**{"seed": 9, "score": 5.0, **changed})))
+    with pytest.raises(SystemExit) as stopped:
+        make([folder], tmp_path / "out")
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and expected in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
+    text = make([folder], tmp_path / "out", allow_mixed=True)
+    assert "**Mixed on request:**" in text and expected in text
+
+
+def test_threads_names_and_folders_are_no_mixture(tmp_path):
+    folder = write_runs(tmp_path / "runs")
+    (folder / "more").mkdir()
+    one = result(seed=9, score=5.0, device="gpu", commit="b" * 40)
+    one["args"] |= {"num_threads": 4, "run_dir": "elsewhere", "track": True}
+    (folder / "more/result.json").write_text(json.dumps(one))
+    assert "Mixed" not in make([folder], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("missing", None, "missing: expected a folder with finished runs, or a csv with a line a run"),
+        ("empty", "folder", "no finished run there; expected some result.json below"),
+        ("odd.csv", "a,b\n1,2\n", "no column alpha, beta, env_id, score, script, seed; expected what the scripts log to W&B"),
+        ("broken", "json", "result.json: expected a result.json of one of the scripts"),
+    ],
+)
+def test_bad_sources_are_one_line(name, text, expected, tmp_path, capsys):
+    path = tmp_path / name
+    if text in ("folder", "json"):
+        path.mkdir()
+        if text == "json":
+            (path / "result.json").write_text('{"score": 1}')
+    elif text:
+        path.write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        make([path], tmp_path / "out")
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and expected in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+# --- the whole report -------------------------------------------------------------------------------------------------
+
+GOLDEN = """| | DPPO | DSPPO | control DPPO |
+|---|---|---|---|
+| Ant | **20.0 ± 5.77** (3) [{Ant DPPO}] | 10.0 ± 2.89 (3) [{Ant DSPPO}] | **20.0 ± 10.6** (3) |
+| Hopper | 110 ± 5.77 (3) [{Hopper DPPO}] | **130 ± 5.77** (3) [{Hopper DSPPO}] | 129 ± 6.08 (3) |
+| above DPPO |  | 1 of 2 [{wins}] | 1 of 2 |
+| above control DPPO | 0 of 2 | 1 of 2 |  |
+"""
+
+
+def test_report_of_a_small_set_of_runs(tmp_path):
+    text = make([write_runs(tmp_path / "runs", curves=True)], tmp_path / "out")
+    published = pd.read_csv(ROOT / "benchmark/paper/scores.csv").query("noise == 'none'").set_index(["env", "algo"])
+    values = {}
+    for env in ("Ant", "Hopper"):
+        for arm in ("DPPO", "DSPPO"):
+            row = published.loc[env, arm]
+            values[f"{env} {arm}"] = f"{report.number(row['mean'])} ± {report.number(row['stderr'])}"
+    above = sum(published.loc[env, "DSPPO"]["mean"] > published.loc[env, "DPPO"]["mean"] for env in ("Ant", "Hopper"))
+    assert GOLDEN.format(**values, wins=f"{above} of 2") in text
+    assert text.startswith("18 runs, 0.2 hours of training; commits aaaaaaaaaaaa.")
+    assert "2 environments x 3 seeds, scores divided by DPPO's mean" in text
+    # sign changes: seeds 1, 2, 3 have 1, 2, 3 %
+    assert "| Hopper, noise none | 2.0 % (1.0 to 3.0) |" in text
+    curves = pd.read_csv(tmp_path / "out/curves.csv")
+    assert len(curves) == 18 * 2 * 10
+    (value,) = curves[(curves.run == "HopperDSPPO2") & (curves.tag == "charts/episodic_return") & (curves.step == 500)].value
+    assert value == pytest.approx(70.0)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    tables = {"report.md", "runs.csv", "cells.csv", "aggregates.csv", "curves.csv"}
+    assert names == tables | {"curves.png", "sign_changes.png", "profiles_dsppo_continuous_none.png"}
