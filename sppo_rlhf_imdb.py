@@ -895,8 +895,9 @@ def write_json(path: Path, content: dict) -> None:
 
 def save_samples(run_folder: Path, before: list[dict], after: list[dict]) -> list[list]:
     """samples.json, what followed each prompt before and after training; returns the first 20 as a table with its header."""
+    given = ("post", "prompt", "reference")
     samples = [
-        {**new, **{f"{name}_before": value for name, value in old.items() if name not in ("prompt", "reference")}}
+        {**new, **{f"{name}_before": value for name, value in old.items() if name not in given}}
         for old, new in zip(before, after, strict=True)
     ]
     write_json(run_folder / "samples.json", samples)

@@ -23,8 +23,11 @@ Examples:
 What differs from the paper and its released code:
 
 * The signs of Eq. 8 where A < 0, and that `--alpha 0.7 --beta 0` is the control of `--alpha 0.5 --beta 0.2` and must learn
-  alike: see README, "The loss, and four facts about it".
+  alike: see README, "The loss, and four facts about it". Here policy and value share no trained weight, and AdamW divides a
+  constant factor of the gradient out again: the weight alpha + beta |Z| acts through the norm clip and Adam's eps, and against
+  what else trains the policy, `reference_nll_coef` and `ent_coef`.
 * The base is in bfloat16, or in 4 bits, as the paper has it, with `--load-in-4bit`; adapters, heads and logits are float32.
+* Of a text too long for the reward model the end is read, not the beginning, so that the summary is.
 * Adapters sit where peft puts them unasked: on the projections to queries and values.
 * LoRA's dropout is on in updates and off elsewhere, so that the ratio of an update's first step is not quite 1; the base's own
   dropout is off. Advantages are whitened over the whole batch. Each token, EOS included, counts the same in every mean.
@@ -122,8 +125,8 @@ class Args:
     dataset: str = "CarperAI/openai_summarize_tldr"
     """posts with columns `prompt` and `label`, the summary: Hub id or folder with the splits train, valid(ation) and test, or
     one file of JSON lines, which is split 80 : 10 : 10"""
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """of the base models' weights"""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """of the base models' weights (float16 would round the value adapter's small gradients to 0)"""
     load_in_4bit: bool = False
     """quantise the base models to 4 bits (NF4); needs a CUDA GPU and the package bitsandbytes"""
 
@@ -156,9 +159,9 @@ class Args:
     minibatch_size: int = 16
     """trajectories per gradient step, over all processes; divides trajectories_per_update"""
     gradient_accumulation: int = 4
-    """parts in which a process computes its share of a minibatch, one after another, to need less memory"""
+    """parts in which a process computes its share of a minibatch, one after another: updates need less memory"""
     gradient_checkpointing: bool = True
-    """keep only each layer's input for the backward pass and compute the rest again: less memory, a third more time"""
+    """keep only each layer's input for the backward pass and compute the rest again: less memory, half more time"""
     norm_adv: bool = True
     """whiten the advantages over all tokens of a rollout"""
     clip_coef: float = 0.2
@@ -200,7 +203,7 @@ class Args:
     checkpoint_interval: int = 10
     """iterations between two checkpoints"""
     save_model: bool = False
-    """write the adapters to adapters/ in the run folder, for peft, and the merged policy to model/, for from_pretrained"""
+    """write adapters/ for peft, and, unless in 4 bits, model/ for from_pretrained: the policy merged, rounded to `dtype`"""
     resume: str | None = None
     """run folder to continue, with its own arguments; only a larger --iterations and tracking flags may be added"""
     num_threads: int = 0
@@ -220,15 +223,14 @@ OFFLINE = Args(
     dataset="assets/tldr/posts",
     dtype="float32",
     iterations=20,
-    trajectories_per_update=32,
-    max_prompt_length=48,
+    trajectories_per_update=16,
+    max_prompt_length=40,
     response_length=20,
     learning_rate=1e-3,
     update_epochs=2,
     minibatch_size=8,
     gradient_accumulation=1,
     gradient_checkpointing=False,
-    reference_nll_coef=0.0,
     lora_dropout=0.0,
     eval_episodes=32,
     eval_every=0,
@@ -278,17 +280,27 @@ def load_lm(args: Args, name: str, device: torch.device) -> transformers.PreTrai
     return lm.requires_grad_(False).eval()
 
 
-def load_reward(args: Args, agent: "Agent", device: torch.device) -> "Agent":
+def load_reward(args: Args, agent: "Agent", tokenizer, device: torch.device) -> "Agent":
     """The model whose adapter `reward` and head score texts: the agent itself, if both have one base, or another one."""
-    model = agent if args.reward_base == args.policy else Agent(load_lm(args, "reward_base", device)).to(device)
+    same = args.reward_base == args.policy or Path(args.reward_base).resolve() == Path(args.policy).resolve()
+    if same:
+        model = agent
+    else:
+        lm = load_lm(args, "reward_base", device)
+        wanted = f"a model with {args.reward_max_length} positions or more (--reward-max-length) and {len(tokenizer)} tokens"
+        fits = getattr(lm.config, "max_position_embeddings", 0) >= args.reward_max_length
+        require(args, "reward_base", fits and lm.config.vocab_size >= len(tokenizer), wanted)
+        model = Agent(lm, writes=False).to(device)
     try:
         config = LoraConfig.from_pretrained(args.reward_adapter, local_files_only=args.offline)
         weights = load_peft_weights(args.reward_adapter, device="cpu")
-        head = {name.rsplit(".", 1)[1]: weights.pop(name) for name in list(weights) if ".score." in name}
+        head = {name.rsplit(".", 1)[1]: weights.pop(name) for name in list(weights) if "score." in name}
         # peft would look for the head in a model that has none; here it is one of the agent's
         config.modules_to_save = config.task_type = config.base_model_name_or_path = None
         model.add("reward", config, head=True)
-        model.heads["reward"].load_state_dict({"bias": torch.zeros(1), **head})
+        if "bias" in head:
+            model.heads["reward"].bias = nn.Parameter(torch.zeros(1))
+        model.heads["reward"].load_state_dict(head)
         unexpected = set_peft_model_state_dict(model.lm, weights, adapter_name="reward").unexpected_keys
         own = get_peft_model_state_dict(model.lm, adapter_name="reward").keys()
     except Exception as error:  # OSError, ValueError, KeyError, RuntimeError, SafetensorError, ...
@@ -325,9 +337,8 @@ def load_models(args: Args, device: torch.device):
     require(args, "top_k", args.top_k <= vocabulary, f"the policy's vocabulary, {vocabulary}, or less")
     agent, tokens = Agent(lm), torch.tensor([tokenizer(ENDING).input_ids], device=device)
     with torch.no_grad():  # some families scale or cap the logits behind the head, which Agent.logits would miss
-        ours = agent.logits(agent.backbone(tokens, tokens >= 0, None).last_hidden_state, 1.0)
-        tolerance = 1e-3 if args.dtype == "float32" else 0.5
-        plain = torch.allclose(ours, lm(tokens).logits.float(), atol=tolerance, rtol=tolerance)
+        bare = lm.get_output_embeddings()(agent.backbone(tokens, tokens >= 0, None).last_hidden_state)
+        plain = torch.allclose(bare.float(), lm(tokens).logits.float(), atol=1e-3, rtol=1e-3)
     require(args, "policy", plain, "a model whose logits are its head applied to its last hidden states")
     torch.manual_seed(args.seed)  # the adapters' first weights
     transposed = lm.config.model_type == "gpt2"  # its layers hold their weights so
@@ -338,7 +349,7 @@ def load_models(args: Args, device: torch.device):
         agent.add(name, config, head=name == "value")
     if args.gradient_checkpointing:
         agent.lm.activation_checkpointing_enable({"use_reentrant": False})
-    reward = load_reward(args, agent, device)
+    reward = load_reward(args, agent, tokenizer, device)
     return tokenizer, agent.to(device).eval(), reward.to(device).eval()
 
 
@@ -374,13 +385,13 @@ def load_posts(args: Args) -> dict[str, list[tuple[str, str]]]:
 def encode(posts: list[tuple[str, str]], tokenizer, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts [B, max_prompt_length], PAD on the left, and the summaries [B, response_length], PAD on the right.
 
-    A prompt is the first tokens of the post and "\\nTL;DR:", which a post may end with or not.
+    A prompt is the first tokens of the post, up to its own TL;DR: if it has one, and "\\nTL;DR:".
     """
     prompts = torch.full((len(posts), args.max_prompt_length), PAD)
     references = torch.full((len(posts), args.response_length), PAD)
     ending = tokenizer("\n" + ENDING, add_special_tokens=False).input_ids
     for row, (post, summary) in enumerate(posts):
-        ids = tokenizer(post.strip().removesuffix(ENDING).strip(), add_special_tokens=False).input_ids
+        ids = tokenizer(post.split(ENDING)[0].strip(), add_special_tokens=False).input_ids
         ids = ids[: args.max_prompt_length - len(ending)] + ending
         prompts[row, args.max_prompt_length - len(ids) :] = torch.tensor(ids)
         ids = tokenizer(" " + summary.strip(), add_special_tokens=False).input_ids
@@ -416,13 +427,13 @@ class Agent(nn.Module):
     `policy` writes, `value` tells the value of states, `reward` scores; without an adapter the model is the reference.
     """
 
-    def __init__(self, lm: transformers.PreTrainedModel):
+    def __init__(self, lm: transformers.PreTrainedModel, writes: bool = True):
         super().__init__()
         self.lm = lm  # a PeftModel as soon as it has an adapter
-        vocabulary_head = lm.get_output_embeddings()
-        whole = vocabulary_head.weight.dtype == torch.float32
-        # logits in float32 also where the layers are not: bfloat16 would round a logit of 100 to a multiple of a half
-        self.vocabulary_head = vocabulary_head if whole else copy.deepcopy(vocabulary_head).float()
+        if writes:
+            head = lm.get_output_embeddings()
+            # logits in float32 also where the layers are not: bfloat16 would round a logit of 100 to a multiple of a half
+            self.vocabulary_head = head if head.weight.dtype == torch.float32 else copy.deepcopy(head).float()
         self.heads = nn.ModuleDict()
         self.active = None
 
@@ -434,9 +445,8 @@ class Agent(nn.Module):
             self.lm = get_peft_model(self.lm, config, adapter_name=name)
         self.active = ""  # peft's choice, which the next use puts right
         if head:
-            self.heads[name] = nn.Linear(self.lm.config.hidden_size, 1)
+            self.heads[name] = nn.Linear(self.lm.config.hidden_size, 1, bias=False)  # as transformers' classifiers have it
             nn.init.zeros_(self.heads[name].weight)
-            nn.init.zeros_(self.heads[name].bias)
 
     def activate(self, name: str | None) -> None:
         """From here on the adapter `name` alone takes part, or none. Checkpointed layers are computed again in the backward
@@ -579,31 +589,33 @@ def symmetric_ppo_loss(
     return policy_loss, reverse_loss, stats
 
 
-def policy_loss(agent, args, share, reference_share, tokens, old_logprobs, advantages, references):
+def policy_loss(agent, args, share, tokens, old_logprobs, advantages):
     """What this part of a minibatch adds to the policy's loss, and to the statistics by name: alpha L_ppo + beta L_rppo
-    - ent_coef H + reference_nll_coef NLL, each a mean over all real tokens of the minibatch.
+    - ent_coef H, each a mean over all real tokens of the minibatch.
 
-    Shapes: tokens [B, P + R]; old_logprobs, advantages [B, R], 0 where a token is PAD; references [B, R]. share,
-    reference_share: this part's real tokens over the minibatch's, in responses and in references.
+    Shapes: tokens [B, P + R]; old_logprobs, advantages [B, R], 0 where a token is PAD. share: this part's real tokens over
+    the minibatch's.
     """
     prompt_length = tokens.shape[1] - old_logprobs.shape[1]
     logprobs, entropies = agent(tokens, prompt_length, args.temperature, args.ent_coef > 0)
     real = tokens[:, prompt_length:] != PAD
-    policy_loss, reverse_loss, stats = symmetric_ppo_loss(
+    ppo_loss, reverse_loss, stats = symmetric_ppo_loss(
         logprobs, old_logprobs[real], advantages[real], args.clip_coef, args.Z, args.literal_signs
     )
-    loss = args.alpha * policy_loss + args.beta * reverse_loss
-    stats = {"policy_loss": policy_loss, "reverse_loss": reverse_loss, **stats}
+    loss = args.alpha * ppo_loss + args.beta * reverse_loss
+    stats = {"policy_loss": ppo_loss, "reverse_loss": reverse_loss, **stats}
     if args.ent_coef:
         stats["entropy"] = entropies.mean()
         loss = loss - args.ent_coef * stats["entropy"]
-    stats = {f"losses/{name}": share * value.detach() for name, value in stats.items()}
-    loss = share * loss
-    if args.reference_nll_coef:
-        nll = -agent(torch.cat([tokens[:, :prompt_length], references], dim=1), prompt_length, 1.0)[0].mean()
-        loss = loss + reference_share * args.reference_nll_coef * nll
-        stats["losses/reference_nll"] = reference_share * nll.detach()
-    return loss, stats
+    return share * loss, {f"losses/{name}": share * value.detach() for name, value in stats.items()}
+
+
+def reference_loss(agent, args, share, tokens, references):
+    """As `policy_loss`: reference_nll_coef times the policy's next-token loss on the reference summaries [B, R]."""
+    prompt_length = tokens.shape[1] - references.shape[1]
+    tokens = torch.cat([tokens[:, :prompt_length], references], dim=1)
+    nll = -share * agent(tokens, prompt_length, 1.0)[0].mean()
+    return args.reference_nll_coef * nll, {"losses/reference_nll": nll.detach()}
 
 
 def value_loss(agent, args, share, tokens, old_values, returns):
@@ -741,16 +753,15 @@ def advantages_and_returns(batch: dict, args: Args) -> tuple[torch.Tensor, torch
 def update(agent, optimizer, accelerator, args, batch: dict[str, torch.Tensor], iteration: int) -> dict[str, float]:
     """`update_epochs` passes over the rollout in shuffled minibatches of trajectories; the mean of each statistic.
 
-    batch: what `policy_loss` and `value_loss` take behind the shares, by name, the whole rollout in every process. Each
-    process computes its rows of every minibatch in `gradient_accumulation` parts; gradients are summed over parts and
-    processes, and as every part is weighted by its real tokens, the sum does not depend on how the minibatch was cut.
+    batch: what the three losses take behind the shares, by name, the whole rollout in every process. Each process computes
+    its rows of every minibatch in `gradient_accumulation` parts; gradients are summed over parts and processes, and as every
+    part is weighted by its real tokens, the sum does not depend on how the minibatch was cut.
     """
     rng = torch.Generator().manual_seed(int(np.random.default_rng([args.seed, MINIBATCHES, iteration]).integers(2**63)))
     seeds = np.random.default_rng([args.seed, DROPOUT, iteration]).integers(2**63, size=accelerator.num_processes)
     torch.manual_seed(int(seeds[accelerator.process_index]))  # LoRA's dropout
-    tokens, references = batch["tokens"], batch["references"]
-    real = (tokens[:, -args.response_length :] != PAD).sum(-1)
-    reference_real = (references != PAD).sum(-1)
+    real = (batch["tokens"][:, -args.response_length :] != PAD).sum(-1)
+    reference_real = (batch["references"] != PAD).sum(-1)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     names, collected = [], []
     agent.train()  # LoRA's dropout and gradient checkpointing
@@ -762,21 +773,25 @@ def update(agent, optimizer, accelerator, args, batch: dict[str, torch.Tensor], 
             for rows in mine.split(len(mine) // args.gradient_accumulation):
                 share = real[rows].sum() / real[minibatch].sum()
                 reference_share = reference_real[rows].sum() / reference_real[minibatch].sum()
-                for_policy = (tokens, batch["logprobs"], batch["advantages"], references)
-                loss, stats = policy_loss(agent, args, share, reference_share, *(x[rows] for x in for_policy))
-                loss.backward()  # before another adapter takes its turn
-                for_value = (tokens, batch["values"], batch["returns"])
-                loss, value_stats = value_loss(agent, args, share, *(x[rows] for x in for_value))
+                # each loss is sent back before the next one: another adapter takes its turn, and memory is free again
+                of = {name: tensor[rows] for name, tensor in batch.items()}
+                loss, stats = policy_loss(agent, args, share, of["tokens"], of["logprobs"], of["advantages"])
                 loss.backward()
-                for name, value in (stats | value_stats).items():
+                if args.reference_nll_coef:
+                    loss, more = reference_loss(agent, args, reference_share, of["tokens"], of["references"])
+                    loss.backward()
+                    stats |= more
+                loss, more = value_loss(agent, args, share, of["tokens"], of["values"], of["returns"])
+                loss.backward()
+                for name, value in (stats | more).items():
                     sums[name] += value
-            names, sums = list(sums), torch.stack(list(sums.values()))
+            names, totals = list(sums), torch.stack(list(sums.values()))
             if accelerator.num_processes > 1:
-                for tensor in (sums, *(parameter.grad for parameter in parameters)):
+                for tensor in (totals, *(parameter.grad for parameter in parameters)):
                     tensor.copy_(accelerator.reduce(tensor, "sum"))
             nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
-            collected.append(sums)
+            collected.append(totals)
     agent.eval()
     return dict(zip(names, torch.stack(collected).mean(dim=0).tolist(), strict=True))
 
@@ -796,7 +811,7 @@ def evaluate(agent, reward, tokenizer, posts, args, accelerator) -> tuple[dict[s
     """Summarises the posts greedily and scores the summaries.
 
     Returns score, its standard error, KL, lengths and shares, the policy's perplexity on the reference summaries, ROUGE
-    F-measures against them (stemmed, means); and every sample.
+    F-measures against them (stemmed, means); and every sample, with the whole post.
     """
     prompts, references = encode(posts, tokenizer, args)
     greedy, size = replace(args, top_k=1), args.trajectories_per_update
@@ -813,11 +828,11 @@ def evaluate(agent, reward, tokenizer, posts, args, accelerator) -> tuple[dict[s
     responses = [text.strip() for text in decode(batch["tokens"][:, -args.response_length :], tokenizer)]
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
     samples = []
-    for prompt, response, (_, reference), value in zip(
-        decode(prompts, tokenizer), responses, posts, scores.tolist(), strict=True
-    ):
+    for prompt, response, post, value in zip(decode(prompts, tokenizer), responses, posts, scores.tolist(), strict=True):
+        whole, reference = post[0].split(ENDING)[0].strip(), post[1].strip()
         rouge = {name: found.fmeasure for name, found in scorer.score(reference, response).items()}
-        samples.append({"prompt": prompt, "reference": reference.strip(), "response": response, "score": value, **rouge})
+        texts = {"post": whole, "prompt": prompt, "reference": reference, "response": response}
+        samples.append({**texts, "score": value, **rouge})
     result |= {name: float(np.mean([sample[name] for sample in samples])) for name in rouge}
     result["words"] = float(np.mean([len(response.split()) for response in responses]))
     return result, samples
@@ -955,8 +970,9 @@ def write_json(path: Path, content: dict) -> None:
 
 def save_samples(run_folder: Path, before: list[dict], after: list[dict]) -> list[list]:
     """samples.json, what followed each prompt before and after training; returns the first 20 as a table with its header."""
+    given = ("post", "prompt", "reference")
     samples = [
-        {**new, **{f"{name}_before": value for name, value in old.items() if name not in ("prompt", "reference")}}
+        {**new, **{f"{name}_before": value for name, value in old.items() if name not in given}}
         for old, new in zip(before, after, strict=True)
     ]
     write_json(run_folder / "samples.json", samples)

@@ -55,6 +55,7 @@ COLUMNS = {
         "perplexity": "perplexity of references",
         "words": "words",
         "empty_share": "empty",
+        "empty_score": "score of these",
         "unfinished_share": "unfinished",
     },
 }
@@ -101,7 +102,7 @@ def summarise(args: Args, curves: pd.DataFrame, stem: Path) -> None:
             cells = []
             for name in columns:
                 values = mine[(mine.tag == SCORES[args.task] + name) & (mine.global_step == step)].value
-                cells.append(f"{values.mean():.3g} ({', '.join(f'{value:.3g}' for value in values)})")
+                cells.append(f"{values.mean():.3g} ({', '.join(f'{value:.3g}' for value in values)})" if len(values) else "")
             lines.append(f"| {label}, {moment} | {' | '.join(cells)} | {mine.seed.nunique()} |")
         for axis, tag in zip(axes, ("objective/scores", "objective/kl"), strict=True):
             table = (

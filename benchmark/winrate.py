@@ -21,6 +21,7 @@ import math
 import os
 import re
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ Summary B:
 {b}
 
 Answer with one word: A, B or tie."""
-ASK_AGAIN = 2  # times, where an answer is none of these
+ASK_AGAIN = 1  # times, where an answer is none of these
 
 
 @dataclass
@@ -64,8 +65,8 @@ class Args:
     """seconds that a request may take"""
     retries: int = 6
     """times that a request is sent again after 429, 5xx, a timeout or a broken connection, after longer and longer waits"""
-    temperature: float = 0.0
-    """of the judge"""
+    temperature: float | None = 0.0
+    """of the judge; None leaves it to endpoints that accept no other than their own"""
     input_price: float = 0.0
     """what a million tokens of questions cost, in any currency"""
     output_price: float = 0.0
@@ -74,7 +75,7 @@ class Args:
 
 def read_verdict(text: str) -> str | None:
     """ "A", "B" or "tie" if the answer is one of these, whatever marks stand around it; None otherwise."""
-    found = re.fullmatch(r"\W*(?:summary\s+)?(A|B|tie)\W*", text.strip(), flags=re.IGNORECASE)
+    found = re.fullmatch(r"\W*(?:(?:answer|summary)\W+)?(A|B|tie)\W*", text.strip(), flags=re.IGNORECASE)
     return found and {"a": "A", "b": "B", "tie": "tie"}[found.group(1).lower()]
 
 
@@ -85,11 +86,12 @@ def ask(client: openai.OpenAI, args: Args, question: str) -> dict:
     """
     used = {"input_tokens": 0, "output_tokens": 0}
     for _ in range(1 + ASK_AGAIN):
+        options = {} if args.temperature is None else {"temperature": args.temperature}
         messages = [{"role": "user", "content": question}]
-        reply = client.chat.completions.create(model=args.model, messages=messages, temperature=args.temperature)
+        reply = client.chat.completions.create(model=args.model, messages=messages, **options)
         try:
             choice = reply.choices[0]
-            text = choice.message.content or ""
+            text = "" if choice.message.content is None else choice.message.content + ""  # TypeError unless a text
             used["input_tokens"] += reply.usage.prompt_tokens if reply.usage else 0
             used["output_tokens"] += reply.usage.completion_tokens if reply.usage else 0
         except (AttributeError, IndexError, TypeError) as error:
@@ -149,15 +151,14 @@ def load_questions(args: Args) -> tuple[dict[tuple[int, str], str], int]:
     other = {"reference": "reference", "before": "response_before"}[args.against]
     try:
         samples = json.loads((args.run / "samples.json").read_text())
-        triples = [(sample["prompt"], sample["response"], sample[other]) for sample in samples[: args.pairs or None]]
+        triples = [(sample["post"], sample["response"], sample[other]) for sample in samples[: args.pairs or None]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{args.run}: expected a folder of a finished run of sppo_rlhf_tldr.py, with its samples.json ({error!r:.80})")
     questions, equal = {}, 0
-    for i, (prompt, response, against) in enumerate(triples):
+    for i, (post, response, against) in enumerate(triples):
         if response.strip() == against.strip():
             equal += 1
             continue
-        post = prompt.strip().removesuffix("TL;DR:").strip()
         for order, (a, b) in (("AB", (response, against)), ("BA", (against, response))):
             questions[i, order] = QUESTION.format(post=post, a=a.strip() or "(empty)", b=b.strip() or "(empty)")
     return questions, equal
@@ -169,53 +170,73 @@ def fail(message: str):
 
 
 def main(args: Args) -> None:
+    for name, accepted, expected in (
+        ("pairs", args.pairs >= 0, "0 or more"),
+        ("jobs", args.jobs >= 1, "1 or more"),
+        ("timeout", args.timeout > 0, "a number above 0"),
+        ("retries", args.retries >= 0, "0 or more"),
+        ("temperature", args.temperature is None or 0 <= args.temperature <= 2, "None, or a number from 0 to 2"),
+    ):
+        if not accepted:
+            fail(f"--{name} {getattr(args, name)}: expected {expected}")
     questions, equal = load_questions(args)
-    if not (args.base_url or os.environ.get("OPENAI_API_KEY")):
+    key = os.environ.get("OPENAI_API_KEY")
+    if not (args.base_url or key):
         fail("OPENAI_API_KEY is not set; expected the key of the endpoint, or --base-url of one that needs none")
     stem = args.run / f"winrate_{args.against}_{re.sub(r'[^A-Za-z0-9.-]', '_', args.model)}"
     answers_path, result_path = Path(f"{stem}.jsonl"), Path(f"{stem}.json")
-    # an answer belongs to the judge's settings and the very question: another run of the policy asks anew
-    digest = {key: hashlib.sha256(f"{args.temperature} {text}".encode()).hexdigest()[:16] for key, text in questions.items()}
+    # an answer belongs to the judge, its settings and the very question: another run of the policy asks anew
+    judge = f"{args.base_url} {args.model} {args.temperature}"
+    digest = {place: hashlib.sha256(f"{judge} {text}".encode()).hexdigest()[:16] for place, text in questions.items()}
     answers = {}
     for line in answers_path.read_text().splitlines() if answers_path.exists() else []:
         try:
             answer = json.loads(line)
-            key = (answer["sample"], answer["order"])
-            if digest.get(key) == answer["question"]:
-                answers[key] = answer
+            place = (answer["sample"], answer["order"])
+            if digest.get(place) == answer["question"]:
+                answers[place] = answer
         except (ValueError, KeyError, TypeError):  # a line that a kill cut off
             continue
-    missing = [key for key in questions if key not in answers]
-    options = {"api_key": os.environ.get("OPENAI_API_KEY") or "none", "timeout": args.timeout, "max_retries": args.retries}
-    client = openai.OpenAI(base_url=args.base_url, **options)
+    missing = [place for place in questions if place not in answers]
+    client = openai.OpenAI(base_url=args.base_url, api_key=key or "none", timeout=args.timeout, max_retries=args.retries)
     failures: list[str] = []
+    hopeless: list[str] = []  # what would meet every request
+    lock = threading.Lock()
+    file = answers_path.open("a")
+    if answers_path.stat().st_size and not answers_path.read_text().endswith("\n"):
+        file.write("\n")
 
-    def answer_one(key: tuple[int, str]) -> dict | None:
+    def answer_one(place: tuple[int, str]) -> None:
+        if hopeless:
+            return
         try:
-            return {"sample": key[0], "order": key[1], "question": digest[key], **ask(client, args, questions[key])}
-        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError):
-            raise  # no other request would fare better
+            answer = {"sample": place[0], "order": place[1], "question": digest[place], **ask(client, args, questions[place])}
         except (openai.APIError, ValueError) as error:
-            failures.append(f"{type(error).__name__}: {error}"[:200])
-            return None
+            text = f"{type(error).__name__}: {error}".replace(key or "\0", "(key)")[:200]  # some endpoints repeat it
+            with lock:
+                failures.append(text)
+                known = (openai.BadRequestError, openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
+                if isinstance(error, known) or (isinstance(error, openai.APIConnectionError) and not answers):
+                    hopeless.append(text)
+            return
+        with lock:
+            answers[place] = answer
+            file.write(json.dumps(answer).replace(key or "\0", "(key)") + "\n")
+            file.flush()
 
-    pool = ThreadPoolExecutor(args.jobs)
-    try:
-        with answers_path.open("a") as file:
-            if answers_path.stat().st_size and not answers_path.read_text().endswith("\n"):
-                file.write("\n")
-            for key, answer in zip(missing, tqdm(pool.map(answer_one, missing), total=len(missing), disable=None), strict=True):
-                if answer:
-                    answers[key] = answer
-                    file.write(json.dumps(answer) + "\n")
-                    file.flush()
-    except openai.APIStatusError as error:
-        pool.shutdown(cancel_futures=True)
-        reason = f"{error.status_code} {type(error).__name__}"
-        fail(f"--model {args.model}: the endpoint says {reason}; expected a key and a model that it knows")
-    except KeyboardInterrupt:
-        pool.shutdown(wait=False, cancel_futures=True)
-        sys.exit(130)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        try:
+            for _ in tqdm(pool.map(answer_one, missing), total=len(missing), disable=None):
+                pass
+        except KeyboardInterrupt:  # what has been asked is waited for and kept
+            hopeless.append("stopped")
+            pool.shutdown(cancel_futures=True)
+            sys.exit(130)
+        finally:
+            file.close()
+    if hopeless:
+        where = args.base_url or "the endpoint"
+        fail(f"--model {args.model}: {where} says {hopeless[0]}; expected a key, a model and options that it accepts")
     result = {**summarise(answers, equal, args), "failed": len(failures), "failures": sorted(set(failures))[:5]}
     temporary = result_path.with_name(result_path.name + ".tmp")
     temporary.write_text(json.dumps(result, indent=2) + "\n")

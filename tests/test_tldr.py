@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 
 import numpy as np
 import peft
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from peft import LoraConfig
+from safetensors.torch import load_file
 
 import sppo_rlhf_tldr as tldr
 from sppo_rlhf_tldr import PAD, Agent, Args
@@ -148,7 +150,7 @@ def test_only_the_two_adapters_and_the_head_are_trained(assets):
     agent = make_agent(reward=True)
     weights = {name: parameter.detach().clone() for name, parameter in agent.named_parameters()}
     trained = tldr.trained_parameters(agent)
-    assert len(trained) == 2 * 2 * 2 + 2  # A and B of c_attn in two layers, for policy and value; the head's weight and bias
+    assert len(trained) == 2 * 2 * 2 + 1  # A and B of c_attn in two layers, for policy and value; the head
     optimizer = torch.optim.SGD(trained.values(), lr=0.1)
     tldr.update(agent, optimizer, Accelerator(cpu=True), make_args(), make_batch(agent), 0)
     for name, parameter in agent.named_parameters():
@@ -165,12 +167,10 @@ def test_one_base_is_in_memory_for_all(assets):
     _, agent, reward = tldr.load_models(args, CPU)
     base = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_pretrained(assets / "policy").parameters())
     adapters = 3 * 2 * 2 * (32 + 96)  # three of rank 2 on two layers of 32 x 96
-    assert reward is agent and parameters(agent) == base + adapters + 2 * 33
-    other = assets / "other"
-    if not other.exists():
-        other.symlink_to(assets / "policy")
+    assert reward is agent and parameters(agent) == base + adapters + 2 * 32
+    other = shutil.copytree(assets / "policy", assets / "other")
     _, agent, reward = tldr.load_models(make_args(**{**vars(args), "reward_base": str(other)}), CPU)
-    assert reward is not agent and parameters(agent, reward) == 2 * base + adapters + 2 * 33
+    assert reward is not agent and parameters(agent, reward) == 2 * base + adapters + 2 * 32
     texts = ["a great film", "an awful movie with a terrible plot"]
     shared = tldr.load_models(args, CPU)[2]
     with torch.no_grad():
@@ -178,20 +178,29 @@ def test_one_base_is_in_memory_for_all(assets):
     torch.testing.assert_close(one, two)
 
 
-def test_gradients_are_the_same_with_checkpointing(assets):
-    """Layers computed again in the backward pass must meet the adapter of their forward pass."""
+@pytest.mark.parametrize("family", ["gptj", "llama"])
+def test_gradients_are_the_same_with_checkpointing_and_follow_autograd(family):
+    """Layers computed again in the backward pass must meet the adapter of their forward pass; one step of SGD against the
+    gradient of the whole sum by autograd through the adapters' products added to the weights."""
     found = []
     for checkpointing in (False, True):
-        agent = make_agent("llama")
+        agent = make_agent(family, reward=True)
         if checkpointing:
             agent.lm.activation_checkpointing_enable({"use_reentrant": False})
         trained = tldr.trained_parameters(agent)
         optimizer = torch.optim.SGD(trained.values(), lr=0.1)
-        tldr.update(agent, optimizer, Accelerator(cpu=True), make_args(gradient_accumulation=2), make_batch(agent), 0)
-        found.append(torch.cat([parameter.detach().flatten() for parameter in trained.values()]))
-    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
-    start = torch.cat([parameter.detach().flatten() for parameter in tldr.trained_parameters(make_agent("llama")).values()])
-    assert (found[0] - start).abs().max() > 1e-3
+        args = make_args(gradient_accumulation=2, update_epochs=1, minibatch_size=8, max_grad_norm=1e9)
+        batch = make_batch(agent)
+        tldr.update(agent, optimizer, Accelerator(cpu=True), args, batch, 0)
+        found.append({name: parameter.detach().clone() for name, parameter in trained.items()})
+    agent = make_agent(family, reward=True)
+    trained = tldr.trained_parameters(agent)
+    whole = [gradient(agent, make_args(), batch)[0].norm()]
+    tldr.value_loss(agent, make_args(), 1.0, batch["tokens"], batch["values"], batch["returns"])[0].backward()
+    assert whole[0] > 0.01
+    for name, parameter in trained.items():
+        torch.testing.assert_close(found[0][name], found[1][name], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(found[0][name], parameter.detach() - 0.1 * parameter.grad, atol=1e-5, rtol=1e-4)
 
 
 def test_checkpointing_recomputes():
@@ -221,10 +230,9 @@ def test_saved_adapters_reload_with_peft(tmp_path):
     for name in ("value", "reward"):
         classifier = transformers.GPT2ForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1, pad_token_id=1)
         loaded = peft.PeftModel.from_pretrained(classifier, tmp_path / name).eval()
-        with torch.no_grad():  # the bias of the head apart, which transformers' own heads do not have
+        with torch.no_grad():
             hidden = agent.backbone(ids, ids >= 0, name).last_hidden_state[:, -1]
-            expected = hidden @ agent.heads[name].weight.T
-            torch.testing.assert_close(loaded(ids).logits, expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(loaded(ids).logits, agent.heads[name](hidden), atol=1e-4, rtol=1e-4)
 
 
 def test_merged_export_has_the_same_logits(tmp_path):
@@ -233,7 +241,8 @@ def test_merged_export_has_the_same_logits(tmp_path):
     agent.values(tokens, 7)
     tldr.save_model(tmp_path / "model", agent, TOKENIZER)
     lm = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
-    assert not any("lora" in name for name in lm.state_dict())
+    names = load_file(tmp_path / "model/model.safetensors").keys()
+    assert names == make_lm("gptj").state_dict().keys()  # nothing of any adapter
     hand = torch.cat([by_hand(lm, row)[0] for row in tokens])
     torch.testing.assert_close(logprobs.double(), hand, atol=1e-4, rtol=1e-4)
 
@@ -266,6 +275,45 @@ def test_padding_changes_nothing(family):
     uniforms, args = torch.rand(8, 6, dtype=torch.float64), make_args()
     one, other = (tldr.generate(agent, rows[:, :-6], uniforms, EOS, args) for rows in (tokens, padded))
     assert torch.equal(one, other)
+
+
+def test_a_reward_adapter_of_another_writer_loads(assets, tmp_path):
+    """As peft writes classifiers: weights in a .bin, modules_to_save in the configuration, a head with or without a bias."""
+    for bias in (False, True):
+        folder = tmp_path / str(bias)
+        folder.mkdir()
+        config = peft.LoraConfig.from_pretrained(assets / "reward")
+        config.save_pretrained(folder)
+        assert config.modules_to_save == ["score"] and config.task_type == "SEQ_CLS"
+        weights = load_file(assets / "reward/adapter_model.safetensors")
+        if bias:
+            weights["base_model.model.score.bias"] = torch.tensor([0.7])
+        torch.save(weights, folder / "adapter_model.bin")
+        paths = {"policy": str(assets / "policy"), "tokenizer": str(assets / "policy"), "reward_base": f"{assets}/policy/"}
+        args = make_args(**paths, reward_adapter=str(folder), reward_max_length=40, max_prompt_length=20)
+        _, agent, reward = tldr.load_models(args, CPU)
+        assert reward is agent  # one folder, however it is written
+        known = tldr.load_models(make_args(**{**vars(args), "reward_adapter": str(assets / "reward")}), CPU)[2]
+        with torch.no_grad():
+            one, two = (tldr.score(["a great film"], model, TOKENIZER, args) for model in (reward, known))
+        torch.testing.assert_close(one, two + 0.7 * bias)
+
+
+def test_quantisation_is_asked_for_as_transformers_wants_it(assets, monkeypatch):
+    """Without a GPU what would be loaded can be seen, not run."""
+    seen = {}
+
+    def from_pretrained(source, **options):
+        seen.update(options)
+        raise OSError("seen")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    args = make_args(policy=str(assets / "policy"), load_in_4bit=True, dtype="bfloat16")
+    with pytest.raises(SystemExit):
+        tldr.load_lm(args, "policy", torch.device("cuda:1"))
+    config = seen["quantization_config"]
+    assert config.load_in_4bit and config.bnb_4bit_quant_type == "nf4" and config.bnb_4bit_compute_dtype == torch.bfloat16
+    assert seen["device_map"] == {"": torch.device("cuda:1")} and seen["use_safetensors"] and not seen["trust_remote_code"]
 
 
 def test_rewards_do_not_depend_on_the_batch():
@@ -305,7 +353,7 @@ def test_encode_cuts_the_post_and_keeps_the_ending():
     ending = TOKENIZER("\nTL;DR:").input_ids
     assert len(ending) < 10
     posts = [
-        ("a great film\nTL;DR:", "great"),
+        ("a great film\nTL;DR: great film TL;DR:", "great"),
         ("a great film", " great "),
         (" ".join(["great"] * 40) + "\nTL;DR:", "great " * 9),
     ]
@@ -348,9 +396,12 @@ def make_batch(agent, off=0.3, seed=0):
 
 
 def gradient(agent, args, batch):
+    """Of the policy's losses, alone; their sum and their statistics."""
     agent.zero_grad()
-    names = ("tokens", "logprobs", "advantages", "references")
-    loss, stats = tldr.policy_loss(agent, args, 1.0, 1.0, *(batch[name] for name in names))
+    loss, stats = tldr.policy_loss(agent, args, 1.0, *(batch[name] for name in ("tokens", "logprobs", "advantages")))
+    if args.reference_nll_coef:
+        more, nll = tldr.reference_loss(agent, args, 1.0, batch["tokens"], batch["references"])
+        loss, stats = loss + more, stats | nll
     loss.backward()
     return torch.cat([p.grad.flatten() for p in agent.parameters() if p.grad is not None]).double(), loss, stats
 
@@ -456,8 +507,8 @@ def test_the_first_minibatch_has_ratio_one_and_new_adapters_kl_zero():
     prompts, uniforms = make_tokens()[:, :7], torch.rand(8, 6, dtype=torch.float64)
     batch, clock = tldr.rollout(agent, agent, TOKENIZER, prompts, uniforms, args, Accelerator(cpu=True))
     assert set(clock) == {"time/generate", "time/score", "time/forward"}
-    rows = (batch["tokens"][2:6], batch["logprobs"][2:6], torch.zeros(4, 6), make_tokens(4)[:, 7:])
-    _, stats = tldr.policy_loss(agent, args, 1.0, 1.0, *rows)
+    rows = (batch["tokens"][2:6], batch["logprobs"][2:6], torch.zeros(4, 6))
+    _, stats = tldr.policy_loss(agent, args, 1.0, *rows)
     assert abs(stats["losses/old_approx_kl"]) < 1e-6 and stats["losses/clipfrac"] == 0
     policy, base, value = merged(agent, "policy"), agent.lm.get_base_model(), merged(agent, "value")
     agent.activate(None)

@@ -82,8 +82,8 @@ def test_a_run_leaves_what_the_readme_says(assets, tmp_path):
     assert logged["test/score"][-1][1] == pytest.approx(result["score"])
 
     samples = json.loads((folder / "samples.json").read_text())
-    new = ["prompt", "reference", "response", "score", "rouge1", "rouge2", "rougeL"]
-    assert len(samples) == 8 and list(samples[0]) == new + [f"{name}_before" for name in new[2:]]
+    new = ["post", "prompt", "reference", "response", "score", "rouge1", "rouge2", "rougeL"]
+    assert len(samples) == 8 and list(samples[0]) == new + [f"{name}_before" for name in new[3:]]
     assert [sample["reference"] for sample in samples] == [label for _, label in tldr_assets.posts(8, 200)]
     assert np.mean([sample["score"] for sample in samples]) == pytest.approx(result["score"])
     assert np.mean([sample["score_before"] for sample in samples]) == pytest.approx(result["before"]["score"])
@@ -189,7 +189,7 @@ def test_a_broken_run_ends_and_keeps_the_checkpoint_from_before(call, tmp_path):
     call("--iterations", 1, "--run-dir", tmp_path)
     folder = only(tmp_path)
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-    checkpoint["agent"]["heads.value.bias"].fill_(1e30)  # its squared error is not finite
+    checkpoint["agent"]["heads.value.weight"].fill_(1e30)  # its squared error is not finite
     torch.save(checkpoint, folder / "checkpoint.pt")
     before = (folder / "checkpoint.pt").read_bytes()
     broken = r"losses/\w+ is (inf|nan) in iteration 2; the run ends, .*checkpoint.pt is from before"
@@ -224,7 +224,13 @@ BAD = [
     ("--reward-base {tmp}/nothing", "--reward-base {tmp}/nothing: expected a Hub id or a folder that can be loaded"),
     ("--reward-adapter {tmp}/nothing", "--reward-adapter {tmp}/nothing: expected a LoRA adapter in peft's format"),
     ("--reward-adapter {tmp}/headless", "--reward-adapter {tmp}/headless: expected a LoRA adapter in peft's format"),
-    ("--reward-adapter {tmp}/foreign", "--reward-adapter {tmp}/foreign: expected "),
+    ("--reward-adapter {tmp}/foreign", "--reward-adapter {tmp}/foreign: expected a LoRA adapter in peft's format with weights"),
+    ("--reward-adapter {tmp}/deeper", "--reward-adapter {tmp}/deeper: expected an adapter of --reward-base "),
+    (
+        "--reward-base {tmp}/small",
+        "--reward-base {tmp}/small: expected a model with 40 positions or more (--reward-max-length)",
+    ),
+    ("--policy {tmp}/capped --dtype bfloat16", "expected a model whose logits are its head applied to its last hidden states"),
 ]
 
 
@@ -243,6 +249,14 @@ def broken(assets, tmp_path_factory):
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 64}
     gemma = transformers.Gemma2Config(**size, **heads, final_logit_softcapping=0.01, initializer_range=1.0)
     transformers.Gemma2ForCausalLM(gemma).save_pretrained(folder / "gemma")
+    gemma.final_logit_softcapping = 3.0
+    transformers.Gemma2ForCausalLM(gemma).save_pretrained(folder / "capped")
+    small = transformers.GPT2Config(vocab_size=len(tokenizer), n_positions=16, n_embd=32, n_layer=2, n_head=2)
+    transformers.GPT2LMHeadModel(small).save_pretrained(folder / "small")
+    deep = transformers.GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=3, n_head=2)
+    agent = tldr.Agent(transformers.GPT2LMHeadModel(deep))
+    tldr_assets.add_reward(agent)
+    tldr.save_adapter(folder / "deeper", agent, "reward", "base", tokenizer)
     agent = tldr.Agent(tldr.load_lm(tldr.Args(policy=str(assets / "policy"), dtype="float32"), "policy", torch.device("cpu")))
     agent.add("policy", peft.LoraConfig(r=2, fan_in_fan_out=True), head=False)
     tldr.save_adapter(folder / "headless", agent, "policy", "base", tokenizer)

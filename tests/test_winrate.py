@@ -26,7 +26,7 @@ class Judge(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.questions.append(question)
             self.server.attempts[question] += 1
-            self.server.seen.append((self.path, self.headers["Authorization"], body["model"], body["temperature"]))
+            self.server.seen.append((self.path, self.headers["Authorization"], body["model"], body.get("temperature")))
         reply = self.server.reply(question, self.server.attempts[question])
         if isinstance(reply, float):
             time.sleep(reply)
@@ -72,7 +72,13 @@ def folder(tmp_path):
     """Six samples; "good" is better than "plain", which is better than "bad"."""
     words = [("good", "plain", "bad")] * 3 + [("bad", "plain", "bad"), ("plain", "plain", "bad"), ("", "plain", "good")]
     samples = [
-        {"prompt": f"Post {i}.\nTL;DR:", "response": response, "reference": reference, "response_before": before}
+        {
+            "post": f"Post {i}.",
+            "prompt": "Post\nTL;DR:",
+            "response": response,
+            "reference": reference,
+            "response_before": before,
+        }
         for i, (response, reference, before) in enumerate(words)
     ]
     (tmp_path / "samples.json").write_text(json.dumps(samples))
@@ -221,11 +227,15 @@ def test_refusals_and_unreadable_answers_are_counted_and_left_out(server, folder
     result = judge(server, folder)
     assert result["refused"] == 4 and result["unreadable"] == 2 and result["failed"] == 0
     assert (result["pairs"], result["wins"], result["ties"], result["losses"]) == (3, 0, 1, 2)
-    assert server.attempts[next(question for question in server.questions if "Post 2" in question)] == 3
-    assert result["input_tokens"] == 100 * (4 + 2 * 3 + 4 * 2)
+    assert server.attempts[next(question for question in server.questions if "Post 2" in question)] == 2
+    assert result["input_tokens"] == 100 * (4 + 2 * 2 + 4 * 2)
 
 
-@pytest.mark.parametrize("body", ["not json", "[]", "{}", '{"choices": []}', '"text"', '{"choices": [{"message": null}]}'])
+ODD = ("[]", "5", '[{"type": "text", "text": "A"}]')  # contents that are no texts
+BODIES = ["not json", "[]", "{}", '{"choices": []}', '"text"', '{"choices": [{"message": null}]}']
+
+
+@pytest.mark.parametrize("body", BODIES + [json.dumps(completion(json.loads(text))) for text in ODD])
 def test_malformed_answers_are_failures_and_not_verdicts(body, server, folder):
     server.reply = lambda question, _: (200, body) if "Post 3" in question else honest(question)
     with pytest.raises(SystemExit, match="2 requests failed"):
@@ -234,14 +244,19 @@ def test_malformed_answers_are_failures_and_not_verdicts(body, server, folder):
     assert result["pairs"] == 5 and result["failed"] == 2
 
 
-@pytest.mark.parametrize(("status", "name"), [(401, "AuthenticationError"), (403, "PermissionDenied"), (404, "NotFoundError")])
+ENDS = [(400, "BadRequest"), (401, "AuthenticationError"), (403, "PermissionDenied"), (404, "NotFoundError")]
+
+
+@pytest.mark.parametrize(("status", "name"), ENDS)
 def test_a_wrong_key_or_model_ends_at_once_in_one_line(status, name, server, folder, capsys):
-    server.reply = lambda *_: (status, {"error": {"message": "no"}})
+    server.reply = lambda *_: (status, {"error": {"message": f"not with {KEY}"}})
     with pytest.raises(SystemExit) as stopped:
         judge(server, folder, jobs=1)
     err = capsys.readouterr().err
-    assert stopped.value.code == 2 and f"--model a/judge: the endpoint says {status} {name}" in err
-    assert err.count("\n") == 1 and len(server.questions) < 10 and KEY not in err
+    assert stopped.value.code == 2 and f"{server.server_port}/v1 says {name}" in err
+    assert err.count("\n") == 1 and len(server.questions) == 1
+    assert KEY not in err + "".join(path.read_text() for path in folder.iterdir())
+    assert "not with (key)" in err
 
 
 def test_bad_input_is_one_line(tmp_path, folder, monkeypatch, capsys):
@@ -268,6 +283,7 @@ def test_bad_input_is_one_line(tmp_path, folder, monkeypatch, capsys):
         ("**Tie**", "tie"),
         ("Summary A", "A"),
         ("(B)", "B"),
+        ("Answer: A", "A"),
         ("A or B", None),
         ("", None),
         ("Apple", None),
@@ -275,3 +291,49 @@ def test_bad_input_is_one_line(tmp_path, folder, monkeypatch, capsys):
 )
 def test_read_verdict(text, verdict):
     assert winrate.read_verdict(text) == verdict
+
+
+def test_a_host_that_is_not_there_ends_at_once(folder, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with pytest.raises(SystemExit) as stopped:
+        winrate.main(winrate.Args(run=folder, model="m", base_url="http://127.0.0.1:9/v1", retries=1, jobs=1))
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and "http://127.0.0.1:9/v1 says APIConnectionError" in err and err.count("\n") == 1
+
+
+def test_no_answer_waits_for_a_slower_one(server, folder):
+    """The first question takes long; what the others got is in the file before."""
+    done = threading.Event()
+
+    def reply(question, _):
+        if "Post 0" in question:
+            done.wait(10)
+        return honest(question)
+
+    server.reply = reply
+    thread = threading.Thread(target=judge, args=(server, folder), kwargs={"jobs": 4, "timeout": 30.0})
+    thread.start()
+    answers = folder / "winrate_reference_a_judge.jsonl"
+    end = time.time() + 10
+    while not (answers.exists() and answers.read_text().count("\n") == 8):
+        assert time.time() < end
+        time.sleep(0.05)
+    done.set()
+    thread.join()
+    assert answers.read_text().count("\n") == 10
+
+
+def test_an_endpoint_that_takes_no_temperature(server, folder):
+    server.reply = honest
+    judge(server, folder, temperature=None)
+    assert all(temperature is None for *_, temperature in server.seen)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("jobs", 0), ("retries", -1), ("timeout", -1.0), ("pairs", -3), ("temperature", 3.0)]
+)
+def test_values_that_cannot_be_are_one_line(name, value, folder, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        winrate.main(winrate.Args(**{"run": folder, "model": "m", "base_url": "http://x", name: value}))
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and f"--{name} {value}: expected" in err and err.count("\n") == 1
