@@ -1,14 +1,15 @@
 """What sppo_rlhf_tldr.py needs at GPT-J's size: a model of its memory and time, checked against small models that are measured.
 
-    python benchmark/scale_tldr.py                   # 1 and 2 layers of GPT-J's width on this CPU, minutes; 6 GB
+    python benchmark/scale_tldr.py                   # 1 and 2 layers of GPT-J's width on this CPU, minutes; 8 GB
     python benchmark/scale_tldr.py --predict-only    # the table for a GPU alone
-    python benchmark/scale_tldr.py --device cuda --layers 28 --dtype bfloat16 --trajectories 64 --prompt 500 --response 50
+    python benchmark/scale_tldr.py --device cuda --layers 28 --dtype bfloat16 --trajectories 64 --minibatch-size 16 \\
+        --accumulation 4 --epochs 4 --prompt 500 --response 50
 
-The model counts parameters (on torch's meta device, so nothing is downloaded or allocated), bytes, and multiply-adds: a pass of
-N parameters over a token is 2 N operations, its backward pass through a frozen base 2 N more (no gradients of weights), and
-checkpointing computes the forward pass again. Phases are those of the script's `time/...`. Measured times are divided by what
-the model predicts at the rate of this machine's matrix products; 1.0 is a perfect prediction at full rate. Nothing else should
-run. Writes benchmark/results/scale_tldr.md and .json.
+The model counts parameters (on torch's meta device, so nothing is downloaded or allocated), bytes, and operations: a pass of N
+parameters over a token is 2 N operations, its backward pass through a frozen base 2 N more (no gradients of weights), and
+checkpointing computes the forward pass again. Phases are those of the script's `time/...`. Measured times are shown beside what
+the model predicts at the rate of this machine's matrix products, measured memory, without the base's weights, beside what it
+predicts beyond these. Nothing else should run. Writes benchmark/results/scale_tldr.md and .json.
 """
 
 import json
@@ -20,6 +21,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -39,21 +41,21 @@ GIB = 2**30
 class Args:
     layers: tuple[int, ...] = (1, 2)
     """numbers of layers to measure, each in a process of its own"""
-    device: str = "cpu"
-    """where to measure: cpu or cuda"""
-    dtype: str = "float32"
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where to measure"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
     """of the base's weights"""
     trajectories: int = 4
     """trajectories of an update"""
-    minibatch_size: int = 2
+    minibatch_size: int = 4
     """trajectories of a minibatch"""
     accumulation: int = 1
     """parts of a minibatch"""
     epochs: int = 1
     """passes over the trajectories"""
-    prompt: int = 100
+    prompt: int = 250
     """tokens of a prompt"""
-    response: int = 10
+    response: int = 25
     """tokens of a summary"""
     predict_only: bool = False
     """measure nothing"""
@@ -96,45 +98,49 @@ def count(layers: int, lora_r: int) -> dict[str, int]:
 
 
 def predict(layers: int, args: tldr.Args, own_reward_base: bool) -> tuple[dict[str, float], dict[str, float]]:
-    """Bytes by what they hold, and operations by phase, of one update of the script on one device."""
+    """Bytes by what they hold, and operations by phase, of one update of the script on one device.
+
+    What autograd keeps of a layer, a row of length T: its input before and after the norm, q and k (in float32, as GPT-J
+    multiplies them), v, d each; four tensors of 4 d within the feed-forward's activation; the weights of all heads, T x T, in
+    float32. The first layer keeps little: nothing before its adapters is trained. In generation the prompts pass a layer whole: its hidden layer and the heads' scores are there twice for a moment.
+    """
     config, n = gptj(layers), count(layers, args.lora_r)
-    width = {"float32": 4, "bfloat16": 2, "float16": 2}[args.dtype]
-    length, d = args.max_prompt_length + args.response_length, config.n_embd
+    width = {"float32": 4, "bfloat16": 2}[args.dtype]
+    length, d, heads = args.max_prompt_length + args.response_length, config.n_embd, config.n_head
     rows = args.minibatch_size // args.gradient_accumulation  # of a part
     base = (n["body"] + n["embedding"] + n["head"]) * width
-    # of a layer that is computed again: its input twice, normed input, q, k, v, attention's output (d each), the feed-forward's
-    # hidden layer before and inside and after its activation (4 d each, four of them), scores and weights of all heads
-    layer = rows * length * (7 * d + 16 * d) * width + 3 * rows * config.n_head * length**2 * 4
+    layer = rows * (length * ((3 + 16) * d * width + 2 * d * 4) + heads * length**2 * 4)
+    kept = layers * rows * length * d * width + layer if args.gradient_checkpointing else max(1, layers - 1) * layer
+    prompts = args.trajectories_per_update * args.max_prompt_length
     memory = {
         "base": base,
         "base of the reward model": base if own_reward_base else 0,
         "head in float32": 0 if width == 4 else n["head"] * 4,
         "adapters, gradients, AdamW": (2 * n["adapter"] + d) * 16 + n["adapter"] * 4,
-        # in generation; given back before the update
-        "KV cache": 2 * layers * args.trajectories_per_update * length * d * width,
-        "update: layers' inputs": layers * rows * length * d * width,
-        "update: one layer again": layer,
+        "generation: keys and values": 2 * layers * args.trajectories_per_update * length * d * width,
+        "generation: prompts in a layer": prompts * (2 * 4 * d * width + 2 * heads * args.max_prompt_length * 4),
+        "update: layers": kept,
         "update: logits": 3 * rows * args.response_length * config.vocab_size * 4,
     }
     tokens = args.trajectories_per_update * length
-    a_pass = tokens * (2 * n["body"] + 4 * layers * d * length / 2)  # attention looks back over half of them on average
+    a_pass = tokens * (2 * n["body"] + 4 * layers * d * length)
     logits = args.trajectories_per_update * args.response_length * 2 * n["head"]
-    again = 4 if not args.gradient_checkpointing else 6  # forward, backward, forward again
+    passes = 3 if args.gradient_checkpointing else 2  # forward, backward, forward again
     nll = bool(args.reference_nll_coef)
     operations = {
         "generate": a_pass + logits,
         "score": a_pass,
         "forward": 3 * a_pass + 2 * logits,
-        "update": args.update_epochs * ((2 + nll) * a_pass * again / 2 + (1 + nll) * logits * 2),
+        "update": args.update_epochs * ((2 + nll) * a_pass * passes + (1 + nll) * logits * 2),
     }
     return memory, operations
 
 
-def peak(memory: dict[str, float]) -> float:
+def peak(memory: dict[str, float], beyond_base: bool = False) -> float:
     """Bytes at the worst moment: weights all the time, and the larger one of generation and update."""
-    update = sum(value for name, value in memory.items() if name.startswith("update"))
-    rest = sum(value for name, value in memory.items() if not name.startswith(("update", "KV")))
-    return rest + max(update, memory["KV cache"])
+    phases = (sum(size for name, size in memory.items() if name.startswith(phase)) for phase in ("generation", "update"))
+    lasting = sum(size for name, size in memory.items() if not name.startswith(("generation", "update")))
+    return lasting - memory["base"] * beyond_base + max(phases)
 
 
 class Numbers:
@@ -149,22 +155,24 @@ class Numbers:
         return [" ".join(map(str, row)) for row in rows]
 
 
-def resident() -> int:
-    """Bytes of this process that are in memory, or allocated on the GPU, at most so far."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def resident(device: torch.device, most: bool = False) -> int:
+    """Bytes of this process in memory, or of tensors on the GPU; the most so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() if most else torch.cuda.memory_allocated()
+    if most:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def measure(args: Args) -> dict:
     """One rollout and one update, after one of each for warm-up, with random weights and the reward on the same base."""
     tldr.keep_freed_memory()
     device = torch.device(args.device)
-    before = resident()
     torch.set_default_dtype(getattr(torch, args.dtype))
     with device:
         lm = transformers.GPTJForCausalLM(gptj(args.layers[0])).requires_grad_(False)
     torch.set_default_dtype(torch.float32)
+    before = resident(device)
     agent, size = tldr.Agent(lm), settings(args)
     for name in ("policy", "value", "reward"):
         config = LoraConfig(r=size.lora_r, lora_alpha=size.lora_alpha, lora_dropout=size.lora_dropout)
@@ -183,7 +191,7 @@ def measure(args: Args) -> dict:
         begin = time.perf_counter()
         tldr.update(agent, optimizer, accelerator, size, batch, 0)
         clock["time/update"] = time.perf_counter() - begin
-    return {"seconds": {name: clock[f"time/{name}"] for name in PHASES}, "bytes": resident() - before}
+    return {"seconds": {name: clock[f"time/{name}"] for name in PHASES}, "bytes": resident(device, most=True) - before}
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -214,7 +222,7 @@ def main(args: Args) -> None:
             f"{args.trajectories} x ({args.prompt} + {args.response}) tokens, "
             f"minibatch {args.minibatch_size}, {args.epochs} epoch(s). Measured (predicted at that rate):",
             "",
-            "| layers | " + " | ".join(PHASES) + " | whole | memory |",
+            "| layers | " + " | ".join(PHASES) + " | whole | memory beyond the base |",
             "|---" * (len(PHASES) + 3) + "|",
         ]
         for layers in args.layers:
@@ -227,7 +235,7 @@ def main(args: Args) -> None:
             predicted = {phase: operations[phase] / rate for phase in PHASES}
             cells = [f"{found['seconds'][phase]:.2f} s ({predicted[phase]:.2f})" for phase in PHASES]
             wholes = sum(found["seconds"].values()), sum(predicted.values())
-            sizes = found["bytes"] / GIB, peak(memory) / GIB
+            sizes = found["bytes"] / GIB, peak(memory, beyond_base=True) / GIB
             lines.append(
                 f"| {layers} | {' | '.join(cells)} | {wholes[0]:.2f} s ({wholes[1]:.2f}) | "
                 f"{sizes[0]:.2f} GiB ({sizes[1]:.2f}) |"
@@ -236,21 +244,23 @@ def main(args: Args) -> None:
             print(lines[-1], flush=True)
     lines += [
         "",
-        "Predicted, not measured, for GPT-J 6B (28 layers) with the paper's settings on one GPU, 64 x (500 + 50) tokens:",
+        "Predicted, not measured: GPT-J 6B (28 layers), the paper's settings, one GPU, 64 x (500 + 50) tokens an update:",
         "",
-        "| base | weights | KV cache | update's activations | peak | operations of an iteration |",
-        "|---|---|---|---|---|---|",
+        "| base | weights | + generation | + update | peak | operations of an update, 10^15 | seconds at 100 TFLOP/s |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for label, own in (("the policy's is the reward model's", False), ("one each, as in the paper", True)):
-        paper = replace(tldr.Args(), reward_text="{text}")
-        memory, operations = predict(28, paper, own)
-        weights = sum(value for name, value in memory.items() if not name.startswith(("update", "KV")))
-        activations = sum(value for name, value in memory.items() if name.startswith("update"))
+    for label, dtype, own in (
+        ("bfloat16, one for policy and reward", "bfloat16", False),
+        ("bfloat16, one each, as in the paper", "bfloat16", True),
+        ("float32, one for policy and reward", "float32", False),
+    ):
+        memory, operations = predict(28, replace(tldr.Args(), dtype=dtype), own)
+        parts = [sum(size for name, size in memory.items() if name.startswith(kind)) for kind in ("generation", "update")]
         shares = ", ".join(f"{name} {value / 1e15:.1f}" for name, value in operations.items())
+        whole = sum(operations.values())
         lines.append(
-            f"| bfloat16; {label} | {weights / GIB:.1f} GiB | {memory['KV cache'] / GIB:.1f} GiB | "
-            f"{activations / GIB:.1f} GiB | {peak(memory) / GIB:.1f} GiB | "
-            f"{sum(operations.values()) / 1e15:.1f} PFLOP ({shares}) |"
+            f"| {label} | {(peak(memory) - max(parts)) / GIB:.1f} GiB | {parts[0] / GIB:.1f} GiB | {parts[1] / GIB:.1f} GiB | "
+            f"{peak(memory) / GIB:.1f} GiB | {whole / 1e15:.1f} ({shares}) | {whole / 1e14:.0f} |"
         )
     print("\n".join(lines))
     if not args.predict_only:
