@@ -102,7 +102,8 @@ def predict(layers: int, args: tldr.Args, own_reward_base: bool) -> tuple[dict[s
 
     What autograd keeps of a layer, a row of length T: its input before and after the norm, q and k (in float32, as GPT-J
     multiplies them), v, d each; four tensors of 4 d within the feed-forward's activation; the weights of all heads, T x T, in
-    float32. The first layer keeps little: nothing before its adapters is trained. In generation the prompts pass a layer whole: its hidden layer and the heads' scores are there twice for a moment.
+    float32. The first layer keeps little: nothing before its adapters is trained. In generation the prompts pass a layer
+    whole: its hidden layer and the heads' scores are there twice for a moment.
     """
     config, n = gptj(layers), count(layers, args.lora_r)
     width = {"float32": 4, "bfloat16": 2}[args.dtype]
