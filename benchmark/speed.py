@@ -3,17 +3,20 @@
     python benchmark/speed.py atari-ppo        # sppo_atari.py on Alien; the others: atari-a2c, dppo, da2c (Walker2d-v4)
     python benchmark/speed.py dppo --blocks 6 --rounds 1
     python benchmark/speed.py imdb             # sppo_rlhf_imdb.py --offline beside rlhf_peer.py: see speed_rlhf.py
+    python benchmark/speed.py all              # one after another, an hour or two; speed.md has all in one table
 
 Each arm is a process of its own (so that peak memory is its own) that trains for a few blocks of iterations; the first two
 of each process are warm-up and do not count. The figure is the median of environment steps per second over all others,
 and the ratio of these medians, on the CPU. What the reverse term costs is measured on updates alone, in pairs, against
-a loss that has no such term in its code. Writes benchmark/results/speed_{suite}.md and .json. Nothing else should run.
+a loss that has no such term in its code. Writes benchmark/results/speed_{suite}.md and .json, and speed.md, the table of all
+suites that have a .json there. Nothing else should run.
 """
 
 import importlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -112,8 +115,8 @@ SUITES = {
 
 @dataclass
 class Args:
-    suite: tyro.conf.Positional[Literal["atari-ppo", "atari-a2c", "dppo", "da2c", "imdb"]] = "atari-ppo"
-    """which script"""
+    suite: tyro.conf.Positional[Literal["atari-ppo", "atari-a2c", "dppo", "da2c", "imdb", "all"]] = "atari-ppo"
+    """which script, or all"""
     blocks: int = 3
     """counted blocks of each process; of imdb: iterations"""
     rounds: int = 4
@@ -285,12 +288,52 @@ def phases(args: Args, suite: Suite, threads: int) -> dict:
     return result
 
 
+def combine(folder: Path) -> list[str]:
+    """All suites in one table: every arm beside its peer, and what the reverse term costs an update."""
+    lines = ["| script | | median | against the peer | peak memory | update, beta > 0 / without | commit |", "|---" * 7 + "|"]
+    for name in (*SUITES, "imdb"):
+        path = folder / f"speed_{name}.json"
+        if not path.exists():
+            continue
+        found = json.loads(path.read_text())
+        if name == "imdb":  # seconds by phase, of as many tokens in all arms
+            rates = {
+                label: np.sum([np.median(times[phase]) for phase in times if phase != "tokens"]) ** -1
+                for label, times in found["seconds"].items()
+            }
+            texts = {label: f"{1 / rate:.1f} s an iteration" for label, rate in rates.items()}
+            cost, script = np.median(found["symmetric / plain"]), "sppo_rlhf_imdb"
+        else:
+            rates = {label: np.median(values) for label, values in found["steps_per_second"].items()}
+            texts = {label: f"{rate:,.0f} steps/s" for label, rate in rates.items()}
+            cost, script = found["phases"]["update, symmetric / plain"], SUITES[name].script
+        peer = next(iter(rates))
+        for label, rate in rates.items():
+            cells = [f"{script}.py", label, texts[label], f"{rate / rates[peer]:.2f} x", f"{found['peak_mib'][label]:,.0f} MiB"]
+            symmetric = re.search(r"β (?!0\b)|β 0\.", label)
+            cells += [f"{cost:.3f}" if symmetric else "", found["commit"][:12] + found["commit"][40:]]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def main(args: Args) -> None:
     os.chdir(Path(__file__).parents[1])
-    if args.suite == "imdb":
+    results = Path("benchmark/results")
+    if args.suite == "all":
+        for name in (*SUITES, "imdb"):
+            more = ["--blocks", str(args.blocks), "--rounds", str(args.rounds), "--pairs", str(args.pairs)]
+            subprocess.run([sys.executable, __file__, name, *more], check=True)
+    elif args.suite == "imdb":
         import speed_rlhf
 
-        return speed_rlhf.main(args.rounds, args.blocks, args.pairs)
+        speed_rlhf.main(args.rounds, args.blocks, args.pairs)
+    else:
+        measure_suite(args)
+    (results / "speed.md").write_text("\n".join(combine(results)) + "\n")
+
+
+def measure_suite(args: Args) -> None:
+    """Measures one script beside Stable-Baselines3 and writes what the docstring above says."""
     suite, commit = SUITES[args.suite], sppo_atari.git_commit()  # before the files of the results change
     threads = suite.threads or os.cpu_count()
     speeds, memory = defaultdict(list), defaultdict(float)
