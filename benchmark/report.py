@@ -11,13 +11,14 @@ standard error. Writes into --out
     runs.csv        one line a run: what a table exported from W&B has, and may be given back to this script
     cells.csv       one line a cell: mean, standard error, seeds; the paper's
     aggregates.csv  interquartile mean and probability of improvement with 95 % stratified bootstrap intervals (rliable)
-    curves.csv      learning curves and advantage sign changes of local runs, one line a point: run, tag, step, value
+    curves.csv      learning curves and advantage sign changes of local runs, one line a point: run_id, tag, step, value
     *.png           learning curves (Figure 3), advantage sign changes (Figure 2), performance profiles, scores by beta
 
 Runs whose settings, lengths or versions differ where they should not are refused, unless --allow-mixed, which says so in the
 report. For aggregates a score is divided by the mean of the first baseline (PPO or A2C) in the same environment: 1 is that one.
 """
 
+import ast
 import json
 import re
 import sys
@@ -35,11 +36,12 @@ from matplotlib.ticker import EngFormatter
 
 PUBLISHED = Path(__file__).parent / "paper/scores.csv"
 CURVES = ("charts/episodic_return", "charts/adv_sign_change", "objective/scores")
-# What runs of one row may differ in: what makes an arm, what names a run, and what changes no number
+# Arguments that runs of one row may differ in: what makes an arm, what names a run, and what changes no number
 ARM = ("alpha", "beta", "Z", "num_bins", "reverse_prob", "norm_adv", "literal_signs")
 FREE = (
-    *("seed", "exp_name", "run_dir", "resume", "track", "wandb_project_name", "wandb_entity", "capture_video", "save_model"),
-    *("checkpoint_interval", "eval_interval", "eval_every", "compile", "cuda", "num_threads", "total_timesteps", "iterations"),
+    *("seed", "env_id", "noise", "exp_name", "run_dir", "resume", "track", "wandb_project_name", "wandb_entity"),
+    *("capture_video", "save_model", "checkpoint_interval", "log_interval", "eval_interval", "eval_every", "num_threads"),
+    *("total_timesteps", "iterations"),  # compared apart
 )
 BASELINES = ("PPO", "A2C", "DPPO", "DA2C")
 
@@ -62,6 +64,13 @@ def fail(message: str):
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def arguments() -> set[str]:
+    """The names of all scripts' arguments: columns of settings, among all that W&B exports."""
+    trees = (ast.parse(path.read_text()) for path in Path(__file__).parents[1].glob("*.py"))
+    classes = (node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
+    return {field.target.id for found in classes for field in found.body if isinstance(field, ast.AnnAssign)}
 
 
 def flatten(result: dict) -> dict:
@@ -97,12 +106,17 @@ def load_runs(sources: tuple[Path, ...]) -> pd.DataFrame:
     if "noise" not in runs:
         runs["noise"] = "none"
     runs["noise"] = runs.noise.fillna("none")
+    if "run_id" not in runs:
+        runs["run_id"] = runs.get("ID", pd.Series(range(len(runs)), index=runs.index)).map(str)
+    runs = runs.drop_duplicates("run_id")  # a folder and the export of the same runs; local ones come first
+    runs.attrs["without score"] = int(runs.score.isna().sum())
     runs = runs[runs.score.notna()].reset_index(drop=True)
-    runs["env"] = [re.sub(r"-v\d+$", "", env_id.removeprefix("ALE/")) for env_id in runs.env_id]
+    runs["env"] = [env_id.removeprefix("ALE/") for env_id in runs.env_id]
     runs["arm"] = [label(run) for run in runs.to_dict("records")]
-    # one beta an arm and row is the arm itself; several are told apart
-    several = runs.groupby(["env", "noise", "arm"]).beta.transform("nunique") > 1
-    runs.loc[several, "arm"] += runs[several].beta.map(" β {:g}".format)
+    # one beta (of controls: one alpha) an arm and row is the arm itself; several are told apart
+    for name, sign in (("beta", "β"), ("alpha", "α")):
+        several = runs.groupby(["script", "env", "noise", "arm"])[name].transform("nunique") > 1
+        runs.loc[several, "arm"] += runs[several][name].map((f" {sign} " + "{:g}").format)
     runs["steps"] = runs.get("total_timesteps", np.nan)
     if "iterations" in runs:
         runs["steps"] = runs.steps.fillna(runs.iterations)
@@ -122,7 +136,9 @@ def label(run: dict) -> str:
         name = discrete + algorithm if run["alpha"] == 1 else f"control {discrete}{algorithm}"
     default = algorithm == "PPO"
     raw = run.get("norm_adv") in (False, "False", 0) if default else run.get("norm_adv") in (True, "True", 1)
-    return name + (" raw" if raw and default else " normalised" if raw else "")
+    name += " raw" if raw and default else " normalised" if raw else ""
+    name += f" Z {run['Z']:g}" if run.get("Z", -1) not in (-1, "") and run["beta"] else ""
+    return name + (f" {run['num_bins']:g} bins" if discrete and run.get("num_bins", 11) != 11 else "")
 
 
 def find_mixture(runs: pd.DataFrame) -> list[str]:
@@ -132,40 +148,24 @@ def find_mixture(runs: pd.DataFrame) -> list[str]:
         steps = sorted(row.steps.dropna().unique())
         if len(steps) > 1:
             found.append(f"{env}, noise {noise}: lengths {', '.join(f'{step:,.0f}' for step in steps)}")
-        twice = row[row.duplicated(["arm", "seed"], keep=False)]
-        for (arm, seed), same in twice.groupby(["arm", "seed"]):
-            if same.get("run_id", same.index.to_series()).nunique() == 1:
-                continue
-            found.append(f"{env}, noise {noise}, {script}: {len(same)} runs of {arm} with seed {seed}")
+        for (arm, seed), count in row.groupby(["arm", "seed"]).size().items():
+            if count > 1:
+                found.append(f"{env}, noise {noise}, {script}: {count} runs of {arm} with seed {seed}")
+        for name, values in differences(row, arguments() - {*ARM, *FREE}).items():
+            if noise != "none" or not name.startswith("noise_"):
+                found.append(f"{env}, noise {noise}, {script}: {name} {', '.join(values)}")
     for script, same in runs.groupby("script"):
-        settings = json_settings(same)
-        for name, values in settings.items():
+        versions = {name for name in runs.columns if name.startswith("versions.")}
+        for name, values in differences(same, versions).items():
             found.append(f"{script}: {name} {', '.join(values)}")
     return found
 
 
-def json_settings(runs: pd.DataFrame) -> dict[str, list[str]]:
-    """Columns of settings and versions with more than one value, and these; settings that belong to a task apart."""
-    about = (
-        "Name",
-        "folder",
-        "run_id",
-        "env",
-        "env_id",
-        "arm",
-        "noise",
-        "steps",
-        "score",
-        "score_stderr",
-        "global_step",
-        "seconds",
-    )
-    other = ("steps_per_second", "script", "commit", "device")
+def differences(runs: pd.DataFrame, names: set[str]) -> dict[str, list[str]]:
+    """Those of the columns `names` with more than one value, and these; no value is one, too."""
     found = {}
-    for name in runs.columns:
-        if name in (*about, *other, *ARM, *FREE) or name.startswith(("noise_", "_")) or name in ("State", "Created", "Runtime"):
-            continue
-        values = runs[name].dropna().map(str).unique()
+    for name in sorted(names & set(runs.columns)):
+        values = runs[name].map(lambda value: "none" if pd.isna(value) else str(value)).unique()
         if len(values) > 1:
             found[name] = sorted(values)
     return found
@@ -178,8 +178,13 @@ def cells(runs: pd.DataFrame) -> pd.DataFrame:
     """Mean, standard error and number of seeds of each script, environment, noise and arm, and the paper's numbers."""
     grouped = runs.groupby(["script", "env", "noise", "arm"]).score
     table = pd.DataFrame({"mean": grouped.mean(), "stderr": grouped.sem(), "seeds": grouped.count()}).reset_index()
-    published = pd.read_csv(PUBLISHED).rename(columns={"algo": "arm", "mean": "paper_mean", "stderr": "paper_stderr"})
-    return table.merge(published[["env", "noise", "arm", "paper_mean", "paper_stderr"]], how="left", on=["env", "noise", "arm"])
+    table["task"] = [re.sub(r"-v\d+$", "", env) for env in table.env]
+    published = pd.read_csv(PUBLISHED).rename(
+        columns={"algo": "arm", "env": "task", "mean": "paper_mean", "stderr": "paper_stderr"}
+    )
+    return table.merge(
+        published[["task", "noise", "arm", "paper_mean", "paper_stderr"]], how="left", on=["task", "noise", "arm"]
+    )
 
 
 def order(arms: list[str]) -> list[str]:
@@ -245,9 +250,9 @@ def load_curves(runs: pd.DataFrame) -> pd.DataFrame:
         if not isinstance(run.get("folder"), str):
             continue
         events = EventAccumulator(run["folder"], size_guidance={"scalars": 0}).Reload()
-        for tag in set(CURVES) & set(events.Tags()["scalars"]):
-            rows += [(run["Name"], tag, event.step, event.value) for event in events.Scalars(tag)]
-    return pd.DataFrame(rows, columns=["run", "tag", "step", "value"])
+        for tag in sorted(set(CURVES) & set(events.Tags()["scalars"])):
+            rows += [(run["run_id"], tag, event.step, event.value) for event in events.Scalars(tag)]
+    return pd.DataFrame(rows, columns=["run_id", "tag", "step", "value"])
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -304,7 +309,7 @@ def grid_of_axes(count: int):
 
 def draw_curves(runs: pd.DataFrame, curves: pd.DataFrame, path: Path) -> None:
     """Figure 3: return while training by environment and noise, mean and standard error of the seeds, smoothed over 5 %."""
-    merged = curves[curves.tag.isin(("charts/episodic_return", "objective/scores"))].merge(runs, left_on="run", right_on="Name")
+    merged = curves[curves.tag.isin(("charts/episodic_return", "objective/scores"))].merge(runs, on="run_id")
     groups = list(merged.groupby(["script", "env", "noise"]))
     if not groups:
         return
@@ -316,7 +321,9 @@ def draw_curves(runs: pd.DataFrame, curves: pd.DataFrame, path: Path) -> None:
             ends = np.linspace(0, mine.step.max(), 101)[1:]  # steps of episodes differ between seeds: a hundred bins
             bins = ends[np.minimum(np.searchsorted(ends, mine.step), 99)]
             table = (
-                mine.assign(bin=bins).pivot_table(index="bin", columns="run", values="value").interpolate(limit_area="inside")
+                mine.assign(bin=bins)
+                .pivot_table(index="bin", columns="run_id", values="value")
+                .interpolate(limit_area="inside")
             )
             table = table.rolling(5, min_periods=1).mean()
             mean, error = table.mean(axis=1), table.sem(axis=1).fillna(0)
@@ -333,7 +340,7 @@ def draw_curves(runs: pd.DataFrame, curves: pd.DataFrame, path: Path) -> None:
 
 def draw_sign_changes(runs: pd.DataFrame, curves: pd.DataFrame, path: Path) -> pd.DataFrame:
     """Figure 2: share of advantages whose sign normalisation changes; mean over training, range of the seeds."""
-    merged = curves[curves.tag == "charts/adv_sign_change"].merge(runs, left_on="run", right_on="Name")
+    merged = curves[curves.tag == "charts/adv_sign_change"].merge(runs, on="run_id")
     shares = merged.groupby(["script", "env", "noise", "arm", "seed"]).value.mean().reset_index()
     shares = shares[shares.value > 0]  # without normalisation there is none
     groups = list(shares.groupby(["env", "noise"]))
@@ -380,6 +387,7 @@ def draw_profiles(scores: dict[str, np.ndarray], reps: int, path: Path) -> None:
 def draw_betas(runs: pd.DataFrame, path: Path) -> None:
     """Scores by beta, or by the beta that a control stands for, where there are three or more."""
     swept = runs[runs.arm.str.contains("S(?:PPO|A2C)|control")].copy()
+    swept = swept[~swept.arm.str.contains("raw|factored|literal|normalised|bins")]
     swept["weight"] = swept.beta.where(swept.beta > 0, swept.alpha - 0.5)
     swept["kind"] = np.where(swept.beta > 0, "symmetric", "control")
     groups = [group for group in swept.groupby(["script", "env", "noise"]) if group[1].weight.nunique() >= 3]
@@ -417,9 +425,17 @@ def main(args: Args) -> None:
     )
     lines = [
         f"{len(runs)} runs, {seconds:.1f} hours of training; commits {commits}. Mean ± standard error of the seeds "
-        "(their number) [the paper's]; best of ours in bold.",
+        "(their number) [the paper's, at its own length and settings]; best of ours in bold.",
         "",
     ]
+    if runs.attrs.get("without score"):
+        lines += [
+            f"**{runs.attrs['without score']} runs have no score and are left out: the means may flatter their arms.**",
+            "",
+        ]
+    without_curves = len(runs) - curves.run_id.nunique()
+    if without_curves:
+        lines += [f"{without_curves} runs are not local and have no curves here.", ""]
     if mixture:
         lines += ["**Mixed on request:**", "", *(f"* {text}" for text in mixture), ""]
     collected = []
@@ -437,7 +453,9 @@ def main(args: Args) -> None:
         found = aggregate(scores, args.reps)
         collected.append(found.assign(script=script, noise=noise, environments=len(envs), seeds=seeds))
         title = "| | interquartile mean | " + " | ".join(f"P(better than {arm})" for arm in scores) + " |"
-        lines += [f"{len(envs)} environments x {seeds} seeds, scores divided by {baseline}'s mean, 95 % intervals:", "", title]
+        few = "" if seeds >= 10 else f" (of {seeds} seeds: too narrow, as the bootstrap sees no more than these)"
+        scale = f"scores divided by {baseline}'s mean, 95 % intervals{few}:"
+        lines += [f"{len(envs)} environments x {seeds} seeds, {scale}", "", title]
         lines += ["|---" * (len(scores) + 2) + "|"]
         values = {
             (row.what, row.arm, row.other): f"{row.value:.2f} ({row.low:.2f} to {row.high:.2f})" for row in found.itertuples()
@@ -455,7 +473,7 @@ def main(args: Args) -> None:
         for (env, noise), group in shares.groupby(["env", "noise"]):
             values = group.value * 100
             lines.append(f"| {env}, noise {noise} | {values.mean():.1f} % ({values.min():.1f} to {values.max():.1f}) |")
-    runs.drop(columns=["folder"], errors="ignore").to_csv(args.out / "runs.csv", index=False)
+    runs.drop(columns=["folder", "env", "arm", "steps"], errors="ignore").to_csv(args.out / "runs.csv", index=False)
     table.to_csv(args.out / "cells.csv", index=False, float_format="%.8g")
     curves.to_csv(args.out / "curves.csv", index=False, float_format="%.6g")
     if collected:

@@ -27,6 +27,7 @@ time since their checkpoints.
 import ctypes
 import fcntl
 import itertools
+import json
 import os
 import shlex
 import shutil
@@ -167,6 +168,8 @@ def named_grid(name: str) -> list[Run]:
         arms = {names.get(arm, arm): options for arm, options in symmetric(alpha, beta, algorithm == "ppo").items()}
         if family == "continuous":
             arms = {algorithm: "--num-bins 0 --alpha 1 --beta 0"} | arms
+        if (algorithm, env) == ("a2c", "Swimmer-v4"):  # the released configuration's
+            arms = {arm: f"{options} --gamma 0.9999" for arm, options in arms.items()}
         if betas:
             pairs = [(f"sppo-beta-{value:g}", f"control-beta-{value:g}", symmetric(alpha, value)) for value in betas]
             arms = {"ppo": arms["ppo"]}
@@ -231,6 +234,25 @@ def select(runs: list[Run], text: str) -> list[Run]:
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 
+def check_commands(runs: list[Run], args: Args) -> None:
+    """A folder belongs to one command: another arm of the same name, or other --args, would take its result for their own."""
+    for run in runs:
+        path = args.folder / run.folder / "command.json"
+        if path.exists():
+            old, new = json.loads(path.read_text()), run.command(args)
+            if essence(old) != essence(new):
+                fail(f"{path.parent}: begun as {shlex.join(old)}; expected that command, or another --folder")
+
+
+def essence(command: list[str]) -> list[str]:
+    """The command without the options that change no number."""
+    kept, skip = [], False
+    for word in command:
+        skip = word in ("--run-dir", "--num-threads", "--track", "--no-track") or (skip and not word.startswith("--"))
+        kept += [] if skip else [word]
+    return kept
+
+
 def find_state(folder: Path) -> tuple[str, Path | None]:
     """("finished", run folder), ("begun", run folder) if it has a checkpoint, or ("new", None)."""
     for name, state in (("result.json", "finished"), ("checkpoint.pt", "begun")):
@@ -240,29 +262,32 @@ def find_state(folder: Path) -> tuple[str, Path | None]:
     return "new", None
 
 
-def execute(command: list[str], folder: Path, python: str, gpus: float) -> tuple[int, str]:
+def execute(command: list[str], folder: Path, python: str, cpus: int, gpus: float) -> tuple[int, str]:
     """Runs or resumes one run to its end. Returns its exit status and the last lines of its log.
 
     The lock belongs to whoever runs in this folder: if a machine was only thought dead, its run goes on alone.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
-        while True:
+        for _ in range(600):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 time.sleep(1)
+        else:
+            return 1, f"{folder / 'lock'} is held by another process for ten minutes"
         state, run_folder = find_state(folder)
         if state == "finished":
             return 0, ""
+        if state == "new":
+            (folder / "command.json").write_text(json.dumps(command))  # what later starts compare theirs with
         if state == "begun":
             command = [command[0], "--resume", str(run_folder)]
         else:
             for leftover in folder.glob("*/args.json"):  # killed before its first checkpoint
                 shutil.rmtree(leftover.parent)
-        threads = command[command.index("--num-threads") + 1] if "--num-threads" in command else "1"
-        env = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+        env = {**os.environ, "OMP_NUM_THREADS": str(cpus), "PYTHONUNBUFFERED": "1"}
         if not gpus:
             env["CUDA_VISIBLE_DEVICES"] = ""
         log_path = folder / "log.txt"
@@ -357,9 +382,15 @@ def run_all(runs: list[Run], args: Args) -> list[Run]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
-    ray.init(
-        address=args.address, include_dashboard=None if args.address else False, log_to_driver=False, logging_level="ERROR"
-    )
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    if args.address:
+        ray.init(address=args.address, **quiet)
+    else:  # "local", as None would join any cluster that it finds
+        ray.init(address="local", include_dashboard=False, **quiet)
+    for what, wanted in (("CPU", args.cpus), ("GPU", args.gpus)):
+        most = max(node["Resources"].get(what, 0) for node in ray.nodes() if node["Alive"])
+        if wanted > most:
+            fail(f"--{what.lower()}s {wanted:g}: expected {most:g} or less, the most that a machine here has")
     remote = ray.remote(execute).options(num_cpus=args.cpus, num_gpus=args.gpus, max_retries=0)
     folder = args.folder.resolve()
     todo = [run for run in runs if find_state(folder / run.folder)[0] != "finished"]
@@ -368,9 +399,10 @@ def run_all(runs: list[Run], args: Args) -> list[Run]:
     failures, lost, failed = Counter(), Counter(), []
 
     def submit(run: Run):
-        return remote.remote(run.command(args), folder / run.folder, sys.executable, args.gpus)
+        return remote.remote(run.command(args), folder / run.folder, sys.executable, args.cpus, args.gpus)
 
     pending = {submit(run): run for run in todo}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs save
     try:
         while pending:
             ready, _ = ray.wait(list(pending), num_returns=1, timeout=2.0)
@@ -378,7 +410,10 @@ def run_all(runs: list[Run], args: Args) -> list[Run]:
                 run = pending.pop(reference)
                 try:
                     status, tail = ray.get(reference)
-                    signalled = status < 0 or status in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+                    ended_by = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+                    signalled = -status in ended_by or status - 128 in ended_by
+                except ray.exceptions.RayTaskError as error:  # no log to write to, no Python there, ...
+                    status, tail, signalled = None, str(error.cause), False
                 except ray.exceptions.RayError as error:  # its worker or machine died
                     status, tail, signalled = None, type(error).__name__, True
                 if status == 0:
@@ -395,7 +430,7 @@ def run_all(runs: list[Run], args: Args) -> list[Run]:
     except KeyboardInterrupt:
         progress.close()
         print("run.py: stopping; the runs save their checkpoints", file=sys.stderr, flush=True)
-        for reference in pending:
+        for reference in reversed(list(pending)):  # those that wait first, or they would start now
             ray.cancel(reference)
         ray.wait(list(pending), num_returns=len(pending), timeout=150)
         sys.exit(130)
@@ -421,6 +456,7 @@ def main(args: Args) -> None:
             print("python " + shlex.join(run.command(args)))
         return
     args.folder = args.folder.absolute()
+    check_commands(runs, args)
     failed = run_all(runs, args)
     if failed:
         for run in failed:

@@ -252,7 +252,7 @@ def main(args: Args) -> None:
     ]
     for label, dtype, own in (
         ("bfloat16, one for policy and reward", "bfloat16", False),
-        ("bfloat16, one each, as in the paper", "bfloat16", True),
+        ("bfloat16, one each (the paper: in 4 bits)", "bfloat16", True),
         ("float32, one for policy and reward", "float32", False),
     ):
         memory, operations = predict(28, replace(tldr.Args(), dtype=dtype), own)

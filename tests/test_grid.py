@@ -77,6 +77,8 @@ def test_every_cell_of_the_papers_tables_is_in_a_grid():
          "dsppo_continuous.py --env-id Walker2d-v4 --noise gaussian --alpha 25.5 --beta 0 --total-timesteps 5000000"),
         ("continuous-ppo", "Ant-v4", "none", "ppo",
          "dsppo_continuous.py --env-id Ant-v4 --num-bins 0 --alpha 1 --beta 0 --total-timesteps 2000000"),
+        ("continuous-a2c", "Swimmer-v4", "none", "da2c",
+         "dsa2c_continuous.py --env-id Swimmer-v4 --alpha 1 --beta 0 --gamma 0.9999 --total-timesteps 2000000"),
         ("continuous-a2c", "Ant-v4", "none", "dsa2c",
          "dsa2c_continuous.py --env-id Ant-v4 --alpha 0.5 --beta 0.2 --total-timesteps 2000000"),
         ("imdb", "imdb", "none", "control", "sppo_rlhf_imdb.py --alpha 0.9 --beta 0 --iterations 60"),
@@ -196,6 +198,21 @@ ENV = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONWARNINGS": "ignore"}
 def write_grid(tmp_path, seeds, steps):
     (tmp_path / "small.toml").write_text(SMALL.format(seeds=seeds, steps=steps))
     return tmp_path / "small.toml", tmp_path / "runs" / "small" / str(steps)
+
+
+def test_a_folder_belongs_to_one_command(tmp_path, capsys):
+    path, _ = write_grid(tmp_path, [1], 1024)
+    (run,) = grid.toml_grid(path)
+    args = grid.Args(str(path), folder=tmp_path / "runs")
+    (args.folder / run.folder).mkdir(parents=True)
+    (args.folder / run.folder / "command.json").write_text(json.dumps(run.command(args)))
+    grid.check_commands([run], grid.Args(str(path), folder=args.folder, cpus=4, args="--track"))
+    for changed in ({"args": "--gamma 0.9"}, {"options": run.options + " --learning-rate 1"}):
+        other = grid.Run(**{**vars(run), **changed}) if "options" in changed else run
+        with pytest.raises(SystemExit):
+            grid.check_commands([other], grid.Args(str(path), folder=args.folder, args=changed.get("args", "")))
+        err = capsys.readouterr().err
+        assert "begun as dsppo_continuous.py" in err and "expected that command, or another --folder" in err
 
 
 def start_grid(path, tmp_path, *more):

@@ -29,7 +29,7 @@ def result(env="Hopper", noise="none", arm="DPPO", seed=1, score=1.0, **changed)
     alpha, beta = OPTIONS[arm]
     args = {"seed": seed, "alpha": alpha, "beta": beta, "Z": -1.0, "noise": noise, "num_bins": 0 if arm == "PPO" else 11}
     args |= {"env_id": f"{env}-v4", "norm_adv": True, "total_timesteps": 1000, "learning_rate": 3e-4, "run_dir": f"x{seed}"}
-    args |= {"reverse_prob": "joint", "literal_signs": False}
+    args |= {"reverse_prob": "joint", "literal_signs": False, "target_kl": None}
     about = {"script": "dsppo_continuous.py", "run_id": f"{env}{noise}{arm}{seed}", "env_id": f"{env}-v4", "seconds": 36.0}
     versions = {"torch": "2.13.0", "mujoco": "4.0.0"}
     for key, value in changed.items():
@@ -41,10 +41,9 @@ def result(env="Hopper", noise="none", arm="DPPO", seed=1, score=1.0, **changed)
 def write_runs(folder, scores=SCORES, curves=False):
     for (env, noise, arm), values in scores.items():
         for seed, score in enumerate(values, 1):
-            path = folder / f"{env}__{noise}__{arm}__{seed}" / "run"
+            # as on a cluster, where runs of one seed start in the same second: their own folders have one name
+            path = folder / f"{env}__{noise}__{arm}__{seed}" / f"{env}-v4__dsppo_continuous__{seed}__1700000000"
             path.mkdir(parents=True)
-            (path.parent / "run").rename(path.parent / f"{env}{arm}{seed}")
-            path = path.parent / f"{env}{arm}{seed}"
             (path / "result.json").write_text(json.dumps(result(env, noise, arm, seed, score)))
             if curves:
                 with SummaryWriter(path) as writer:
@@ -64,7 +63,8 @@ def make(sources, out, **changed):
 
 def test_cells_wins_and_the_papers_numbers(tmp_path):
     table = report.cells(report.load_runs((write_runs(tmp_path),)))
-    by = {(row.env, row.arm): row for row in table.itertuples()}
+    by = {(row.task, row.arm): row for row in table.itertuples()}
+    assert set(table.env) == {"Hopper-v4", "Ant-v4"}
     assert by["Hopper", "DPPO"].mean == 110 and by["Hopper", "DPPO"].seeds == 3
     assert by["Hopper", "DPPO"].stderr == pytest.approx(10 / np.sqrt(3))
     published = pd.read_csv(ROOT / "benchmark/paper/scores.csv")
@@ -81,7 +81,7 @@ def test_matrices_take_common_environments_and_seeds(tmp_path):
     scores = {**SCORES, ("Swimmer", "none", "DPPO"): [1.0, 2.0, 3.0]}
     scores["Ant", "none", "DSPPO"] = [15.0, 10.0]
     found, envs, seeds = report.matrices(report.load_runs((write_runs(tmp_path, scores),)), "DPPO")
-    assert envs == ["Ant", "Hopper"] and seeds == 2
+    assert envs == ["Ant-v4", "Hopper-v4"] and seeds == 2
     np.testing.assert_allclose(found["DSPPO"], [[15 / 20, 130 / 110], [10 / 20, 140 / 110]])
     assert list(found) == ["DPPO", "DSPPO", "control DPPO"]
 
@@ -115,6 +115,8 @@ def test_aggregates_equal_scipys(tmp_path):
         ({"arm": "DSPPO", "literal_signs": True}, "DSPPO literal"),
         ({"arm": "control DPPO"}, "control DPPO"),
         ({"norm_adv": False}, "DPPO raw"),
+        ({"num_bins": 21}, "DPPO 21 bins"),
+        ({"arm": "DSPPO", "Z": -2.0}, "DSPPO Z -2"),
         ({"script": "sppo_atari.py"}, "PPO"),
         ({"script": "sppo_atari.py", "arm": "DSPPO"}, "SPPO"),
         ({"script": "dsa2c_continuous.py", "arm": "DSPPO", "norm_adv": False}, "DSA2C"),
@@ -143,14 +145,31 @@ def test_a_table_exported_from_wandb_gives_the_same_report(tmp_path):
     """runs.csv has the columns of W&B's export: Name, the configuration and the summary."""
     folder = write_runs(tmp_path / "runs")
     first = make([folder], tmp_path / "one")
+    assert "18 runs are not local and have no curves here." in first  # nor have these, for want of event files
     second = make([tmp_path / "one/runs.csv"], tmp_path / "two")
     assert first == second
     for name in ("cells.csv", "aggregates.csv"):
         assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
-    exported = pd.read_csv(tmp_path / "one/runs.csv").drop(columns=["arm", "env", "steps"])
-    exported["State"], exported["Created"] = "finished", "2026-11-21"
-    exported.to_csv(tmp_path / "export.csv", index=False)
+    exported = pd.read_csv(tmp_path / "one/runs.csv")
+    more = {"State": "finished", "Created": "2026-11-21T20:00:00.000Z", "User": "me", "Notes": "-", "Tags": "", "Sweep": ""}
+    more |= {"Runtime": range(18), "Hostname": [f"node{i}" for i in range(18)], "ID": exported.run_id, "global_step": 1000}
+    more |= {"losses/value_loss": np.random.rand(18), "charts/SPS": np.random.rand(18), "_step": range(18)}
+    exported.assign(**more).to_csv(tmp_path / "export.csv", index=False)
     assert make([tmp_path / "export.csv"], tmp_path / "three") == first
+
+
+def test_a_folder_and_its_own_export_count_once(tmp_path):
+    folder = write_runs(tmp_path / "runs", curves=True)
+    first = make([folder], tmp_path / "one")
+    assert make([folder, tmp_path / "one/runs.csv", folder], tmp_path / "two") == first
+
+
+def test_runs_without_a_score_are_told(tmp_path):
+    make([write_runs(tmp_path / "runs")], tmp_path / "one")
+    exported = pd.read_csv(tmp_path / "one/runs.csv")
+    exported.loc[2, "score"] = np.nan  # crashed
+    exported.to_csv(tmp_path / "export.csv", index=False)
+    assert "**1 runs have no score and are left out" in make([tmp_path / "export.csv"], tmp_path / "two")
 
 
 # --- mixtures ---------------------------------------------------------------------------------------------------------
@@ -159,9 +178,10 @@ def test_a_table_exported_from_wandb_gives_the_same_report(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        ({"total_timesteps": 2000}, "Hopper, noise none: lengths 1,000, 2,000"),
+        ({"total_timesteps": 2000}, "Hopper-v4, noise none: lengths 1,000, 2,000"),
         ({"torch": "2.12.0"}, "dsppo_continuous.py: versions.torch 2.12.0, 2.13.0"),
         ({"learning_rate": 1e-3}, "dsppo_continuous.py: learning_rate 0.0003, 0.001"),
+        ({"target_kl": 0.01}, "dsppo_continuous.py: target_kl 0.01, none"),
         ({"seed": 1, "run_id": "another"}, "2 runs of DPPO with seed 1"),
     ],
 )
@@ -213,8 +233,8 @@ def test_bad_sources_are_one_line(name, text, expected, tmp_path, capsys):
 
 GOLDEN = """| | DPPO | DSPPO | control DPPO |
 |---|---|---|---|
-| Ant | **20.0 ± 5.77** (3) [{Ant DPPO}] | 10.0 ± 2.89 (3) [{Ant DSPPO}] | **20.0 ± 10.6** (3) |
-| Hopper | 110 ± 5.77 (3) [{Hopper DPPO}] | **130 ± 5.77** (3) [{Hopper DSPPO}] | 129 ± 6.08 (3) |
+| Ant-v4 | **20.0 ± 5.77** (3) [{Ant DPPO}] | 10.0 ± 2.89 (3) [{Ant DSPPO}] | **20.0 ± 10.6** (3) |
+| Hopper-v4 | 110 ± 5.77 (3) [{Hopper DPPO}] | **130 ± 5.77** (3) [{Hopper DSPPO}] | 129 ± 6.08 (3) |
 | above DPPO |  | 1 of 2 [{wins}] | 1 of 2 |
 | above control DPPO | 0 of 2 | 1 of 2 |  |
 """
@@ -233,10 +253,12 @@ def test_report_of_a_small_set_of_runs(tmp_path):
     assert text.startswith("18 runs, 0.2 hours of training; commits aaaaaaaaaaaa.")
     assert "2 environments x 3 seeds, scores divided by DPPO's mean" in text
     # sign changes: seeds 1, 2, 3 have 1, 2, 3 %
-    assert "| Hopper, noise none | 2.0 % (1.0 to 3.0) |" in text
+    assert "| Hopper-v4, noise none | 2.0 % (1.0 to 3.0) |" in text
     curves = pd.read_csv(tmp_path / "out/curves.csv")
     assert len(curves) == 18 * 2 * 10
-    (value,) = curves[(curves.run == "HopperDSPPO2") & (curves.tag == "charts/episodic_return") & (curves.step == 500)].value
+    (value,) = curves[
+        (curves.run_id == "HoppernoneDSPPO2") & (curves.tag == "charts/episodic_return") & (curves.step == 500)
+    ].value
     assert value == pytest.approx(70.0)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     tables = {"report.md", "runs.csv", "cells.csv", "aggregates.csv", "curves.csv"}
