@@ -826,17 +826,10 @@ def check_tracking(args: Args) -> None:
             fail(f"--track: {str(error).splitlines()[0]} Expected that, a WANDB_API_KEY or WANDB_MODE=offline")
 
 
-def check_args(args: Args) -> None:
-    """Refuses values that no run can have, before anything is made or loaded."""
-    whole = ("iterations", "trajectories_per_update", "max_prompt_length", "response_length", "update_epochs")
-    for name in (
-        *whole,
-        "minibatch_size",
-        "gradient_accumulation",
-        "perplexity_tokens",
-        "reward_batch_size",
-        "checkpoint_interval",
-    ):
+def check_rlhf(args: Args) -> None:
+    """Refuses values that no run of either RLHF script can have."""
+    whole = ("iterations", "trajectories_per_update", "max_prompt_length", "response_length", "update_epochs", "minibatch_size")
+    for name in (*whole, "gradient_accumulation", "reward_batch_size", "checkpoint_interval"):
         require(args, name, getattr(args, name) >= 1, "a whole number of 1 or more")
     for name in ("min_response_length", "top_k", "lora_r", "eval_episodes", "eval_every", "num_threads"):
         require(args, name, getattr(args, name) >= 0, "a whole number of 0 or more")
@@ -857,11 +850,23 @@ def check_args(args: Args) -> None:
     parts = processes * args.gradient_accumulation
     wanted = f"a multiple of processes x gradient_accumulation = {processes} x {args.gradient_accumulation}"
     require(args, "minibatch_size", args.minibatch_size % parts == 0, wanted)
-    require(args, "eval_episodes", args.eval_episodes % processes == 0, f"a multiple of the {processes} processes")
-    require(args, "eval_episodes", args.eval_episodes != 1, "0, or 2 or more for a standard error")
     require(args, "exp_name", re.fullmatch(r"[\w.-]{1,100}", args.exp_name), "1 to 100 letters, digits, '_', '.' or '-'")
     project = re.fullmatch(r"[^/\\#?%:]{1,128}", args.wandb_project_name)
     require(args, "wandb_project_name", project, "1 to 128 characters but /\\#?%:")
+
+
+def check_episodes(args: Args, name: str) -> None:
+    """Refuses numbers of episodes that the processes cannot share, or that have no standard error."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    require(args, name, getattr(args, name) % processes == 0, f"a multiple of the {processes} processes")
+    require(args, name, getattr(args, name) != 1, "0, or 2 or more for a standard error")
+
+
+def check_args(args: Args) -> None:
+    """Refuses values that no run can have, before anything is made or loaded."""
+    check_rlhf(args)
+    check_episodes(args, "eval_episodes")
+    require(args, "perplexity_tokens", args.perplexity_tokens >= 1, "a whole number of 1 or more")
     check_tracking(args)
 
 

@@ -903,24 +903,22 @@ def check_tracking(args: Args) -> None:
             fail(f"--track: {str(error).splitlines()[0]} Expected that, a WANDB_API_KEY or WANDB_MODE=offline")
 
 
-def check_args(args: Args) -> None:
-    """Refuses values that no run can have, before anything is made or loaded."""
+def check_rlhf(args: Args) -> None:
+    """Refuses values that no run of either RLHF script can have."""
     whole = ("iterations", "trajectories_per_update", "max_prompt_length", "response_length", "update_epochs", "minibatch_size")
-    for name in (*whole, "gradient_accumulation", "lora_r", "reward_max_length", "reward_batch_size", "checkpoint_interval"):
+    for name in (*whole, "gradient_accumulation", "reward_batch_size", "checkpoint_interval"):
         require(args, name, getattr(args, name) >= 1, "a whole number of 1 or more")
-    for name in ("min_response_length", "top_k", "eval_episodes", "eval_every", "test_episodes", "num_threads"):
+    for name in ("min_response_length", "top_k", "lora_r", "eval_episodes", "eval_every", "num_threads"):
         require(args, name, getattr(args, name) >= 0, "a whole number of 0 or more")
     require(args, "num_threads", args.num_threads <= 1024, "1,024 or less")
     require(args, "seed", 0 <= args.seed < 2**63, "a whole number from 0 to 2^63 - 1")
     for name in ("gamma", "gae_lambda"):
         require(args, name, 0 <= getattr(args, name) <= 1, "a number from 0 to 1")
-    require(args, "lora_dropout", 0 <= args.lora_dropout < 1, "a number from 0 to below 1")
-    for name in ("temperature", "learning_rate", "clip_coef", "clip_coef_value", "max_grad_norm", "lora_alpha"):
+    for name in ("temperature", "learning_rate", "clip_coef", "clip_coef_value", "max_grad_norm"):
         require(args, name, math.isfinite(getattr(args, name)) and getattr(args, name) > 0, "a finite number above 0")
     for name in ("alpha", "beta", "kl_coef", "weight_decay", "vf_coef", "ent_coef", "reference_nll_coef"):
         require(args, name, math.isfinite(getattr(args, name)) and getattr(args, name) >= 0, "a finite number of 0 or more")
     require(args, "Z", math.isfinite(args.Z) and args.Z < 0, "a finite number below 0")
-    require(args, "reward_text", "{text}" in args.reward_text, "a text with {text} in it")
     shorter = args.min_response_length <= args.response_length
     require(args, "min_response_length", shorter, f"response_length = {args.response_length} or less")
     divides = args.trajectories_per_update % args.minibatch_size == 0
@@ -929,14 +927,31 @@ def check_args(args: Args) -> None:
     parts = processes * args.gradient_accumulation
     wanted = f"a multiple of processes x gradient_accumulation = {processes} x {args.gradient_accumulation}"
     require(args, "minibatch_size", args.minibatch_size % parts == 0, wanted)
-    for name in ("eval_episodes", "test_episodes"):
-        require(args, name, getattr(args, name) % processes == 0, f"a multiple of the {processes} processes")
-        require(args, name, getattr(args, name) != 1, "0, or 2 or more for a standard error")
-    quantisable = args.cuda and torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes") is not None
-    require(args, "load_in_4bit", quantisable or not args.load_in_4bit, "a CUDA GPU and the package bitsandbytes for it")
     require(args, "exp_name", re.fullmatch(r"[\w.-]{1,100}", args.exp_name), "1 to 100 letters, digits, '_', '.' or '-'")
     project = re.fullmatch(r"[^/\\#?%:]{1,128}", args.wandb_project_name)
     require(args, "wandb_project_name", project, "1 to 128 characters but /\\#?%:")
+
+
+def check_episodes(args: Args, name: str) -> None:
+    """Refuses numbers of episodes that the processes cannot share, or that have no standard error."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    require(args, name, getattr(args, name) % processes == 0, f"a multiple of the {processes} processes")
+    require(args, name, getattr(args, name) != 1, "0, or 2 or more for a standard error")
+
+
+def check_args(args: Args) -> None:
+    """Refuses values that no run can have, before anything is made or loaded."""
+    check_rlhf(args)
+    require(args, "test_episodes", args.test_episodes >= 0, "a whole number of 0 or more")
+    for name in ("eval_episodes", "test_episodes"):
+        check_episodes(args, name)
+    for name in ("lora_r", "reward_max_length"):
+        require(args, name, getattr(args, name) >= 1, "a whole number of 1 or more")
+    require(args, "lora_dropout", 0 <= args.lora_dropout < 1, "a number from 0 to below 1")
+    require(args, "lora_alpha", math.isfinite(args.lora_alpha) and args.lora_alpha > 0, "a finite number above 0")
+    require(args, "reward_text", "{text}" in args.reward_text, "a text with {text} in it")
+    quantisable = args.cuda and torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes") is not None
+    require(args, "load_in_4bit", quantisable or not args.load_in_4bit, "a CUDA GPU and the package bitsandbytes for it")
     check_tracking(args)
 
 
