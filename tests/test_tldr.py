@@ -216,6 +216,13 @@ def test_checkpointing_recomputes():
         agent.values(make_tokens(), 7).sum().backward()
         counts.append(len(calls))
     assert counts == [1, 2]
+    agent.eval()
+    trained = tldr.trained_parameters(agent)
+    args = make_args(minibatch_size=8, update_epochs=1, reference_nll_coef=0.0)
+    batch = make_batch(agent)
+    calls.clear()
+    tldr.update(agent, torch.optim.SGD(trained.values(), lr=0.1), Accelerator(cpu=True), args, batch, 0)
+    assert len(calls) == 4  # policy and value, twice each
 
 
 def test_saved_adapters_reload_with_peft(tmp_path):
@@ -361,6 +368,9 @@ def test_encode_cuts_the_post_and_keeps_the_ending():
     ids = TOKENIZER("a great film").input_ids[: 12 - len(ending)] + ending
     assert prompts[0].tolist() == prompts[1].tolist() == [PAD] * (12 - len(ids)) + ids
     assert prompts[2].tolist() == TOKENIZER(" ".join(["great"] * 40)).input_ids[: 12 - len(ending)] + ending
+    whole, _ = tldr.encode(posts[:2], TOKENIZER, make_args(max_prompt_length=40))  # nothing is cut but at TL;DR:
+    ids = TOKENIZER("a great film").input_ids + ending
+    assert whole[0].tolist() == whole[1].tolist() == [PAD] * (40 - len(ids)) + ids
     summary = [*TOKENIZER(" great").input_ids, EOS]
     assert references[0].tolist() == references[1].tolist() == summary + [PAD] * (7 - len(summary))
     assert references[2].tolist() == TOKENIZER(" " + "great " * 8 + "great").input_ids[:7]  # cut: no EOS
@@ -490,6 +500,13 @@ def test_dropout_is_on_in_updates_alone_and_follows_the_seed():
         results.append(torch.cat([parameter.detach().flatten() for parameter in trained.values()]))
         assert not copied.training
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+    for module in agent.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    trained = tldr.trained_parameters(agent)
+    tldr.update(agent, torch.optim.SGD(trained.values(), lr=0.1), Accelerator(cpu=True), make_args(), batch, 0)
+    without = torch.cat([parameter.detach().flatten() for parameter in trained.values()])
+    assert (without - results[0]).abs().max() > 1e-4  # the masks alone make the difference
 
 
 def test_loading_switches_the_bases_dropout_off(assets):
