@@ -304,6 +304,16 @@ def test_each_rollout_has_new_chance_and_the_optimiser_is_right(call, tmp_path, 
     uniforms, settings, rollout, adamw = [], [], tldr.rollout, torch.optim.AdamW
     monkeypatch.setattr(tldr, "rollout", lambda *a: (uniforms.append(a[4]), rollout(*a))[1])
     monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **given: (settings.append(given), adamw(*a, **given))[1])
+    advantages, gae = [], tldr.advantages_and_returns
+
+    def recorded(batch, args):
+        found = gae(batch, args)
+        advantages.append(found[0][batch["tokens"][:, -args.response_length :] != tldr.PAD].numpy())
+        return found
+
+    monkeypatch.setattr(tldr, "advantages_and_returns", recorded)
     call("--iterations", 3, "--test-episodes", 0, "--run-dir", tmp_path)
+    expected = [np.mean(np.sign(x) != np.sign(x - x.mean())) for x in advantages]
+    assert [value for _, value in scalars(only(tmp_path))["charts/adv_sign_change"]] == pytest.approx(expected, abs=1e-6)
     assert len({tuple(x.flatten().tolist()) for x in uniforms}) == 3
     assert settings == [{"lr": 1e-2, "eps": 1e-5, "weight_decay": 0.01, "fused": True}]
