@@ -77,6 +77,8 @@ def flatten(result: dict) -> dict:
     """A result.json as a line of W&B's table of runs: arguments by their own names, versions as versions.NAME."""
     row = {key: value for key, value in result.items() if isinstance(value, str | int | float)}
     row |= {key: value for key, value in result["args"].items() if key != "env_id"}
+    for when in ("before", "after"):  # what RLHF scripts measure beside the score
+        row |= {f"{when}.{name}": value for name, value in (result.get(when) or {}).items()}
     return row | {f"versions.{name}": value for name, value in result["versions"].items()}
 
 
@@ -288,6 +290,21 @@ def markdown(table: pd.DataFrame) -> list[str]:
     return lines
 
 
+def measures(runs: pd.DataFrame) -> list[str]:
+    """Of one script's runs that tell more than a score (RLHF): each measure before training, all runs, and after it by arm."""
+    names = [name.removeprefix("after.") for name in runs if name.startswith("after.") and not name.endswith("_stderr")]
+    names = [name for name in names if runs[f"after.{name}"].notna().any()]
+    if not names:
+        return []
+    arms = order(list(runs.arm.unique()))
+    lines = ["Measured after training, by arm:", "", f"| | before | {' | '.join(arms)} |", "|---" * (len(arms) + 2) + "|"]
+    for name in names:
+        columns = [runs[f"before.{name}"], *(runs[runs.arm == arm][f"after.{name}"] for arm in arms)]
+        texts = [number(x.mean()) + (f" ± {number(x.sem())}" if x.count() > 1 else "") if x.count() else "" for x in columns]
+        lines.append(f"| {name} | {' | '.join(texts)} |")
+    return [*lines, ""]
+
+
 def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
@@ -446,6 +463,7 @@ def main(args: Args) -> None:
         lines += [*markdown(part), ""]
         mine = runs[(runs.script == script) & (runs.noise == noise)]
         baseline = next((arm for arm in BASELINES if arm in set(mine.arm)), mine.arm.iloc[0])
+        lines += measures(mine)
         scores, envs, seeds = matrices(mine, baseline)
         if len(scores) < 2 or seeds < 2:
             lines += ["No aggregates: they need two arms with two seeds in one environment or more.", ""]

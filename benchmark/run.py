@@ -18,14 +18,15 @@ A grid of your own is a TOML file:
     sppo = "--alpha 0.5 --beta 10"
 
 Each run has a folder FOLDER/{grid}/{length}/{env}__{noise}__{arm}__{seed}/ with its own run folder and log.txt. A finished run
-is not run again, a killed one goes on from its checkpoint, one that fails is tried again twice and then reported. There is one
-process a core, unless --cpus or --gpus say otherwise. Ctrl-C lets the runs save and leaves. On a cluster this checkout, its
-Python and --folder must have the same path on all machines (a shared file system); a machine that dies costs its runs only the
-time since their checkpoints.
+is not run again, a killed one goes on from its checkpoint, one that fails is tried again twice and then reported (at once if
+the script refuses its arguments). There is one process a core, unless --cpus or --gpus say otherwise. Ctrl-C lets the runs save
+and leaves. On a cluster this checkout, its Python and --folder must have the same path on all machines (a shared file system);
+a machine that dies costs its runs only the time since their checkpoints.
 """
 
 import ctypes
 import fcntl
+import importlib
 import itertools
 import json
 import os
@@ -94,7 +95,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        env = self.env.replace("/", "_")
+        env = self.env.replace("/", "_").replace(":", "_")
         return Path(self.grid) / str(self.length) / f"{env}__{self.noise}__{self.arm}__{self.seed}"
 
     def command(self, args: Args) -> list[str]:
@@ -232,6 +233,20 @@ def select(runs: list[Run], text: str) -> list[Run]:
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
+
+
+def check_with_scripts(runs: list[Run], args: Args) -> None:
+    """Lets the scripts refuse one run of each environment, noise and arm before any starts; they name the argument and leave.
+
+    For a cluster they only parse: it may have GPUs, folders or keys that this machine has not.
+    """
+    sys.path.insert(0, str(ROOT))
+    for run in {(run.env, run.noise, run.arm): run for run in runs}.values():
+        script, command = importlib.import_module(run.script.removesuffix(".py")), run.command(args)
+        sys.argv = command  # whose name the script's message has
+        own = script.parse_args(command[1:], script.OFFLINE if "--offline" in command else script.Args())
+        if not args.address:
+            script.check_args(own)
 
 
 def check_commands(runs: list[Run], args: Args) -> None:
@@ -420,7 +435,7 @@ def run_all(runs: list[Run], args: Args) -> list[Run]:
                     progress.ended(run, "finished")
                     continue
                 (lost if signalled else failures)[run] += 1
-                if lost[run] > LOST or failures[run] > args.retries:
+                if status == 2 or lost[run] > LOST or failures[run] > args.retries:  # 2: its arguments, which stay wrong
                     failed.append(run)
                     progress.ended(run, "failed", f" (status {status}): {tail.splitlines()[-1] if tail else ''}")
                 else:
@@ -457,6 +472,7 @@ def main(args: Args) -> None:
         return
     args.folder = args.folder.absolute()
     check_commands(runs, args)
+    check_with_scripts(runs, args)
     failed = run_all(runs, args)
     if failed:
         for run in failed:

@@ -7,14 +7,15 @@
 
 The model counts parameters (on torch's meta device, so nothing is downloaded or allocated), bytes, and operations: a pass of N
 parameters over a token is 2 N operations, its backward pass through a frozen base 2 N more (no gradients of weights), and
-checkpointing computes the forward pass again. Phases are those of the script's `time/...`. Measured times are shown beside what
-the model predicts at the rate of this machine's matrix products, measured memory, without the base's weights, beside what it
-predicts beyond these. Nothing else should run. Writes benchmark/results/scale_tldr.md and .json.
+checkpointing computes the forward pass again; generation reads all weights, keys and values once a token. Phases are those of
+the script's `time/...`. Measured times are shown beside what the model predicts at the rates of this machine's matrix products,
+many rows and few; the measured peak of tensors beyond the base beside the predicted one. A process holds more than its tensors:
+what the allocator keeps, libraries' buffers. Nothing else should run. Writes benchmark/results/scale_tldr.md and .json.
 """
 
+import itertools
 import json
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -98,12 +99,13 @@ def count(layers: int, lora_r: int) -> dict[str, int]:
 
 
 def predict(layers: int, args: tldr.Args, own_reward_base: bool) -> tuple[dict[str, float], dict[str, float]]:
-    """Bytes by what they hold, and operations by phase, of one update of the script on one device.
+    """Bytes by what they hold; by phase, operations of one update of the script on one device.
 
     What autograd keeps of a layer, a row of length T: its input before and after the norm, q and k (in float32, as GPT-J
     multiplies them), v, d each; four tensors of 4 d within the feed-forward's activation; the weights of all heads, T x T, in
-    float32. The first layer keeps little: nothing before its adapters is trained. In generation the prompts pass a layer
-    whole: its hidden layer and the heads' scores are there twice for a moment.
+    float32. The first layer keeps little: nothing before its adapters is trained. The activation's derivative holds three more
+    of 4 d, and three of d are the gradients on their way; with checkpointing there are no logits any more by then. In generation
+    prompts pass a layer whole: four tensors of 4 d and four of d are in its activation at once, or the heads' scores twice.
     """
     config, n = gptj(layers), count(layers, args.lora_r)
     width = {"float32": 4, "bfloat16": 2}[args.dtype]
@@ -112,6 +114,7 @@ def predict(layers: int, args: tldr.Args, own_reward_base: bool) -> tuple[dict[s
     base = (n["body"] + n["embedding"] + n["head"]) * width
     layer = rows * (length * ((3 + 16) * d * width + 2 * d * 4) + heads * length**2 * 4)
     kept = layers * rows * length * d * width + layer if args.gradient_checkpointing else max(1, layers - 1) * layer
+    logits = 3 * rows * args.response_length * config.vocab_size * 4
     prompts = args.trajectories_per_update * args.max_prompt_length
     memory = {
         "base": base,
@@ -119,9 +122,9 @@ def predict(layers: int, args: tldr.Args, own_reward_base: bool) -> tuple[dict[s
         "head in float32": 0 if width == 4 else n["head"] * 4,
         "adapters, gradients, AdamW": (2 * n["adapter"] + d) * 16 + n["adapter"] * 4,
         "generation: keys and values": 2 * layers * args.trajectories_per_update * length * d * width,
-        "generation: prompts in a layer": prompts * (2 * 4 * d * width + 2 * heads * args.max_prompt_length * 4),
+        "generation: prompts in a layer": prompts * max(20 * d * width, 5 * d * width + 2 * heads * args.max_prompt_length * 4),
         "update: layers": kept,
-        "update: logits": 3 * rows * args.response_length * config.vocab_size * 4,
+        "update: gradients or logits": max(rows * length * 15 * d * width, logits - layer * args.gradient_checkpointing),
     }
     tokens = args.trajectories_per_update * length
     a_pass = tokens * (2 * n["body"] + 4 * layers * d * length)
@@ -137,11 +140,23 @@ def predict(layers: int, args: tldr.Args, own_reward_base: bool) -> tuple[dict[s
     return memory, operations
 
 
-def peak(memory: dict[str, float], beyond_base: bool = False) -> float:
-    """Bytes at the worst moment: weights all the time, and the larger one of generation and update."""
-    phases = (sum(size for name, size in memory.items() if name.startswith(phase)) for phase in ("generation", "update"))
-    lasting = sum(size for name, size in memory.items() if not name.startswith(("generation", "update")))
-    return lasting - memory["base"] * beyond_base + max(phases)
+def times(layers: int, args: tldr.Args, rate: float, stream: float) -> dict[str, float]:
+    """Seconds by phase at so many operations a second, and bytes a second where each token waits for all weights."""
+    memory, operations = predict(layers, args, own_reward_base=False)
+    n, width = count(layers, args.lora_r), {"float32": 4, "bfloat16": 2}[args.dtype]
+    read = (n["body"] + n["head"]) * width + memory["generation: keys and values"]
+    seconds = {phase: operations[phase] / rate for phase in PHASES}
+    return {**seconds, "generate": seconds["generate"] + args.response_length * read / stream}
+
+
+def activations(memory: dict[str, float]) -> float:
+    """Bytes beyond what lasts at the worst moment, in generation or in the update."""
+    return max(sum(size for name, size in memory.items() if name.startswith(phase)) for phase in ("generation", "update"))
+
+
+def lasting(memory: dict[str, float]) -> float:
+    """Bytes that are there all the time: weights, gradients, AdamW."""
+    return sum(size for name, size in memory.items() if not name.startswith(("generation", "update")))
 
 
 class Numbers:
@@ -156,24 +171,29 @@ class Numbers:
         return [" ".join(map(str, row)) for row in rows]
 
 
-def resident(device: torch.device, most: bool = False) -> int:
-    """Bytes of this process in memory, or of tensors on the GPU; the most so far."""
+def peak_of_tensors(function, device: torch.device) -> int:
+    """The most bytes of tensors at once beyond those that there were before, while function() runs (slower, on a CPU)."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() if most else torch.cuda.memory_allocated()
-    if most:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]  # freed ones are negative
+    return max(itertools.accumulate(sizes, initial=0))
 
 
 def measure(args: Args) -> dict:
-    """One rollout and one update, after one of each for warm-up, with random weights and the reward on the same base."""
+    """One rollout and one update, after one of each for warm-up, with random weights and the reward on the same base; then once
+    more for the peak of memory, which counts adapters, their gradients and AdamW's state as what was there before."""
     tldr.keep_freed_memory()
     device = torch.device(args.device)
     torch.set_default_dtype(getattr(torch, args.dtype))
     with device:
         lm = transformers.GPTJForCausalLM(gptj(args.layers[0])).requires_grad_(False)
     torch.set_default_dtype(torch.float32)
-    before = resident(device)
     agent, size = tldr.Agent(lm), settings(args)
     for name in ("policy", "value", "reward"):
         config = LoraConfig(r=size.lora_r, lora_alpha=size.lora_alpha, lora_dropout=size.lora_dropout)
@@ -184,27 +204,33 @@ def measure(args: Args) -> dict:
     accelerator, rng = Accelerator(cpu=args.device == "cpu"), np.random.default_rng(0)
     prompts = torch.from_numpy(rng.integers(100, 50_000, (args.trajectories, args.prompt)))
     uniforms = torch.from_numpy(rng.random((args.trajectories, args.response)))
-    for _ in range(2):
-        batch, clock = tldr.rollout(agent, agent, Numbers(), prompts, uniforms, size, accelerator)
+    clock = {}
+
+    def iteration() -> None:
+        batch, seconds = tldr.rollout(agent, agent, Numbers(), prompts, uniforms, size, accelerator)
         advantages, returns = tldr.advantages_and_returns(batch, size)
         references = prompts[:, : args.response].to(device)
         batch |= {"advantages": advantages, "returns": returns, "references": references}
         begin = time.perf_counter()
         tldr.update(agent, optimizer, accelerator, size, batch, 0)
-        clock["time/update"] = time.perf_counter() - begin
-    return {"seconds": {name: clock[f"time/{name}"] for name in PHASES}, "bytes": resident(device, most=True) - before}
+        clock.update(seconds, **{"time/update": time.perf_counter() - begin})
+
+    iteration()
+    iteration()
+    seconds = {name: clock[f"time/{name}"] for name in PHASES}
+    return {"seconds": seconds, "bytes": peak_of_tensors(iteration, device)}
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a product of GPT-J's kind: 512 tokens, 4,096 to 16,384; the best of five."""
-    x, weight = torch.randn(512, 4096, dtype=dtype, device=device), torch.randn(16_384, 4096, dtype=dtype, device=device)
-    rates = []
+def matmul_seconds(rows: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Of a product of GPT-J's kind: so many tokens, 4,096 to 16,384; the best of five."""
+    x, weight = torch.randn(rows, 4096, dtype=dtype, device=device), torch.randn(16_384, 4096, dtype=dtype, device=device)
+    seconds = []
     for _ in range(6):
         begin = time.perf_counter()
         y = x @ weight.T
         y.flatten()[0].item()
-        rates.append(2 * 512 * 4096 * 16_384 / (time.perf_counter() - begin))
-    return max(rates[1:])
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds[1:])
 
 
 def main(args: Args) -> None:
@@ -216,14 +242,17 @@ def main(args: Args) -> None:
         device = torch.device(args.device)
         content["commit"] = tldr.git_commit()
         content["versions"] = {"python": platform.python_version(), **{name: version(name) for name in tldr.PACKAGES}}
-        content["operations a second"] = rate = matmul_rate(device, getattr(torch, args.dtype))
+        dtype = getattr(torch, args.dtype)
+        content["operations a second"] = rate = 2 * 512 * 4096 * 16_384 / matmul_seconds(512, device, dtype)
+        weights = 4096 * 16_384 * dtype.itemsize
+        content["bytes a second"] = stream = weights / matmul_seconds(args.trajectories, device, dtype)
         name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         lines += [
-            f"{name}: {rate / 1e9:.0f} GFLOP/s in {args.dtype} products; "
-            f"{args.trajectories} x ({args.prompt} + {args.response}) tokens, "
-            f"minibatch {args.minibatch_size}, {args.epochs} epoch(s). Measured (predicted at that rate):",
+            f"{name}: {rate / 1e9:.0f} GFLOP/s in {args.dtype} products of 512 rows, {stream / 1e9:.1f} GB/s of weights in "
+            f"products of {args.trajectories}; {args.trajectories} x ({args.prompt} + {args.response}) tokens, "
+            f"minibatch {args.minibatch_size}, {args.epochs} epoch(s). Measured (predicted):",
             "",
-            "| layers | " + " | ".join(PHASES) + " | whole | memory beyond the base |",
+            "| layers | " + " | ".join(PHASES) + " | whole | peak of tensors beyond base and adapters |",
             "|---" * (len(PHASES) + 3) + "|",
         ]
         for layers in args.layers:
@@ -232,11 +261,11 @@ def main(args: Args) -> None:
                 if name not in ("layers", "child", "predict_only"):
                     command += [f"--{name.replace('_', '-')}", str(value)]
             found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-            memory, operations = predict(layers, settings(args), own_reward_base=False)
-            predicted = {phase: operations[phase] / rate for phase in PHASES}
+            memory, _ = predict(layers, settings(args), own_reward_base=False)
+            predicted = times(layers, settings(args), rate, stream)
             cells = [f"{found['seconds'][phase]:.2f} s ({predicted[phase]:.2f})" for phase in PHASES]
             wholes = sum(found["seconds"].values()), sum(predicted.values())
-            sizes = found["bytes"] / GIB, peak(memory, beyond_base=True) / GIB
+            sizes = found["bytes"] / GIB, activations(memory) / GIB
             lines.append(
                 f"| {layers} | {' | '.join(cells)} | {wholes[0]:.2f} s ({wholes[1]:.2f}) | "
                 f"{sizes[0]:.2f} GiB ({sizes[1]:.2f}) |"
@@ -247,7 +276,7 @@ def main(args: Args) -> None:
         "",
         "Predicted, not measured: GPT-J 6B (28 layers), the paper's settings, one GPU, 64 x (500 + 50) tokens an update:",
         "",
-        "| base | weights | + generation | + update | peak | operations of an update, 10^15 | seconds at 100 TFLOP/s |",
+        "| base | weights | + generation | + update | peak | operations of an update, 10^15 | seconds at 100 TFLOP/s, 1 TB/s |",
         "|---|---|---|---|---|---|---|",
     ]
     for label, dtype, own in (
@@ -255,13 +284,15 @@ def main(args: Args) -> None:
         ("bfloat16, one each (the paper: in 4 bits)", "bfloat16", True),
         ("float32, one for policy and reward", "float32", False),
     ):
-        memory, operations = predict(28, replace(tldr.Args(), dtype=dtype), own)
+        paper = replace(tldr.Args(), dtype=dtype)
+        memory, operations = predict(28, paper, own)
         parts = [sum(size for name, size in memory.items() if name.startswith(kind)) for kind in ("generation", "update")]
         shares = ", ".join(f"{name} {value / 1e15:.1f}" for name, value in operations.items())
         whole = sum(operations.values())
         lines.append(
-            f"| {label} | {(peak(memory) - max(parts)) / GIB:.1f} GiB | {parts[0] / GIB:.1f} GiB | {parts[1] / GIB:.1f} GiB | "
-            f"{peak(memory) / GIB:.1f} GiB | {whole / 1e15:.1f} ({shares}) | {whole / 1e14:.0f} |"
+            f"| {label} | {lasting(memory) / GIB:.1f} GiB | {parts[0] / GIB:.1f} GiB | {parts[1] / GIB:.1f} GiB | "
+            f"{(lasting(memory) + activations(memory)) / GIB:.1f} GiB | {whole / 1e15:.1f} ({shares}) | "
+            f"{sum(times(28, paper, 1e14, 1e12).values()):.0f} |"
         )
     print("\n".join(lines))
     if not args.predict_only:

@@ -63,6 +63,46 @@ def test_every_cell_of_the_papers_tables_is_in_a_grid():
         assert ours[family, env, noise, names[algorithm]] == {"atari": 5, "continuous": 30}[family], line
 
 
+def words(run):
+    """The options as a dictionary: --alpha 1 -> alpha: 1."""
+    found = {}
+    for word in shlex.split(run.options):
+        if word.startswith("--"):
+            name = word[2:]
+            found[name] = True
+        else:
+            found[name] = float(word)
+    return found
+
+
+@pytest.mark.parametrize("name", ["atari-ppo", "atari-a2c", "continuous-ppo", "continuous-a2c"])
+def test_every_cell_has_the_papers_alpha_beta_and_steps(name):
+    """Looked up in the data cell by cell; baselines weigh the policy loss 1, controls alpha + beta |Z|."""
+    family, algorithm = name.split("-")
+    settings = PAPER[family]
+    noises = {"none", settings["noise"]["kind"]}
+    seen = set()
+    for run in grid.named_grid(name):
+        betas = settings[algorithm]["beta"][run.noise]
+        beta = betas if isinstance(betas, float) else betas[run.env] if run.env in betas else betas["default"]
+        steps = settings[algorithm].get("total_timesteps", settings.get("total_timesteps"))
+        assert run.length == (steps if isinstance(steps, int) else steps[run.env])
+        options = words(run)
+        pair = (options["alpha"], options["beta"])
+        if run.arm in ("sppo", "sa2c", "dsppo", "dsa2c"):
+            assert pair == (settings["alpha"], beta)
+        elif run.arm == "control":
+            assert pair == (pytest.approx(settings["alpha"] + beta * abs(settings["Z"])), 0)
+        else:
+            assert pair == (1, 0) and run.arm in ("ppo", "a2c", "dppo", "da2c")
+        assert (options.get("num-bins") == 0) == (family == "continuous" and run.arm == algorithm)
+        assert options.get("gamma") == (0.9999 if (name, run.env) == ("continuous-a2c", "Swimmer-v4") else None)
+        assert set(options) <= {"alpha", "beta", "num-bins", "gamma"}
+        seen.add((run.env, run.noise, run.arm))
+    assert {env for env, *_ in seen} == set(settings.get("games") or settings["tasks"])
+    assert {noise for _, noise, _ in seen} == noises
+
+
 @pytest.mark.parametrize(
     ("name", "env", "noise", "arm", "expected"),
     [
@@ -215,9 +255,9 @@ def test_a_folder_belongs_to_one_command(tmp_path, capsys):
         assert "begun as dsppo_continuous.py" in err and "expected that command, or another --folder" in err
 
 
-def start_grid(path, tmp_path, *more):
+def start_grid(path, tmp_path, *more, env=ENV):
     command = [sys.executable, str(ROOT / "benchmark/run.py"), str(path), "--folder", str(tmp_path / "runs"), *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV, start_new_session=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True)
 
 
 def wait_for(condition, seconds=180):
@@ -231,19 +271,53 @@ def commands(folder):
     return [line for line in (folder / "log.txt").read_text().splitlines() if line.startswith("$ python")]
 
 
+BROKEN_ENV = """
+import gymnasium
+import numpy as np
+
+class Broken(gymnasium.Env):
+    observation_space = action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+    def reset(self, **kwargs):
+        return np.zeros(1, np.float32), {}
+    def step(self, action):
+        raise RuntimeError("the wheel came off")
+
+gymnasium.register("Broken-v0", Broken)
+"""
+
+
+@pytest.mark.parametrize(
+    ("changed", "more", "expected"),
+    [
+        (("--alpha 1", "--alhpa 1"), [], "dsppo_continuous.py: error: "),
+        (("--alpha 1", "--num-bins 1"), [], "dsppo_continuous.py: error: --num-bins 1: expected 0 (Gaussian) or 2 or more"),
+        (("[arms]", 'noises = ["bsc"]\n[arms]'), [], "dsppo_continuous.py: error: "),
+        (("Pendulum-v1", "Pendulum-v9"), [], "dsppo_continuous.py: error: --env-id Pendulum-v9: no such environment"),
+        (("", ""), ["--args=--gamma 2"], "dsppo_continuous.py: error: --gamma 2.0: expected a number from 0 to 1"),
+    ],
+)
+def test_what_a_script_refuses_is_refused_before_any_run(changed, more, expected, tmp_path):
+    path, folder = write_grid(tmp_path, [1, 2], 1024)
+    path.write_text(path.read_text().replace(*changed))
+    process = start_grid(path, tmp_path, *more)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2 and expected in err and err.count("\n") == 1 and not folder.exists(), err
+
+
 def test_a_run_that_fails_is_tried_again_twice_and_does_not_stop_the_rest(tmp_path):
     path, folder = write_grid(tmp_path, [1], 1024)
-    path.write_text(path.read_text() + 'broken = "--num-bins 1 --num-steps 512"\n')
-    process = start_grid(path, tmp_path)
+    path.write_text(path.read_text().replace('["Pendulum-v1"]', '["broken_env:Broken-v0", "Pendulum-v1"]'))
+    (tmp_path / "broken_env.py").write_text(BROKEN_ENV)
+    process = start_grid(path, tmp_path, env={**ENV, "PYTHONPATH": str(tmp_path)})
     out, err = process.communicate(timeout=300)
     assert process.returncode == 1, err
-    broken, good = (folder / f"Pendulum-v1__none__{arm}__1" for arm in ("broken", "dppo"))
+    broken, good = (folder / f"{env}__none__dppo__1" for env in ("broken_env_Broken-v0", "Pendulum-v1"))
     assert len(commands(broken)) == 3 and len(commands(good)) == 1
-    assert f"run.py: failed: {broken / 'log.txt'}" in err and "--num-bins 1: expected" in err
+    assert f"run.py: failed: {broken / 'log.txt'}" in err and "the wheel came off" in err
     (result,) = good.glob("*/result.json")
     assert json.loads(result.read_text())["args"]["total_timesteps"] == 1024
     before = result.stat().st_mtime_ns
-    process = start_grid(path, tmp_path, "--filter", "arm=dppo")  # finished: not run again
+    process = start_grid(path, tmp_path, "--filter", "env=Pendulum-v1")  # finished: not run again
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and "1 runs, 1 of them finished before" in out and result.stat().st_mtime_ns == before
 

@@ -1,6 +1,8 @@
 """benchmark/report.py: statistics against scipy and by hand, mixtures, W&B's csv beside local folders, a golden report."""
 
+import itertools
 import json
+import statistics
 import sys
 
 import numpy as np
@@ -263,3 +265,34 @@ def test_report_of_a_small_set_of_runs(tmp_path):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     tables = {"report.md", "runs.csv", "cells.csv", "aggregates.csv", "curves.csv"}
     assert names == tables | {"curves.png", "sign_changes.png", "profiles_dsppo_continuous_none.png"}
+
+
+# --- real runs --------------------------------------------------------------------------------------------------------
+
+REAL = ROOT / "tests/report_runs"  # 12 runs of dsppo_continuous.py on Pendulum-v1 by run.py; golden/ is this script's report
+
+
+def test_report_of_committed_runs_is_the_golden_one(tmp_path):
+    text = make([REAL], tmp_path / "out")
+    assert text == (REAL / "golden/report.md").read_text()
+    for name in ("cells.csv", "aggregates.csv", "curves.csv"):
+        ours, golden = pd.read_csv(tmp_path / "out" / name), pd.read_csv(REAL / "golden" / name)
+        pd.testing.assert_frame_equal(ours, golden, rtol=1e-5)
+
+
+def test_the_golden_report_is_right():
+    """Against the runs' own files with the standard library, and the pairs counted."""
+    table = pd.read_csv(REAL / "golden/cells.csv").set_index(["noise", "arm"])
+    chances = pd.read_csv(REAL / "golden/aggregates.csv").query("what == 'P(arm > other)'").set_index(["noise", "arm", "other"])
+    arms = {"dppo": "DPPO", "dsppo": "DSPPO", "control": "control DPPO"}
+    for noise in ("none", "gaussian"):
+        scores = {}
+        for name, arm in arms.items():
+            files = sorted(REAL.glob(f"*__{noise}__{name}__*/result.json"))
+            scores[arm] = [statistics.mean(json.loads(path.read_text())["returns"]) for path in files]
+            cell = table.loc[noise, arm]
+            assert cell["mean"] == pytest.approx(statistics.mean(scores[arm])) and cell["seeds"] == len(files) == 2
+            assert cell["stderr"] == pytest.approx(statistics.stdev(scores[arm]) / 2**0.5)
+        for arm, other in itertools.permutations(scores, 2):
+            pairs = [(a > b) + (a == b) / 2 for a in scores[arm] for b in scores[other]]
+            assert chances.loc[noise, arm, other]["value"] == pytest.approx(statistics.mean(pairs))

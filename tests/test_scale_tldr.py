@@ -31,7 +31,14 @@ def test_the_papers_settings_by_hand():
     logits = 64 * 50 * 2 * n["head"]
     assert operations["generate"] == forward + logits
     assert operations["update"] == 4 * (3 * 3 * forward + 2 * 2 * logits)  # policy, references, values; forward twice, backward
-    assert scale.peak(memory) - scale.peak(memory, beyond_base=True) == memory["base"]
+    assert (
+        scale.lasting(memory) + scale.activations(memory)
+        == sum(memory.values()) - memory["update: layers"] - (memory["update: gradients or logits"])
+    )  # generation is the worst moment
+    seconds = scale.times(28, tldr.Args(), 1e14, 1e12)
+    read = 2 * (n["body"] + n["head"]) + memory["generation: keys and values"]
+    assert seconds["generate"] == pytest.approx(operations["generate"] / 1e14 + 50 * read / 1e12)
+    assert seconds["update"] == operations["update"] / 1e14
     less, _ = scale.predict(28, tldr.Args(gradient_checkpointing=False), own_reward_base=True)
     assert less["update: layers"] > 4 * memory["update: layers"]
 
@@ -48,7 +55,22 @@ def test_a_measurement_of_a_tiny_model(monkeypatch):
     torch.set_num_threads(threads)
     assert set(found["seconds"]) == set(scale.PHASES) and all(value > 0 for value in found["seconds"].values())
     assert found["bytes"] > 0
-    assert scale.matmul_rate(torch.device("cpu"), torch.float32) > 1e9
+    assert 0 < scale.matmul_seconds(4, torch.device("cpu"), torch.float32) < 60
+
+
+@pytest.mark.parametrize(("layers", "prompt", "response", "rows"), [(1, 60, 4, 6), (3, 100, 4, 4)])
+def test_measured_peak_is_the_predicted_one(layers, prompt, response, rows, monkeypatch):
+    """The profiler's count of tensors, other sizes than those the model was made with; a small vocabulary and a large one."""
+    sizes = {"n_embd": 256, "n_head": 4, "rotary_dim": 16, "vocab_size": 50_400, "n_positions": 128}
+    dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    monkeypatch.setattr(scale, "gptj", lambda n: transformers.GPTJConfig(n_layer=n, **sizes, **dropouts))
+    args = scale.Args(layers=(layers,), prompt=prompt, response=response, trajectories=rows, minibatch_size=rows)
+    memory, _ = scale.predict(layers, scale.settings(args), own_reward_base=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = scale.measure(args)
+    torch.set_num_threads(threads)
+    assert scale.activations(memory) == pytest.approx(found["bytes"], rel=0.1)
 
 
 def test_what_autograd_keeps_is_what_the_model_says(monkeypatch):
