@@ -104,8 +104,9 @@ def predict(layers: int, args: tldr.Args, own_reward_base: bool) -> tuple[dict[s
     What autograd keeps of a layer, a row of length T: its input before and after the norm, q and k (in float32, as GPT-J
     multiplies them), v, d each; four tensors of 4 d within the feed-forward's activation; the weights of all heads, T x T, in
     float32. The first layer keeps little: nothing before its adapters is trained. The activation's derivative holds three more
-    of 4 d, and three of d are the gradients on their way; with checkpointing there are no logits any more by then. In generation
-    prompts pass a layer whole: four tensors of 4 d and four of d are in its activation at once, or the heads' scores twice.
+    of 4 d, and three of d are the gradients on their way; with checkpointing there are no logits any more by then.
+    In generation prompts pass a layer whole: four tensors of 4 d and four of d are in its activation at once, or the heads'
+    scores twice.
     """
     config, n = gptj(layers), count(layers, args.lora_r)
     width = {"float32": 4, "bfloat16": 2}[args.dtype]
