@@ -355,7 +355,7 @@ class Progress:
             self.live.start()
 
     def last_step(self, run: Run) -> int | None:
-        """Of what TensorBoard has got so far."""
+        """Of what TensorBoard has got so far, in units of the run's length."""
         from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
         step = self.loaders.get(run, (None, None))[1]
@@ -365,6 +365,9 @@ class Progress:
                 loader = (path, EventFileLoader(str(path)))
             step = max((event.step for event in loader[1].Load()), default=step)
             self.loaders[run] = (loader, step)
+            if run.script.startswith("sppo_rlhf"):  # logs episodes
+                own = json.loads((path.parent / "args.json").read_text())["args"]
+                return step and step // own["trajectories_per_update"]
         return step
 
     def show(self, running: list[Run]) -> None:
@@ -409,6 +412,7 @@ def run_all(runs: list[Run], args: Args) -> list[Run]:
     remote = ray.remote(execute).options(num_cpus=args.cpus, num_gpus=args.gpus, max_retries=0)
     folder = args.folder.resolve()
     todo = [run for run in runs if find_state(folder / run.folder)[0] != "finished"]
+    todo.sort(key=lambda run: run.seed)  # wherever it ends, the arms have about as many seeds
     progress = Progress(len(todo), folder)
     print(f"run.py: {len(runs)} runs, {len(runs) - len(todo)} of them finished before; {folder}", flush=True)
     failures, lost, failed = Counter(), Counter(), []

@@ -13,6 +13,7 @@ from collections import Counter
 
 import pytest
 from helpers import ROOT
+from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import run as grid
@@ -253,6 +254,19 @@ def test_a_folder_belongs_to_one_command(tmp_path, capsys):
             grid.check_commands([other], grid.Args(str(path), folder=args.folder, args=changed.get("args", "")))
         err = capsys.readouterr().err
         assert "begun as dsppo_continuous.py" in err and "expected that command, or another --folder" in err
+
+
+@pytest.mark.parametrize(("name", "logged", "shown"), [("imdb", [112, 224, 560], 5), ("continuous-ppo", [2048, 4096], 4096)])
+def test_progress_shows_steps_or_iterations(name, logged, shown, tmp_path):
+    run = grid.named_grid(name)[0]
+    progress = grid.Progress(1, tmp_path)
+    assert progress.last_step(run) is None
+    folder = tmp_path / run.folder / "a_run"
+    with SummaryWriter(folder) as writer:
+        for step in logged:
+            writer.add_scalar("charts/SPS", 1.0, step)
+    (folder / "args.json").write_text(json.dumps({"args": {"trajectories_per_update": 112}}))
+    assert progress.last_step(run) == shown and progress.last_step(run) == shown  # the second time nothing is new
 
 
 def start_grid(path, tmp_path, *more, env=ENV):
