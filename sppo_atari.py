@@ -888,7 +888,7 @@ def main(args: Args) -> None:
     write_json(run_folder / "result.json", result)
     writer.close()
     if args.track:
-        wandb.summary.update({"score": result["score"], "score_stderr": result["score_stderr"]})
+        wandb.summary.update({name: result[name] for name in ("score", "score_stderr", "seconds")})
         wandb.finish()
     score = f"score {result['score']:.1f} over {len(scores)} games" if scores else "not evaluated"
     print(f"{Path(__file__).name}: {global_step:,} steps in {seconds:.0f} s, {score}; {run_folder / 'result.json'}")

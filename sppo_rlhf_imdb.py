@@ -1179,7 +1179,7 @@ def main(args: Args) -> None:
     if args.track:
         if table:
             wandb.log({"samples": wandb.Table(columns=table[0], data=table[1:])})
-        wandb.summary.update({"score": result["score"], "score_stderr": result["score_stderr"]})
+        wandb.summary.update({name: result[name] for name in ("score", "score_stderr", "seconds")})
         wandb.finish()
     score = f"score {before['score']:.3f} before, {after['score']:.3f} after" if after else "not evaluated"
     print(f"{Path(__file__).name}: {args.iterations} iterations in {seconds:.0f} s, {score}; {run_folder / 'result.json'}")

@@ -4,8 +4,8 @@
     python benchmark/report.py runs/grid/atari-ppo wandb_export.csv        # or a table of runs exported from W&B
     python benchmark/report.py runs/a runs/b --out reports/mine --allow-mixed
 
-A run's score is the mean over the last evaluation's episodes (result.json, W&B's summary); a cell is the mean over seeds ± its
-standard error. Writes into --out
+A run's score is the mean over the episodes of its last evaluation (`--eval-episodes`, 10; result.json, W&B's summary), a cell
+the mean over seeds ± its standard error. Writes into --out
 
     report.md       tables by noise (best in bold, wins), aggregates, what is mixed
     runs.csv        one line a run: what a table exported from W&B has, and may be given back to this script
@@ -15,13 +15,18 @@ standard error. Writes into --out
     *.png           learning curves (Figure 3), advantage sign changes (Figure 2), performance profiles, scores by beta
 
 Runs whose settings, lengths or versions differ where they should not are refused, unless --allow-mixed, which says so in the
-report. For aggregates a score is divided by the mean of the first baseline (PPO or A2C) in the same environment: 1 is that one.
+report; an arm of two runs with one seed is told apart by the settings in which they differ. For interquartile means a score is
+divided by the mean of the first baseline (PPO or A2C) in the same environment: 1 is that one. Where that mean is not above two
+standard errors, the environment is left out of them, which the report says.
 """
 
 import ast
+import itertools
 import json
+import math
 import re
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,45 +88,81 @@ def flatten(result: dict) -> dict:
 
 
 def load_runs(sources: tuple[Path, ...]) -> pd.DataFrame:
-    """One line a run; those of local folders have their folder in the column `folder`."""
-    rows = []
+    """One line a run; those of local folders have their folder in the column `folder`.
+
+    What is left out, and of which arm, is in attrs["left out"] as lines of text.
+    """
+    tables, left_out = [], Counter()
     for source in sources:
         if source.is_dir():
-            for path in sorted(source.rglob("result.json")):
+            rows = []
+            for folder in sorted({path.parent for name in ("args.json", "result.json") for path in source.rglob(name)}):
+                finished = (folder / "result.json").exists()
+                path = folder / ("result.json" if finished else "args.json")
                 try:
-                    rows.append({**flatten(json.loads(path.read_text())), "Name": path.parent.name, "folder": str(path.parent)})
+                    row = flatten(json.loads(path.read_text()))
+                    arm = label(row)
                 except (ValueError, KeyError, AttributeError) as error:
-                    fail(f"{path}: expected a result.json of one of the scripts ({error!r:.80})")
+                    fail(f"{path}: expected a {path.name} of one of the scripts ({error!r:.80})")
+                if finished:
+                    rows.append({**row, "Name": folder.name, "folder": str(folder)})
+                else:
+                    left_out[f"not finished: {arm}"] += 1
+            tables.append(pd.DataFrame(rows))
         elif source.is_file():
             try:
-                rows += pd.read_csv(source).to_dict("records")
+                table = pd.read_csv(source)
             except (ValueError, pd.errors.ParserError, UnicodeDecodeError) as error:
                 fail(f"{source}: expected a csv with a line a run ({str(error).splitlines()[0]})")
+            own = table["ID"] if "ID" in table else pd.Series([f"{source}:{i}" for i in table.index], dtype=str)
+            table["run_id"] = table["run_id"].fillna(own) if "run_id" in table else own
+            tables.append(table)
         else:
             fail(f"{source}: expected a folder with finished runs, or a csv with a line a run")
-    if not rows:
-        fail(f"{' '.join(map(str, sources))}: no finished run there; expected some result.json below")
-    runs = pd.DataFrame(rows)
-    missing = {"script", "env_id", "seed", "alpha", "beta", "score"} - set(runs.columns)
+    runs = pd.concat(tables, ignore_index=True)
+    if runs.empty:
+        fail(
+            f"{' '.join(map(str, sources))}: no finished run there; expected some result.json below, or a csv with a line a run"
+        )
+    needed = ["script", "env_id", "seed", "alpha", "beta", "score"]
+    missing = set(needed) - set(runs.columns)
     if missing:
         fail(f"{sources[0]}: no column {', '.join(sorted(missing))}; expected what the scripts log to W&B")
-    if "noise" not in runs:
-        runs["noise"] = "none"
-    runs["noise"] = runs.noise.fillna("none")
-    if "run_id" not in runs:
-        runs["run_id"] = runs.get("ID", pd.Series(range(len(runs)), index=runs.index)).map(str)
-    runs = runs.drop_duplicates("run_id")  # a folder and the export of the same runs; local ones come first
-    runs.attrs["without score"] = int(runs.score.isna().sum())
-    runs = runs[runs.score.notna()].reset_index(drop=True)
+    for name in needed[2:]:
+        runs[name] = pd.to_numeric(runs[name], errors="coerce")
+    known = runs[needed[:-1]].notna().all(axis=1)
+    left_out["runs of something else"] += int((~known).sum())
+    runs = runs[known]
+    runs = runs.assign(noise=runs.noise.fillna("none") if "noise" in runs else "none")
+    runs = runs.assign(arm=[label(run) for run in runs.to_dict("records")])
+    scored = np.isfinite(runs.score)
+    left_out.update(f"without a score: {arm}" for arm in runs[~scored].arm)
+    runs = runs[scored]
+    if runs.empty:
+        fail(f"{' '.join(map(str, sources))}: no run there has a score; expected some finished ones")
+    twice = int(runs.duplicated("run_id").sum())
+    runs = runs.drop_duplicates("run_id").reset_index(drop=True)  # a folder and the export of the same runs
     runs["env"] = [env_id.removeprefix("ALE/") for env_id in runs.env_id]
-    runs["arm"] = [label(run) for run in runs.to_dict("records")]
     # one beta (of controls: one alpha) an arm and row is the arm itself; several are told apart
     for name, sign in (("beta", "β"), ("alpha", "α")):
         several = runs.groupby(["script", "env", "noise", "arm"])[name].transform("nunique") > 1
         runs.loc[several, "arm"] += runs[several][name].map((f" {sign} " + "{:g}").format)
+    telling = set()
+    for _, group in runs.groupby(["script", "env", "noise", "arm"]):
+        if group.seed.duplicated().any():
+            for name in differences(group, arguments() - {*ARM, *FREE}):
+                telling.add(name)
+                shown = group[name].map(lambda value: "none" if pd.isna(value) else str(value))
+                runs.loc[group.index, "arm"] += shown.map(f" {name} {{}}".format)
     runs["steps"] = runs.get("total_timesteps", np.nan)
     if "iterations" in runs:
         runs["steps"] = runs.steps.fillna(runs.iterations)
+    for name in [name for name in runs if name.startswith(("eval/", "test/"))]:  # W&B's summary has the last values
+        of = runs.script.eq("sppo_rlhf_imdb.py" if name.startswith("eval/") else "sppo_rlhf_tldr.py")
+        after = f"after.{name.split('/', 1)[1]}"
+        runs[after] = runs.get(after, pd.Series(np.nan, runs.index)).fillna(runs[name].where(of))
+    runs.attrs = {"left out": [f"{count} {what}" for what, count in left_out.items() if count]}
+    runs.attrs |= {"twice": twice, "telling": telling}
     return runs
 
 
@@ -153,7 +194,7 @@ def find_mixture(runs: pd.DataFrame) -> list[str]:
         for (arm, seed), count in row.groupby(["arm", "seed"]).size().items():
             if count > 1:
                 found.append(f"{env}, noise {noise}, {script}: {count} runs of {arm} with seed {seed}")
-        for name, values in differences(row, arguments() - {*ARM, *FREE}).items():
+        for name, values in differences(row, arguments() - {*ARM, *FREE} - runs.attrs["telling"]).items():
             if noise != "none" or not name.startswith("noise_"):
                 found.append(f"{env}, noise {noise}, {script}: {name} {', '.join(values)}")
     for script, same in runs.groupby("script"):
@@ -207,40 +248,57 @@ def wins(table: pd.DataFrame, column: str = "mean") -> dict[tuple[str, str], tup
     return found
 
 
-def matrices(runs: pd.DataFrame, baseline: str) -> tuple[dict[str, np.ndarray], list[str], int]:
-    """Scores by arm as [seeds, environments], each divided by the baseline's mean there; the environments; how many seeds.
+def matrix(runs: pd.DataFrame, arm: str, envs: list[str]) -> np.ndarray:
+    """An arm's scores as [seeds, environments]: as many seeds as the poorest of these environments has."""
+    columns = [runs[(runs.arm == arm) & (runs.env == env)].sort_values("seed").score.to_numpy() for env in envs]
+    seeds = min(len(column) for column in columns)
+    return np.stack([column[:seeds] for column in columns], axis=1)
 
-    Environments that every arm has, and as many seeds of each as the poorest cell.
+
+def normalised(runs: pd.DataFrame, baseline: str) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
+    """Scores by arm as [seeds, environments], each divided by the baseline's mean there.
+
+    Environments that every arm has and where that mean is above two standard errors; these, and those left out.
     """
-    sets = runs.groupby("arm").env.agg(set)
-    envs = sorted(set.intersection(*sets))
-    if not envs:
-        return {}, [], 0
-    kept = runs[runs.env.isin(envs)].sort_values("seed")
-    seeds = int(kept.groupby(["arm", "env"]).score.count().min())
-    scale = {env: abs(kept[(kept.arm == baseline) & (kept.env == env)].score.mean()) or 1.0 for env in envs}
-    found = {}
-    for arm in order(list(sets.index)):
-        columns = [kept[(kept.arm == arm) & (kept.env == env)].score.to_numpy()[:seeds] / scale[env] for env in envs]
-        found[arm] = np.stack(columns, axis=1)
-    return found, envs, seeds
+    common = sorted(set.intersection(*runs.groupby("arm").env.agg(set)))
+    scale = {}
+    for env in common:
+        scores = runs[(runs.arm == baseline) & (runs.env == env)].score
+        error = scores.sem() if len(scores) > 1 else 0.0
+        if scores.mean() > 2 * error:
+            scale[env] = scores.mean()
+    envs = list(scale)
+    scores = {arm: matrix(runs, arm, envs) / list(scale.values()) for arm in order(list(runs.arm.unique()))} if envs else {}
+    return scores, envs, [env for env in sorted(runs.env.unique()) if env not in envs]
 
 
-def aggregate(scores: dict[str, np.ndarray], reps: int) -> pd.DataFrame:
-    """Interquartile mean of each arm, and P(arm > other) of each pair, with 95 % stratified bootstrap intervals by rliable."""
+def aggregate(runs: pd.DataFrame, scores: dict[str, np.ndarray], reps: int) -> pd.DataFrame:
+    """Interquartile mean of each arm of `scores`, and of each pair of arms P(arm > other) over the environments that both have,
+    with 95 % stratified bootstrap intervals by rliable. Of many arms, each only beside baselines and controls."""
     from rliable import library, metrics
 
     np.random.seed(0)  # rliable draws from numpy's own generator
     rows = []
-    point, interval = library.get_interval_estimates(scores, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=reps)
-    rows += [("IQM", arm, "", point[arm][0], *interval[arm][:, 0]) for arm in scores]
-    pairs = {f"{a},{b}": (scores[a], scores[b]) for a in scores for b in scores if a != b}
-    if pairs:
-        point, interval = library.get_interval_estimates(
-            pairs, lambda x, y: np.array([metrics.probability_of_improvement(x, y)]), reps=reps
-        )
-        rows += [("P(arm > other)", *pair.split(","), point[pair][0], *interval[pair][:, 0]) for pair in pairs]
+    if scores:
+        point, interval = library.get_interval_estimates(scores, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=reps)
+        rows += [("IQM", arm, "", point[arm][0], *interval[arm][:, 0]) for arm in scores]
+    arms = order(list(runs.arm.unique()))
+    envs = runs.groupby("arm").env.agg(set)
+    for a, b in itertools.combinations(arms, 2):
+        both = sorted(envs[a] & envs[b])
+        if both and (len(arms) <= 6 or is_reference(a) or is_reference(b)):
+            pair = {"pair": (matrix(runs, a, both), matrix(runs, b, both))}
+            point, interval = library.get_interval_estimates(
+                pair, lambda x, y: np.array([metrics.probability_of_improvement(x, y)]), reps=reps
+            )
+            value, (low, high) = point["pair"][0], interval["pair"][:, 0]
+            rows += [("P(arm > other)", a, b, value, low, high), ("P(arm > other)", b, a, 1 - value, 1 - high, 1 - low)]
     return pd.DataFrame(rows, columns=["what", "arm", "other", "value", "low", "high"])
+
+
+def is_reference(arm: str) -> bool:
+    """What others are compared with: baselines and controls, raw or normalised ones too."""
+    return arm.split()[0] in (*BASELINES, "control")
 
 
 def load_curves(runs: pd.DataFrame) -> pd.DataFrame:
@@ -272,7 +330,7 @@ def markdown(table: pd.DataFrame) -> list[str]:
                 texts.append("")
                 continue
             (cell,) = cell.to_dict("records")
-            text = number(cell["mean"]) + (f" ± {number(cell['stderr'])}" if cell["seeds"] > 1 else "")
+            text = with_error(cell["mean"], cell["stderr"])
             text = f"**{text}**" if cell["mean"] == best and len(row) > 1 else text
             text += f" ({cell['seeds']})"
             if not np.isnan(cell["paper_mean"]):
@@ -280,7 +338,7 @@ def markdown(table: pd.DataFrame) -> list[str]:
             texts.append(text)
         lines.append(f"| {env} | {' | '.join(texts)} |")
     ours, papers = wins(table), wins(table, "paper_mean")
-    for other in [arm for arm in arms if arm in BASELINES or arm.startswith("control")]:
+    for other in filter(is_reference, arms):
         texts = []
         for arm in arms:
             text = "{} of {}".format(*ours[arm, other]) if (arm, other) in ours else ""
@@ -299,14 +357,23 @@ def measures(runs: pd.DataFrame) -> list[str]:
     arms = order(list(runs.arm.unique()))
     lines = ["Measured after training, by arm:", "", f"| | before | {' | '.join(arms)} |", "|---" * (len(arms) + 2) + "|"]
     for name in names:
-        columns = [runs[f"before.{name}"], *(runs[runs.arm == arm][f"after.{name}"] for arm in arms)]
-        texts = [number(x.mean()) + (f" ± {number(x.sem())}" if x.count() > 1 else "") if x.count() else "" for x in columns]
+        before = runs.get(f"before.{name}", pd.Series(dtype=float)).groupby(runs.seed).mean()  # the arms of a seed start as one
+        columns = [before, *(runs[runs.arm == arm][f"after.{name}"] for arm in arms)]
+        texts = [with_error(x.mean(), x.sem()) if x.count() else "" for x in columns]
         lines.append(f"| {name} | {' | '.join(texts)} |")
     return [*lines, ""]
 
 
 def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def with_error(mean: float, error: float) -> str:
+    """The mean to the place of the error's second digit; alone, if there is no error to tell."""
+    if not error > 0:
+        return number(mean)
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    return f"{mean:,.{decimals}f} ± {error:,.{decimals}f}"
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -324,8 +391,19 @@ def grid_of_axes(count: int):
     return figure, axes.flat
 
 
+def curve_table(points: pd.DataFrame) -> pd.DataFrame:
+    """Values by step and run. Steps of episodes differ between seeds: a hundred bins, with straight lines over empty ones; of
+    runs with as many points, means of five bins (5 % of training)."""
+    ends = np.linspace(0, points.step.max(), 101)[1:]
+    bins = ends[np.searchsorted(ends, points.step).clip(max=99)]
+    table = points.assign(bin=bins).pivot_table(index="bin", columns="run_id", values="value")
+    table = table.reindex(ends).interpolate(method="index", limit_area="inside")
+    dense = points.groupby("run_id").size().min() >= 100
+    return table.rolling(5, center=True, min_periods=1).mean().where(table.notna()) if dense else table
+
+
 def draw_curves(runs: pd.DataFrame, curves: pd.DataFrame, path: Path) -> None:
-    """Figure 3: return while training by environment and noise, mean and standard error of the seeds, smoothed over 5 %."""
+    """Figure 3: return while training by environment and noise, mean and standard error of the seeds."""
     merged = curves[curves.tag.isin(("charts/episodic_return", "objective/scores"))].merge(runs, on="run_id")
     groups = list(merged.groupby(["script", "env", "noise"]))
     if not groups:
@@ -335,18 +413,13 @@ def draw_curves(runs: pd.DataFrame, curves: pd.DataFrame, path: Path) -> None:
     for axis, ((script, env, noise), group) in zip(axes, groups, strict=False):
         for arm in order(list(group.arm.unique())):
             mine = group[group.arm == arm]
-            ends = np.linspace(0, mine.step.max(), 101)[1:]  # steps of episodes differ between seeds: a hundred bins
-            bins = ends[np.minimum(np.searchsorted(ends, mine.step), 99)]
-            table = (
-                mine.assign(bin=bins)
-                .pivot_table(index="bin", columns="run_id", values="value")
-                .interpolate(limit_area="inside")
-            )
-            table = table.rolling(5, min_periods=1).mean()
+            table = curve_table(mine)
             mean, error = table.mean(axis=1), table.sem(axis=1).fillna(0)
             axis.plot(table.index, mean, "--" if arm.startswith("control") else "-", color=colour[arm], label=arm)
             axis.fill_between(table.index, mean - error, mean + error, color=colour[arm], alpha=0.2, linewidth=0)
-        axis.set(title=f"{env}{'' if noise == 'none' else ', noise'} ({script.removesuffix('.py')})", xlabel="step")
+        title = f"{env}{'' if noise == 'none' else f', noise {noise}'} ({script.removesuffix('.py')})"
+        rlhf = script.startswith("sppo_rlhf")
+        axis.set(title=title, xlabel="episodes" if rlhf else "steps", ylabel="score" if rlhf else "return")
         axis.title.set_fontsize(9)
         axis.xaxis.set_major_formatter(EngFormatter())
         axis.legend(fontsize=7)
@@ -387,7 +460,8 @@ def draw_profiles(scores: dict[str, np.ndarray], reps: int, path: Path) -> None:
     """Share of runs above a normalised score, with 95 % intervals (rliable)."""
     from rliable import library
 
-    taus = np.linspace(0, max(2.0, float(np.quantile(np.concatenate([x.flatten() for x in scores.values()]), 0.95))), 81)
+    low, high = np.quantile(np.concatenate([x.flatten() for x in scores.values()]), [0.0, 0.95])
+    taus = np.linspace(low - 0.05 * (high - low), high + 0.05 * (high - low), 81)
     np.random.seed(0)
     profiles, intervals = library.create_performance_profile(scores, taus, reps=max(100, reps // 4))
     figure, axis = plt.subplots(figsize=(5, 3.5))
@@ -402,23 +476,29 @@ def draw_profiles(scores: dict[str, np.ndarray], reps: int, path: Path) -> None:
 
 
 def draw_betas(runs: pd.DataFrame, path: Path) -> None:
-    """Scores by beta, or by the beta that a control stands for, where there are three or more."""
-    swept = runs[runs.arm.str.contains("S(?:PPO|A2C)|control")].copy()
-    swept = swept[~swept.arm.str.contains("raw|factored|literal|normalised|bins")]
-    swept["weight"] = swept.beta.where(swept.beta > 0, swept.alpha - 0.5)
+    """Scores by beta, or by the beta that a control stands for, where there are three or more; beta 0 as a line."""
+    plain = runs[~runs.arm.str.contains("raw|factored|literal|normalised|bins")]
+    swept = plain[plain.arm.str.contains("S(?:PPO|A2C)|control")].copy()
+    alphas = swept[swept.beta > 0].alpha
+    if alphas.nunique() != 1:
+        return
+    swept["weight"] = swept.beta.where(swept.beta > 0, swept.alpha - alphas.iloc[0])
     swept["kind"] = np.where(swept.beta > 0, "symmetric", "control")
     groups = [group for group in swept.groupby(["script", "env", "noise"]) if group[1].weight.nunique() >= 3]
     if not groups:
         return
     figure, axes = grid_of_axes(len(groups))
-    for axis, ((_, env, noise), group) in zip(axes, groups, strict=False):
+    for axis, ((script, env, noise), group) in zip(axes, groups, strict=False):
         for kind, style in (("symmetric", "C3o-"), ("control", "C1s--")):
             by_beta = group[group.kind == kind].groupby("weight").score
             if len(by_beta):
                 axis.errorbar(by_beta.mean().index, by_beta.mean(), by_beta.sem().fillna(0), fmt=style, label=kind, capsize=3)
-        axis.set(
-            title=f"{env}{'' if noise == 'none' else ', noise'}", xlabel="β (control: α - 0.5)", ylabel="score", xscale="log"
-        )
+        same = plain[(plain.script == script) & (plain.env == env) & (plain.noise == noise)]
+        base = same[same.arm.isin(("PPO", "A2C") if "atari" in script else ("DPPO", "DA2C"))].score
+        if len(base):
+            axis.axhline(base.mean(), color="C0", linewidth=1, label="α 1, β 0")
+        title = f"{env}{'' if noise == 'none' else f', noise {noise}'}"
+        axis.set(title=title, xlabel=f"β (control: α - {alphas.iloc[0]:g})", ylabel="score", xscale="log")
         axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -436,20 +516,21 @@ def main(args: Args) -> None:
         fail(f"the runs differ: {mixture[0]}{rest}; expected alike ones, or --allow-mixed, which reports them and says so")
     args.out.mkdir(parents=True, exist_ok=True)
     table, curves = cells(runs), load_curves(runs)
-    seconds = runs.seconds.sum() / 3600 if "seconds" in runs else float("nan")
+    seconds = runs.get("seconds", pd.Series(np.nan, runs.index))
+    hours = f"{seconds.sum() / 3600:.1f} hours of training" if seconds.notna().all() else "hours of training unknown"
     commits = (
         ", ".join(sorted(runs.commit.dropna().map(lambda text: text[:12] + text[40:]).unique())) if "commit" in runs else "?"
     )
     lines = [
-        f"{len(runs)} runs, {seconds:.1f} hours of training; commits {commits}. Mean ± standard error of the seeds "
-        "(their number) [the paper's, at its own length and settings]; best of ours in bold.",
+        f"{len(runs)} runs, {hours}; commits {commits}. A score is the mean over the episodes of a run's last evaluation, of "
+        "the trained policy without noise; actions are sampled on Atari and IMDB, greedy elsewhere. Mean ± standard error of "
+        "the seeds (their number) [the paper's, at its own length and settings, of the last 10 episodes]; our best in bold.",
         "",
     ]
-    if runs.attrs.get("without score"):
-        lines += [
-            f"**{runs.attrs['without score']} runs have no score and are left out: the means may flatter their arms.**",
-            "",
-        ]
+    if runs.attrs["left out"]:
+        lines += [f"**Left out: {'; '.join(runs.attrs['left out'])}. What is left may flatter these arms.**", ""]
+    if runs.attrs["twice"]:
+        lines += [f"{runs.attrs['twice']} lines were of runs that had been read already.", ""]
     without_curves = len(runs) - curves.run_id.nunique()
     if without_curves:
         lines += [f"{without_curves} runs are not local and have no curves here.", ""]
@@ -459,30 +540,40 @@ def main(args: Args) -> None:
     for (script, noise), part in table.groupby(["script", "noise"]):
         steps = sorted(runs[(runs.script == script) & (runs.noise == noise)].steps.dropna().unique())
         lengths = ", ".join(f"{step:,.0f}" for step in steps)
-        lines += [f"### {script}, {'without noise' if noise == 'none' else f'noise {noise}'}; {lengths} steps", ""]
+        unit = "iterations" if script.startswith("sppo_rlhf") else "steps"
+        lines += [f"### {script}, {'without noise' if noise == 'none' else f'noise {noise}'}; {lengths} {unit}", ""]
         lines += [*markdown(part), ""]
         mine = runs[(runs.script == script) & (runs.noise == noise)]
         baseline = next((arm for arm in BASELINES if arm in set(mine.arm)), mine.arm.iloc[0])
         lines += measures(mine)
-        scores, envs, seeds = matrices(mine, baseline)
-        if len(scores) < 2 or seeds < 2:
-            lines += ["No aggregates: they need two arms with two seeds in one environment or more.", ""]
+        seeds = int(mine.groupby(["arm", "env"]).size().min())
+        if mine.arm.nunique() < 2 or seeds < 2:
+            lines += ["No aggregates: they need two arms with two seeds everywhere.", ""]
             continue
-        found = aggregate(scores, args.reps)
-        collected.append(found.assign(script=script, noise=noise, environments=len(envs), seeds=seeds))
-        title = "| | interquartile mean | " + " | ".join(f"P(better than {arm})" for arm in scores) + " |"
-        few = "" if seeds >= 10 else f" (of {seeds} seeds: too narrow, as the bootstrap sees no more than these)"
-        scale = f"scores divided by {baseline}'s mean, 95 % intervals{few}:"
-        lines += [f"{len(envs)} environments x {seeds} seeds, {scale}", "", title]
-        lines += ["|---" * (len(scores) + 2) + "|"]
+        scores, envs, without = normalised(mine, baseline)
+        found = aggregate(mine, scores, args.reps)
+        collected.append(found.assign(script=script, noise=noise, environments=len(envs)))
+        arms = order(list(mine.arm.unique()))
+        others = [arm for arm in arms if len(arms) <= 6 or is_reference(arm)]
+        few = "" if seeds >= 10 else f" (of {seeds} seeds and more: too narrow, as the bootstrap sees no more than these)"
+        about = f"Interquartile means of scores divided by {baseline}'s mean, over {', '.join(envs) or 'no environment'}"
+        if without:
+            about += f" (without {', '.join(without)}, which some arm lacks or where that mean is not clearly above 0)"
+        about += f"; P over the environments that both arms have. 95 % intervals{few}:"
+        title = "| | interquartile mean | seeds | " + " | ".join(f"P(better than {arm})" for arm in others) + " |"
+        lines += [about, "", title]
+        lines += ["|---" * (len(others) + 3) + "|"]
         values = {
             (row.what, row.arm, row.other): f"{row.value:.2f} ({row.low:.2f} to {row.high:.2f})" for row in found.itertuples()
         }
-        for arm in scores:
-            chances = [values.get(("P(arm > other)", arm, other), "") for other in scores]
-            lines.append(f"| {arm} | {values['IQM', arm, '']} | {' | '.join(chances)} |")
+        for arm in arms:
+            counts = mine[mine.arm == arm].groupby("env").size()
+            count = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
+            chances = [values.get(("P(arm > other)", arm, other), "") for other in others]
+            lines.append(f"| {arm} | {values.get(('IQM', arm, ''), '')} | {count} | {' | '.join(chances)} |")
         lines.append("")
-        draw_profiles(scores, args.reps, args.out / f"profiles_{script.removesuffix('.py')}_{noise}.png")
+        if scores:
+            draw_profiles(scores, args.reps, args.out / f"profiles_{script.removesuffix('.py')}_{noise}.png")
     draw_curves(runs, curves, args.out / "curves.png")
     shares = draw_sign_changes(runs, curves, args.out / "sign_changes.png")
     draw_betas(runs, args.out / "betas.png")

@@ -19,9 +19,9 @@ A grid of your own is a TOML file:
 
 Each run has a folder FOLDER/{grid}/{length}/{env}__{noise}__{arm}__{seed}/ with its own run folder and log.txt. A finished run
 is not run again, a killed one goes on from its checkpoint, one that fails is tried again twice and then reported (at once if
-the script refuses its arguments). There is one process a core, unless --cpus or --gpus say otherwise. Ctrl-C lets the runs save
-and leaves. On a cluster this checkout, its Python and --folder must have the same path on all machines (a shared file system);
-a machine that dies costs its runs only the time since their checkpoints.
+the script refuses its arguments). There is one process a core, unless --cpus or --gpus say otherwise; without --gpus the runs
+see no GPU. Ctrl-C lets the runs save and leaves. On a cluster this checkout, its Python and --folder must have the same path on
+all machines (a shared file system); a machine that dies costs its runs only the time since their checkpoints.
 """
 
 import ctypes
@@ -30,6 +30,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -114,6 +115,13 @@ class Run:
             "--run-dir",
             str(args.folder / self.folder),
         ]
+
+
+def split_options(name: str, text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        fail(f"{name} = {text!r}: expected options as a shell would take them ({error})")
 
 
 def fail(message: str):
@@ -213,6 +221,10 @@ def toml_grid(path: Path) -> list[Run]:
         fail(f"{path}: {SCRIPTS[script]} = {length!r}; expected a whole number of 1 or more")
     if not (isinstance(arms, dict) and arms and all(isinstance(options, str) for options in arms.values())):
         fail(f"{path}: arms = {arms!r}; expected a table of texts, the options of each arm")
+    for arm, options in arms.items():
+        if not re.fullmatch(r"[\w.+-]+", arm):
+            fail(f"{path}: arm {arm!r}; expected a name of letters, digits, '_', '.', '+' or '-'")
+        split_options(f"{path}: arm {arm}", options)
     return [
         Run(path.stem, env, noise, arm, seed, length, script, arms[arm])
         for env, noise, arm, seed in itertools.product(envs, noises, arms, grid["seeds"])
@@ -222,7 +234,7 @@ def toml_grid(path: Path) -> list[Run]:
 def select(runs: list[Run], text: str) -> list[Run]:
     """Those that --filter names."""
     wanted: dict[str, set[str]] = {}
-    for part in filter(None, text.split(",")):
+    for part in filter(None, (part.strip() for part in text.split(","))):
         key, _, value = part.partition("=")
         known = sorted({str(getattr(run, key)) for run in runs}) if key in ("env", "noise", "arm", "seed") else []
         if value not in known:
@@ -429,7 +441,7 @@ def run_all(runs: list[Run], args: Args) -> list[Run]:
                 run = pending.pop(reference)
                 try:
                     status, tail = ray.get(reference)
-                    ended_by = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+                    ended_by = (signal.SIGTERM, signal.SIGINT)  # a machine that shuts down; SIGKILL may be its own memory
                     signalled = -status in ended_by or status - 128 in ended_by
                 except ray.exceptions.RayTaskError as error:  # no log to write to, no Python there, ...
                     status, tail, signalled = None, str(error.cause), False
@@ -464,6 +476,7 @@ def main(args: Args) -> None:
     for name, value, accepted in (("cpus", args.cpus, args.cpus >= 1), ("gpus", args.gpus, args.gpus >= 0)):
         if not accepted:
             fail(f"--{name} {value}: expected {'1 or more' if name == 'cpus' else '0 or more'}")
+    split_options("--args", args.args)
     if args.retries < 0:
         fail(f"--retries {args.retries}: expected 0 or more")
     if args.total_timesteps is not None:

@@ -193,6 +193,8 @@ BAD = [
     ("seed", GOOD.replace("[1, 2]", '["1"]'), "seeds = ['1']; expected a list of whole numbers"),
     ("length", GOOD.replace("2000", "0"), "total_timesteps = 0; expected a whole number of 1 or more"),
     ("arms", GOOD.replace('"--alpha 1 --beta 0"', "1"), "expected a table of texts"),
+    ("slash", GOOD.replace("ppo =", '"a/b" ='), "arm 'a/b'; expected a name of letters"),
+    ("quote", GOOD.replace("--beta 0", "--beta '0"), "expected options as a shell would take them (No closing quotation)"),
 ]
 
 
@@ -213,6 +215,7 @@ def test_bad_grids_are_one_line(name, text, expected, tmp_path, capsys):
         ({"filter": "env=Pong"}, "--filter env=Pong: expected env= one of Alien"),
         ({"filter": "game=Alien"}, "--filter game=Alien: expected env=, noise=, arm= or seed="),
         ({"cpus": 0}, "--cpus 0: expected 1 or more"),
+        ({"args": "--exp-name 'a"}, "expected options as a shell would take them (No closing quotation)"),
         ({"total_timesteps": 0}, "--total-timesteps 0: expected 1 or more"),
     ],
 )

@@ -79,22 +79,45 @@ def test_cells_wins_and_the_papers_numbers(tmp_path):
     assert wins["DSPPO", "DPPO"] == (1, 2) and wins["DPPO", "DSPPO"] == (1, 2) and wins["control DPPO", "DSPPO"] == (1, 2)
 
 
-def test_matrices_take_common_environments_and_seeds(tmp_path):
+def test_normalised_scores_by_hand(tmp_path):
+    """Environments that all arms have; as many seeds as an arm has in all of them; nothing that the baseline does not clear."""
     scores = {**SCORES, ("Swimmer", "none", "DPPO"): [1.0, 2.0, 3.0]}
     scores["Ant", "none", "DSPPO"] = [15.0, 10.0]
-    found, envs, seeds = report.matrices(report.load_runs((write_runs(tmp_path, scores),)), "DPPO")
-    assert envs == ["Ant-v4", "Hopper-v4"] and seeds == 2
+    for arm in OPTIONS:  # a mean of -90, and one of 5 ± 5
+        scores |= {("Walker2d", "none", arm): [-90.0, -80.0, -100.0], ("Humanoid", "none", arm): [0.0, 0.0, 15.0]}
+    scores = {key: values for key, values in scores.items() if key[2] != "PPO"}
+    found, envs, without = report.normalised(report.load_runs((write_runs(tmp_path, scores),)), "DPPO")
+    assert envs == ["Ant-v4", "Hopper-v4"] and without == ["Humanoid-v4", "Swimmer-v4", "Walker2d-v4"]
     np.testing.assert_allclose(found["DSPPO"], [[15 / 20, 130 / 110], [10 / 20, 140 / 110]])
-    assert list(found) == ["DPPO", "DSPPO", "control DPPO"]
+    np.testing.assert_allclose(found["DPPO"].mean(axis=0), 1)
+    assert list(found) == ["DPPO", "DSPPO", "control DPPO"] and len(found["control DPPO"]) == 3
+
+
+def test_an_arm_with_few_seeds_takes_none_from_the_others(tmp_path):
+    rng = np.random.default_rng(0)
+    scores = {("Hopper", "none", arm): list(rng.normal(mean, 10, seeds)) for arm, mean, seeds in SEEDS}
+    runs = report.load_runs((write_runs(tmp_path, scores),))
+    table = report.aggregate(runs, report.normalised(runs, "DPPO")[0], 50).set_index(["what", "arm", "other"]).value
+    for (a, _, n), (b, _, m) in itertools.combinations(SEEDS, 2):
+        x, y = scores["Hopper", "none", a], scores["Hopper", "none", b]
+        expected = stats.mannwhitneyu(x, y).statistic / (n * m)
+        assert table["P(arm > other)", a, b] == pytest.approx(expected)
+        assert table["P(arm > other)", b, a] == pytest.approx(1 - expected)
+    x = np.array(scores["Hopper", "none", "DSPPO"]) / np.mean(scores["Hopper", "none", "DPPO"])
+    assert table["IQM", "DSPPO", ""] == pytest.approx(np.sort(x)[3:-3].mean())  # 12 scores: without 3 at each end
+
+
+SEEDS = [("DPPO", 100, 8), ("DSPPO", 105, 12), ("control DPPO", 103, 3)]
 
 
 def test_aggregates_equal_scipys(tmp_path):
-    found, *_ = report.matrices(report.load_runs((write_runs(tmp_path),)), "DPPO")
-    table = report.aggregate(found, 200)
+    runs = report.load_runs((write_runs(tmp_path),))
+    found, *_ = report.normalised(runs, "DPPO")
+    table = report.aggregate(runs, found, 200)
     for row in table.itertuples():
         assert row.low <= row.value + 1e-9 and row.value <= row.high + 1e-9
-        if row.what == "IQM":
-            assert row.value == pytest.approx(stats.trim_mean(found[row.arm], 0.25, axis=None))
+        if row.what == "IQM":  # of six scores: without 1.5 at each end, which scipy and rliable round to 1
+            assert row.value == pytest.approx(np.sort(found[row.arm], axis=None)[1:-1].mean())
         else:  # the mean over environments of U / (n m)
             pairs = zip(found[row.arm].T, found[row.other].T, strict=True)
             assert row.value == pytest.approx(np.mean([stats.mannwhitneyu(a, b).statistic / 9 for a, b in pairs]))
@@ -102,6 +125,20 @@ def test_aggregates_equal_scipys(tmp_path):
     (chance,) = table[(table.arm == "DSPPO") & (table.other == "DPPO")].value
     assert chance == pytest.approx(((8 + 0.5) / 9 + (1 + 0.5) / 9) / 2)
     assert len(table) == 3 + 6
+
+
+def test_curves_come_back():
+    """A straight line stays one, with many points and with few; steps between those of a seed are on its line."""
+    for count in (7, 1000):
+        steps = np.linspace(0, 10_000, count + 1)[1:]
+        points = pd.DataFrame({"run_id": ["a"] * count + ["b"] * count, "step": np.concatenate([steps, steps * 0.9])})
+        points["value"] = points.step * np.repeat([1.0, 3.0], count)
+        table = report.curve_table(points)
+        assert len(table) == 100 and table.index[-1] == 10_000
+        for name, slope, last in (("a", 1, 10_000), ("b", 3, 9_000)):
+            mine = table[name].dropna()
+            assert (mine / slope - mine.index).abs().max() <= 200  # two bins
+            assert mine.index[-1] == last and len(mine) >= 100 * (1 - 1.2 / count) - 10
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -163,7 +200,8 @@ def test_a_table_exported_from_wandb_gives_the_same_report(tmp_path):
 def test_a_folder_and_its_own_export_count_once(tmp_path):
     folder = write_runs(tmp_path / "runs", curves=True)
     first = make([folder], tmp_path / "one")
-    assert make([folder, tmp_path / "one/runs.csv", folder], tmp_path / "two") == first
+    second = make([folder, tmp_path / "one/runs.csv", folder], tmp_path / "two")
+    assert second.replace("36 lines were of runs that had been read already.\n\n", "") == first != second
 
 
 def test_runs_without_a_score_are_told(tmp_path):
@@ -171,7 +209,84 @@ def test_runs_without_a_score_are_told(tmp_path):
     exported = pd.read_csv(tmp_path / "one/runs.csv")
     exported.loc[2, "score"] = np.nan  # crashed
     exported.to_csv(tmp_path / "export.csv", index=False)
-    assert "**1 runs have no score and are left out" in make([tmp_path / "export.csv"], tmp_path / "two")
+    arm = exported.alpha.map({1.0: "DPPO", 0.5: "DSPPO", 20.5: "control DPPO"})[2]
+    text = make([tmp_path / "export.csv"], tmp_path / "two")
+    assert f"**Left out: 1 without a score: {arm}. What is left may flatter these arms.**" in text
+
+
+def test_runs_that_have_not_finished_are_told(tmp_path):
+    folder = write_runs(tmp_path / "runs")
+    (folder / "begun").mkdir()
+    (folder / "begun/args.json").write_text(json.dumps(result(arm="DSPPO", seed=9)))
+    assert "**Left out: 1 not finished: DSPPO. " in make([folder], tmp_path / "out")
+
+
+def test_an_export_without_our_ids_keeps_every_run(tmp_path):
+    folder = write_runs(tmp_path / "runs")
+    make([folder], tmp_path / "one")
+    exported = pd.read_csv(tmp_path / "one/runs.csv").drop(columns=["run_id", "seconds"])
+    exported["seed"] += 10
+    exported["ID"] = [f"abc{i}" for i in range(18)]
+    exported.to_csv(tmp_path / "export.csv", index=False)
+    exported.drop(columns="ID").assign(seed=exported.seed + 10).to_csv(tmp_path / "bare.csv", index=False)
+    text = make([folder, tmp_path / "export.csv", tmp_path / "bare.csv"], tmp_path / "two")
+    assert text.startswith("54 runs, hours of training unknown") and "Left out" not in text
+    strange = pd.DataFrame({"Name": ["another project's"], "score": ["oops"], "env_id": [np.nan]})
+    pd.concat([exported, strange]).to_csv(tmp_path / "mixed.csv", index=False)
+    assert "**Left out: 1 runs of something else. " in make([tmp_path / "mixed.csv"], tmp_path / "three")
+
+
+def test_infinite_scores_are_none(tmp_path):
+    scores = {**SCORES, ("Ant", "none", "DSPPO"): [15.0, float("inf"), 5.0]}
+    assert "1 without a score: DSPPO" in make([write_runs(tmp_path / "runs", scores)], tmp_path / "out")
+
+
+def test_arms_of_ones_own_are_told_apart(tmp_path):
+    """Two learning rates, seeds 1 and 2 of each: two arms, never one."""
+    for rate in (3e-4, 1e-3):
+        for seed in (1, 2):
+            path = tmp_path / f"{rate}{seed}"
+            path.mkdir()
+            one = result(seed=seed, score=rate * 1e5, learning_rate=rate, run_id=f"{rate}{seed}")
+            (path / "result.json").write_text(json.dumps(one))
+    table = report.cells(report.load_runs((tmp_path,))).set_index("arm")
+    assert dict(table["mean"]) == pytest.approx({"DPPO learning_rate 0.0003": 30, "DPPO learning_rate 0.001": 100})
+    assert list(table.seeds) == [2, 2]
+    assert "Mixed" not in make([tmp_path], tmp_path / "out")
+
+
+def test_rlhf_measures_before_and_after(tmp_path):
+    """Before: one value a seed, whatever the arms, which start alike. From W&B: the last values logged."""
+    before, after = {1: 30.0, 2: 40.0}, {("PPO", 1): 50.0, ("PPO", 2): 60.0, ("DSPPO", 1): 35.0, ("DSPPO", 2): 45.0}
+    for (arm, seed), value in after.items():
+        path = tmp_path / f"runs/{arm}{seed}"
+        path.mkdir(parents=True)
+        one = result(arm=arm, seed=seed, score=0.5, script="sppo_rlhf_imdb.py", env_id="imdb")
+        one |= {"before": {"perplexity": before[seed]}, "after": {"perplexity": value}}
+        (path / "result.json").write_text(json.dumps(one))
+    text = make([tmp_path / "runs"], tmp_path / "one")
+    assert "| | before | PPO | SPPO |" in text
+    assert "| perplexity | 35.0 ± 5.0 | 55.0 ± 5.0 | 40.0 ± 5.0 |" in text  # stderr of 30, 40: 7.07 / sqrt 2
+    exported = pd.read_csv(tmp_path / "one/runs.csv")
+    exported = exported.rename(columns={"after.perplexity": "eval/perplexity"}).drop(columns="before.perplexity")
+    exported.to_csv(tmp_path / "export.csv", index=False)
+    assert "| perplexity |  | 55.0 ± 5.0 | 40.0 ± 5.0 |" in make([tmp_path / "export.csv"], tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("mean", "error", "expected"),
+    [
+        (0.8814, 0.00212, "0.8814 ± 0.0021"),
+        (1243.4, 29.31, "1,243 ± 29"),
+        (110.0, 5.77, "110.0 ± 5.8"),
+        (15234.0, 1234.0, "15,234 ± 1,234"),
+        (3.0, 0.0, "3.00"),
+        (3.0, float("nan"), "3.00"),
+        (-12.5, 0.96, "-12.50 ± 0.96"),
+    ],
+)
+def test_numbers_have_two_digits_of_their_error(mean, error, expected):
+    assert report.with_error(mean, error) == expected
 
 
 # --- mixtures ---------------------------------------------------------------------------------------------------------
@@ -215,6 +330,9 @@ def test_threads_names_and_folders_are_no_mixture(tmp_path):
         ("empty", "folder", "no finished run there; expected some result.json below"),
         ("odd.csv", "a,b\n1,2\n", "no column alpha, beta, env_id, score, script, seed; expected what the scripts log to W&B"),
         ("broken", "json", "result.json: expected a result.json of one of the scripts"),
+        ("head.csv", "script,env_id,seed,alpha,beta,score\n", "no finished run there"),
+        ("none.csv", "script,env_id,seed,alpha,beta,score\nsppo_atari.py,Alien,1,1,0,\n", "no run there has a score"),
+        ("text.csv", "script,env_id,seed,alpha,beta,score\nsppo_atari.py,Alien,1,1,0,high\n", "no run there has a score"),
     ],
 )
 def test_bad_sources_are_one_line(name, text, expected, tmp_path, capsys):
@@ -235,8 +353,8 @@ def test_bad_sources_are_one_line(name, text, expected, tmp_path, capsys):
 
 GOLDEN = """| | DPPO | DSPPO | control DPPO |
 |---|---|---|---|
-| Ant-v4 | **20.0 ± 5.77** (3) [{Ant DPPO}] | 10.0 ± 2.89 (3) [{Ant DSPPO}] | **20.0 ± 10.6** (3) |
-| Hopper-v4 | 110 ± 5.77 (3) [{Hopper DPPO}] | **130 ± 5.77** (3) [{Hopper DSPPO}] | 129 ± 6.08 (3) |
+| Ant-v4 | **20.0 ± 5.8** (3) [{Ant DPPO}] | 10.0 ± 2.9 (3) [{Ant DSPPO}] | **20 ± 11** (3) |
+| Hopper-v4 | 110.0 ± 5.8 (3) [{Hopper DPPO}] | **130.0 ± 5.8** (3) [{Hopper DSPPO}] | 129.0 ± 6.1 (3) |
 | above DPPO |  | 1 of 2 [{wins}] | 1 of 2 |
 | above control DPPO | 0 of 2 | 1 of 2 |  |
 """
@@ -253,7 +371,7 @@ def test_report_of_a_small_set_of_runs(tmp_path):
     above = sum(published.loc[env, "DSPPO"]["mean"] > published.loc[env, "DPPO"]["mean"] for env in ("Ant", "Hopper"))
     assert GOLDEN.format(**values, wins=f"{above} of 2") in text
     assert text.startswith("18 runs, 0.2 hours of training; commits aaaaaaaaaaaa.")
-    assert "2 environments x 3 seeds, scores divided by DPPO's mean" in text
+    assert "Interquartile means of scores divided by DPPO's mean, over Ant-v4, Hopper-v4; P over" in text
     # sign changes: seeds 1, 2, 3 have 1, 2, 3 %
     assert "| Hopper-v4, noise none | 2.0 % (1.0 to 3.0) |" in text
     curves = pd.read_csv(tmp_path / "out/curves.csv")
@@ -269,7 +387,9 @@ def test_report_of_a_small_set_of_runs(tmp_path):
 
 # --- real runs --------------------------------------------------------------------------------------------------------
 
-REAL = ROOT / "tests/report_runs"  # 12 runs of dsppo_continuous.py on Pendulum-v1 by run.py; golden/ is this script's report
+REAL = (
+    ROOT / "tests/report_runs"
+)  # 12 runs of dsppo_continuous.py on InvertedPendulum-v4 by run.py; golden/ is this script's report
 
 
 def test_report_of_committed_runs_is_the_golden_one(tmp_path):

@@ -39,6 +39,8 @@ def test_the_papers_settings_by_hand():
     read = 2 * (n["body"] + n["head"]) + memory["generation: keys and values"]
     assert seconds["generate"] == pytest.approx(operations["generate"] / 1e14 + 50 * read / 1e12)
     assert seconds["update"] == operations["update"] / 1e14
+    quantised, _ = scale.predict(28, tldr.Args(load_in_4bit=True), own_reward_base=True)
+    assert quantised["base"] == n["body"] * 4.5 / 8 + 2 * (n["embedding"] + n["head"])  # NF4: 4 bits and half a bit of scale
     less, _ = scale.predict(28, tldr.Args(gradient_checkpointing=False), own_reward_base=True)
     assert less["update: layers"] > 4 * memory["update: layers"]
 
