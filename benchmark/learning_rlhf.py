@@ -8,17 +8,20 @@ Runs `--jobs` at a time, which share the cores, in runs/learning/ (a run that wa
 that is in the csv or has finished is not run again), and writes to benchmark/results/ after each of them:
 
     learning_{task}.csv           arm, seed, tag, global_step, value: curves (objective/...), before and after (eval/, test/)
-    learning_{task}.json          of each run: command, versions, commit, seconds
+    learning_{task}.json          of each run: command, versions, commit, seconds, changes with their standard errors
     learning_{task}_samples.json  of each run ten prompts with what followed before and after
     learning_{task}.md, .png      the table and the picture
 """
 
 import json
 import os
+import re
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -84,13 +87,35 @@ def run(command: list[str], folder: Path) -> dict:
     events = EventAccumulator(str(result_path.parent), size_guidance={"scalars": 0}).Reload()
     tags = [tag for tag in events.Tags()["scalars"] if tag in CURVES or tag.startswith(("eval/", "test/"))]
     curves = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
-    samples = json.loads((result_path.parent / "samples.json").read_text())[:10]
-    return {**json.loads(result_path.read_text()), "curves": curves, "samples": samples}
+    samples = json.loads((result_path.parent / "samples.json").read_text())
+    return {**json.loads(result_path.read_text()), "curves": curves, "samples": samples[:10], "change": change(samples)}
+
+
+def change(samples: list[dict]) -> dict:
+    """By measure, its mean change over the prompts and the standard error of that. Of summaries also `copied`: the share of
+    their pairs of words that the post has, before, after, and of the references."""
+    found = {}
+    for name in samples[0]:
+        if isinstance(samples[0].get(f"{name}_before"), float):
+            changes = [sample[name] - sample[f"{name}_before"] for sample in samples]
+            found[name] = [statistics.mean(changes), statistics.stdev(changes) / len(changes) ** 0.5]
+
+    def words(text: str) -> list[str]:
+        return re.findall(r"[\w'-]+", text.lower())
+
+    for name in ("response_before", "response", "reference") if "post" in samples[0] else ():
+        shares = []
+        for sample in samples:
+            post, pairs = set(pairwise(words(sample["post"]))), list(pairwise(words(sample[name])))
+            shares += [statistics.mean(pair in post for pair in pairs)] if pairs else []
+        found[f"copied, {name}"] = statistics.mean(shares)
+    return found
 
 
 def summarise(args: Args, curves: pd.DataFrame, stem: Path) -> None:
     """The table, before and after with each seed's value, and the picture: score and KL while training."""
-    columns = COLUMNS[args.task]
+    found = {tag.removeprefix(SCORES[args.task]) for tag in curves.tag}
+    columns = {name: title for name, title in COLUMNS[args.task].items() if name in found}  # no empty ones have no score
     lines = ["| | " + " | ".join(columns.values()) + " | seeds |", "|---" * (len(columns) + 2) + "|"]
     last = curves.global_step.max()
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
@@ -142,7 +167,7 @@ def main(args: Args) -> None:
             curves = pd.concat([curves, new]) if len(curves) else new
             runs.append(
                 {"arm": arm, "seed": seed, "command": "python " + " ".join(command)}
-                | {name: result[name] for name in ("versions", "commit", "device", "seconds", "before", "after")}
+                | {name: result[name] for name in ("versions", "commit", "device", "seconds", "before", "after", "change")}
             )
             samples.append({"arm": arm, "seed": seed, "samples": result["samples"]})
             curves.sort_values(["arm", "seed", "tag", "global_step"]).to_csv(paths["csv"], index=False, float_format="%.6g")
