@@ -105,8 +105,9 @@ def predict(layers: int, args: tldr.Args, own_reward_base: bool) -> tuple[dict[s
     multiplies them), v, d each; four tensors of 4 d within the feed-forward's activation; the weights of all heads, T x T, in
     float32. The first layer keeps little: nothing before its adapters is trained. The activation's derivative holds three more
     of 4 d, and three of d are the gradients on their way; with checkpointing there are no logits any more by then.
-    In generation prompts pass a layer whole: four tensors of 4 d and four of d are in its activation at once, or the heads'
-    scores twice.
+
+    In generation prompts pass a layer whole: in its activation four tensors of 4 d and four of d, a mask and the weights of the
+    heads of two layers are there at once; or, in attention, the heads' scores twice in float32.
     """
     config, n = gptj(layers), count(layers, args.lora_r)
     width = {"float32": 4, "bfloat16": 2}[args.dtype]
@@ -118,13 +119,15 @@ def predict(layers: int, args: tldr.Args, own_reward_base: bool) -> tuple[dict[s
     kept = layers * rows * length * d * width + layer if args.gradient_checkpointing else max(1, layers - 1) * layer
     logits = 3 * rows * args.response_length * config.vocab_size * 4
     prompts = args.trajectories_per_update * args.max_prompt_length
+    activation = (20 * d + (min(layers, 2) * heads + 1) * args.max_prompt_length) * width
+    attention = 5 * d * width + 2 * heads * args.max_prompt_length * 4
     memory = {
         "base": base,
         "base of the reward model": base if own_reward_base else 0,
         "head in float32": 0 if width == 4 else n["head"] * 4,
         "adapters, gradients, AdamW": (2 * n["adapter"] + d) * 16 + n["adapter"] * 4,
         "generation: keys and values": 2 * layers * args.trajectories_per_update * length * d * width,
-        "generation: prompts in a layer": prompts * max(20 * d * width, 5 * d * width + 2 * heads * args.max_prompt_length * 4),
+        "generation: prompts in a layer": prompts * max(activation, attention),
         "update: layers": kept,
         "update: gradients or logits": max(rows * length * 15 * d * width, logits - layer * args.gradient_checkpointing),
     }
@@ -274,12 +277,16 @@ def main(args: Args) -> None:
             )
             content["measured"].append({"layers": layers, **found, "predicted": predicted, "predicted bytes": memory})
             print(lines[-1], flush=True)
+    _, operations = predict(28, tldr.Args(), own_reward_base=False)
+    shares = ", ".join(f"{name} {value / 1e15:.1f}" for name, value in operations.items())
     lines += [
         "",
-        "Predicted, not measured: GPT-J 6B (28 layers), the paper's settings, one GPU, 64 x (500 + 50) tokens an update:",
+        "Predicted, not measured: GPT-J 6B (28 layers), the paper's settings, one GPU, an update of 64 x (500 + 50) tokens: "
+        f"{sum(operations.values()) / 1e15:.1f} x 10^15 operations ({shares}), in bfloat16 "
+        f"{sum(times(28, tldr.Args(), 1e14, 1e12).values()):.0f} s at 100 TFLOP/s and 1 TB/s, and these bytes:",
         "",
-        "| base | weights | + generation | + update | peak | operations of an update, 10^15 | seconds at 100 TFLOP/s, 1 TB/s |",
-        "|---|---|---|---|---|---|---|",
+        "| base | weights | + generation | + update | peak |",
+        "|---|---|---|---|---|",
     ]
     for label, own, paper in (
         ("bfloat16, one for policy and reward", False, tldr.Args()),
@@ -287,17 +294,10 @@ def main(args: Args) -> None:
         ("4 bits, one each (the paper)", True, tldr.Args(load_in_4bit=True)),
         ("float32, one for policy and reward", False, tldr.Args(dtype="float32")),
     ):
-        memory, operations = predict(28, paper, own)
+        memory, _ = predict(28, paper, own)
         parts = [sum(size for name, size in memory.items() if name.startswith(kind)) for kind in ("generation", "update")]
-        shares = ", ".join(f"{name} {value / 1e15:.1f}" for name, value in operations.items())
-        whole = sum(operations.values())
-        # 4 bits are unpacked on the way, and float32 does not reach that rate
-        seconds = f"{sum(times(28, paper, 1e14, 1e12).values()):.0f}" if "bfloat16" in label else ""
-        lines.append(
-            f"| {label} | {lasting(memory) / GIB:.1f} GiB | {parts[0] / GIB:.1f} GiB | {parts[1] / GIB:.1f} GiB | "
-            f"{(lasting(memory) + activations(memory)) / GIB:.1f} GiB | {whole / 1e15:.1f} ({shares}) | "
-            f"{seconds} |"
-        )
+        sizes = (lasting(memory), *parts, lasting(memory) + activations(memory))
+        lines.append(f"| {label} | {' | '.join(f'{size / GIB:.1f} GiB' for size in sizes)} |")
     print("\n".join(lines))
     if not args.predict_only:
         stem = Path(__file__).parent / "results/scale_tldr"

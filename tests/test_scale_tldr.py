@@ -62,7 +62,7 @@ def test_a_measurement_of_a_tiny_model(monkeypatch):
 
 @pytest.mark.parametrize(("layers", "prompt", "response", "rows"), [(1, 60, 4, 6), (3, 100, 4, 4)])
 def test_measured_peak_is_the_predicted_one(layers, prompt, response, rows, monkeypatch):
-    """The profiler's count of tensors, other sizes than those the model was made with; a small vocabulary and a large one."""
+    """The profiler's count of tensors in a whole iteration, where the update is the worst moment."""
     sizes = {"n_embd": 256, "n_head": 4, "rotary_dim": 16, "vocab_size": 50_400, "n_positions": 128}
     dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     monkeypatch.setattr(scale, "gptj", lambda n: transformers.GPTJConfig(n_layer=n, **sizes, **dropouts))
@@ -73,6 +73,30 @@ def test_measured_peak_is_the_predicted_one(layers, prompt, response, rows, monk
     found = scale.measure(args)
     torch.set_num_threads(threads)
     assert scale.activations(memory) == pytest.approx(found["bytes"], rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("layers", "width", "heads", "rows", "prompt"), [(1, 512, 2, 8, 250), (4, 256, 2, 8, 300), (8, 256, 1, 8, 250)]
+)
+def test_measured_peak_of_generation_is_the_predicted_one(layers, width, heads, rows, prompt, dtype, monkeypatch):
+    """Of generation alone, the worst moment at GPT-J's size: many long prompts, whose layers' keys and values stay."""
+    config = transformers.GPTJConfig(n_layer=layers, n_embd=width, n_head=heads, rotary_dim=16, vocab_size=500)
+    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "bos_token_id", "eos_token_id"):
+        setattr(config, name, 0)
+    monkeypatch.setattr(scale, "gptj", lambda layers: config)
+    torch.set_default_dtype(getattr(torch, dtype))
+    lm = transformers.GPTJForCausalLM(config).requires_grad_(False)
+    torch.set_default_dtype(torch.float32)
+    agent = tldr.Agent(lm)
+    agent.add("policy", scale.LoraConfig(r=8), head=False)
+    agent.eval()
+    args = scale.settings(scale.Args(layers=(layers,), prompt=prompt, response=4, trajectories=rows, dtype=dtype))
+    prompts, uniforms = torch.randint(1, 500, (rows, prompt)), torch.rand(rows, 4, dtype=torch.float64)
+    found = scale.peak_of_tensors(lambda: tldr.generate(agent, prompts, uniforms, 0, args), torch.device("cpu"))
+    memory, _ = scale.predict(layers, args, own_reward_base=False)
+    expected = sum(size for name, size in memory.items() if name.startswith("generation"))
+    assert expected == pytest.approx(found, rel=0.05)
 
 
 def test_what_autograd_keeps_is_what_the_model_says(monkeypatch):
