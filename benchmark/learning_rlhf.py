@@ -11,6 +11,7 @@ that is in the csv or has finished is not run again), and writes to benchmark/re
     learning_{task}.json          of each run: command, versions, commit, seconds, changes with their standard errors
     learning_{task}_samples.json  of each run ten prompts with what followed before and after
     learning_{task}.md, .png      the table and the picture
+    learning_tldr_yardsticks.json what the reward model says of the posts' beginnings and of the references
 """
 
 import json
@@ -30,8 +31,12 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import pandas as pd
+import torch
 import tyro
+from rouge_score.rouge_scorer import RougeScorer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 TASKS = {  # arm: label, colour, script and arguments
     "imdb": {
@@ -54,7 +59,7 @@ COLUMNS = {
         "rouge1": "ROUGE-1",
         "rouge2": "ROUGE-2",
         "rougeL": "ROUGE-L",
-        "kl": "KL",
+        "kl": "log π - log π_ref, greedy",
         "perplexity": "perplexity of references",
         "words": "words",
         "empty_share": "empty",
@@ -112,23 +117,58 @@ def change(samples: list[dict]) -> dict:
     return found
 
 
-def summarise(args: Args, curves: pd.DataFrame, stem: Path) -> None:
+def yardsticks_of_summaries() -> dict[str, dict[str, float]]:
+    """What a summary is worth that nobody learned to write, on the test posts: the beginning of the post, as long as a summary
+    may be, and the reference, cut to that length; scored as the script scores."""
+    import sppo_rlhf_tldr as script
+
+    args = script.OFFLINE
+    posts = script.load_posts(args)["test"][: args.test_episodes]
+    tokenizer, _, reward = script.load_models(args, torch.device("cpu"))
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    found = {}
+    for name, summaries in (
+        ("the post's own beginning", [post for post, _ in posts]),
+        ("the reference", [it for _, it in posts]),
+    ):
+        prompts, cut = script.encode([(post, it) for (post, _), it in zip(posts, summaries, strict=True)], tokenizer, args)
+        with torch.no_grad():
+            scores = script.score(script.decode(torch.cat([prompts, cut], dim=1), tokenizer), reward, tokenizer, args)
+        texts = [text.strip() for text in script.decode(cut, tokenizer)]
+        found[name] = {"score": scores.mean().item(), "score_std": scores.std().item()}
+        found[name]["words"] = statistics.mean(len(text.split()) for text in texts)
+        if summaries[0] != posts[0][1]:
+            rouge = [scorer.score(reference.strip(), text) for (_, reference), text in zip(posts, texts, strict=True)]
+            found[name] |= {kind: statistics.mean(one[kind].fmeasure for one in rouge) for kind in rouge[0]}
+    return found
+
+
+def summarise(args: Args, curves: pd.DataFrame, yardsticks: dict, stem: Path) -> None:
     """The table, before and after with each seed's value, and the picture: score and KL while training."""
     found = {tag.removeprefix(SCORES[args.task]) for tag in curves.tag}
     columns = {name: title for name, title in COLUMNS[args.task].items() if name in found}  # no empty ones have no score
     lines = ["| | " + " | ".join(columns.values()) + " | seeds |", "|---" * (len(columns) + 2) + "|"]
     last = curves.global_step.max()
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+
+    def row(label: str, mine: pd.DataFrame, step: int) -> str:
+        cells = []
+        for name in columns:
+            values = mine[(mine.tag == SCORES[args.task] + name) & (mine.global_step == step)].value
+            one = values.nunique() == 1 and len(values) > 1  # seeds that evaluate alike
+            each = "all" if one else ", ".join(f"{value:.3g}" for value in values)
+            cells.append(f"{values.mean():.3g} ({each})" if len(values) else "")
+        return f"| {label} | {' | '.join(cells)} | {mine.seed.nunique()} |"
+
+    for text, measured in yardsticks.items():
+        cells = [f"{measured[name]:.3g}" if name in measured else "" for name in columns]
+        lines.append(f"| {text} | {' | '.join(cells)} | |")
+    lines.append(row("before training, any arm", curves[curves.arm == next(iter(TASKS[args.task]))], 0))
     for arm, (label, colour, _) in TASKS[args.task].items():
         mine = curves[curves.arm == arm]
         if mine.empty:
             continue
-        for moment, step in (("before", 0), ("after", last)):
-            cells = []
-            for name in columns:
-                values = mine[(mine.tag == SCORES[args.task] + name) & (mine.global_step == step)].value
-                cells.append(f"{values.mean():.3g} ({', '.join(f'{value:.3g}' for value in values)})" if len(values) else "")
-            lines.append(f"| {label}, {moment} | {' | '.join(cells)} | {mine.seed.nunique()} |")
+        lines.append(row(f"{label}, after", mine, last))
         for axis, tag in zip(axes, ("objective/scores", "objective/kl"), strict=True):
             table = (
                 mine[mine.tag == tag]
@@ -173,7 +213,10 @@ def main(args: Args) -> None:
             curves.sort_values(["arm", "seed", "tag", "global_step"]).to_csv(paths["csv"], index=False, float_format="%.6g")
             paths["runs"].write_text(json.dumps(runs, indent=1) + "\n")
             paths["samples"].write_text(json.dumps(samples, indent=1) + "\n")
-    summarise(args, curves, stem)
+    path = Path(f"{stem}_yardsticks.json")
+    if args.task == "tldr" and not path.exists():
+        path.write_text(json.dumps(yardsticks_of_summaries(), indent=1) + "\n")
+    summarise(args, curves, json.loads(path.read_text()) if path.exists() else {}, stem)
 
 
 if __name__ == "__main__":
