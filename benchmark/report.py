@@ -417,7 +417,7 @@ def draw_curves(runs: pd.DataFrame, curves: pd.DataFrame, path: Path) -> None:
             mean, error = table.mean(axis=1), table.sem(axis=1).fillna(0)
             axis.plot(table.index, mean, "--" if arm.startswith("control") else "-", color=colour[arm], label=arm)
             axis.fill_between(table.index, mean - error, mean + error, color=colour[arm], alpha=0.2, linewidth=0)
-        title = f"{env}{'' if noise == 'none' else f', noise {noise}'} ({script.removesuffix('.py')})"
+        title = f"{env}{'' if noise == 'none' else f', noise {noise}'}\n{script}"
         rlhf = script.startswith("sppo_rlhf")
         axis.set(title=title, xlabel="episodes" if rlhf else "steps", ylabel="score" if rlhf else "return")
         axis.title.set_fontsize(9)
@@ -582,7 +582,8 @@ def main(args: Args) -> None:
         for (env, noise), group in shares.groupby(["env", "noise"]):
             values = group.value * 100
             lines.append(f"| {env}, noise {noise} | {values.mean():.1f} % ({values.min():.1f} to {values.max():.1f}) |")
-    runs.drop(columns=["folder", "env", "arm", "steps"], errors="ignore").to_csv(args.out / "runs.csv", index=False)
+    here = ["folder", "run_dir", "resume"]  # paths of this machine
+    runs.drop(columns=[*here, "env", "arm", "steps"], errors="ignore").to_csv(args.out / "runs.csv", index=False)
     table.to_csv(args.out / "cells.csv", index=False, float_format="%.8g")
     curves.to_csv(args.out / "curves.csv", index=False, float_format="%.6g")
     if collected:

@@ -190,6 +190,7 @@ def test_a_table_exported_from_wandb_gives_the_same_report(tmp_path):
     for name in ("cells.csv", "aggregates.csv"):
         assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
     exported = pd.read_csv(tmp_path / "one/runs.csv")
+    assert not {"folder", "run_dir"} & set(exported)  # paths of this machine
     more = {"State": "finished", "Created": "2026-11-21T20:00:00.000Z", "User": "me", "Notes": "-", "Tags": "", "Sweep": ""}
     more |= {"Runtime": range(18), "Hostname": [f"node{i}" for i in range(18)], "ID": exported.run_id, "global_step": 1000}
     more |= {"losses/value_loss": np.random.rand(18), "charts/SPS": np.random.rand(18), "_step": range(18)}
