@@ -8,7 +8,7 @@ A run's score is the mean over the episodes of its last evaluation (`--eval-epis
 the mean over seeds ± its standard error. Writes into --out
 
     report.md       tables by noise (best in bold, wins), aggregates, what is mixed
-    runs.csv        one line a run: what a table exported from W&B has, and may be given back to this script
+    runs.csv        one line a run, as a table exported from W&B; may be given back to this script, with curves.csv beside it
     cells.csv       one line a cell: mean, standard error, seeds; the paper's
     aggregates.csv  interquartile mean and probability of improvement with 95 % stratified bootstrap intervals (rliable)
     curves.csv      learning curves and advantage sign changes of local runs, one line a point: run_id, tag, step, value
@@ -301,8 +301,8 @@ def is_reference(arm: str) -> bool:
     return arm.split()[0] in (*BASELINES, "control")
 
 
-def load_curves(runs: pd.DataFrame) -> pd.DataFrame:
-    """Points of CURVES of the local runs."""
+def load_curves(runs: pd.DataFrame, sources: tuple[Path, ...]) -> pd.DataFrame:
+    """Points of CURVES of the local runs, and of those from a csv that has this script's curves.csv beside it."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     rows = []
@@ -312,7 +312,14 @@ def load_curves(runs: pd.DataFrame) -> pd.DataFrame:
         events = EventAccumulator(run["folder"], size_guidance={"scalars": 0}).Reload()
         for tag in sorted(set(CURVES) & set(events.Tags()["scalars"])):
             rows += [(run["run_id"], tag, event.step, event.value) for event in events.Scalars(tag)]
-    return pd.DataFrame(rows, columns=["run_id", "tag", "step", "value"])
+    tables = [pd.DataFrame(rows, columns=["run_id", "tag", "step", "value"])]
+    known = set(tables[0].run_id)
+    for path in [source.with_name("curves.csv") for source in sources if source.is_file()]:
+        if path.exists():
+            found = pd.read_csv(path, dtype={"run_id": str})
+            tables.append(found[found.run_id.isin(set(runs.run_id) - known)])
+            known |= set(found.run_id)
+    return pd.concat([table for table in tables if len(table)] or tables[:1], ignore_index=True)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -515,7 +522,7 @@ def main(args: Args) -> None:
         rest = f"; and {len(mixture) - 1} more differences" if len(mixture) > 1 else ""
         fail(f"the runs differ: {mixture[0]}{rest}; expected alike ones, or --allow-mixed, which reports them and says so")
     args.out.mkdir(parents=True, exist_ok=True)
-    table, curves = cells(runs), load_curves(runs)
+    table, curves = cells(runs), load_curves(runs, args.sources)
     seconds = runs.get("seconds", pd.Series(np.nan, runs.index))
     hours = f"{seconds.sum() / 3600:.1f} hours of training" if seconds.notna().all() else "hours of training unknown"
     commits = (
@@ -533,7 +540,7 @@ def main(args: Args) -> None:
         lines += [f"{runs.attrs['twice']} lines were of runs that had been read already.", ""]
     without_curves = len(runs) - curves.run_id.nunique()
     if without_curves:
-        lines += [f"{without_curves} runs are not local and have no curves here.", ""]
+        lines += [f"{without_curves} runs have no curves here.", ""]
     if mixture:
         lines += ["**Mixed on request:**", "", *(f"* {text}" for text in mixture), ""]
     collected = []

@@ -184,7 +184,7 @@ def test_a_table_exported_from_wandb_gives_the_same_report(tmp_path):
     """runs.csv has the columns of W&B's export: Name, the configuration and the summary."""
     folder = write_runs(tmp_path / "runs")
     first = make([folder], tmp_path / "one")
-    assert "18 runs are not local and have no curves here." in first  # nor have these, for want of event files
+    assert "18 runs have no curves here." in first
     second = make([tmp_path / "one/runs.csv"], tmp_path / "two")
     assert first == second
     for name in ("cells.csv", "aggregates.csv"):
@@ -196,6 +196,22 @@ def test_a_table_exported_from_wandb_gives_the_same_report(tmp_path):
     more |= {"losses/value_loss": np.random.rand(18), "charts/SPS": np.random.rand(18), "_step": range(18)}
     exported.assign(**more).to_csv(tmp_path / "export.csv", index=False)
     assert make([tmp_path / "export.csv"], tmp_path / "three") == first
+
+
+def test_a_report_given_back_keeps_its_curves(tmp_path):
+    """Half the runs from a csv with curves.csv beside it, half from folders: as all from folders."""
+    folder = write_runs(tmp_path / "runs", curves=True)
+    first = make([folder], tmp_path / "one")
+    for path in list(folder.glob("Ant*")):
+        path.rename(tmp_path / path.name)
+    make([folder], tmp_path / "hopper")
+    for path in list(tmp_path.glob("Ant*")):
+        path.rename(folder / path.name)
+    for path in list(folder.glob("Hopper*")):
+        path.rename(tmp_path / path.name)
+    assert make([folder, tmp_path / "hopper/runs.csv"], tmp_path / "two") == first
+    one, two = (pd.read_csv(tmp_path / name / "curves.csv").sort_values(["run_id", "tag", "step"]) for name in ("one", "two"))
+    pd.testing.assert_frame_equal(one.reset_index(drop=True), two.reset_index(drop=True))
 
 
 def test_a_folder_and_its_own_export_count_once(tmp_path):
