@@ -410,6 +410,8 @@ class Progress:
 def run_all(runs: list[Run], args: Args) -> list[Run]:
     """Runs what has not finished; returns what failed for good."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # a shell starts background jobs with SIGINT ignored; Ray's workers would inherit that and be deaf to ray.cancel
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     import ray
 
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -433,7 +435,7 @@ def run_all(runs: list[Run], args: Args) -> list[Run]:
         return remote.remote(run.command(args), folder / run.folder, sys.executable, args.cpus, args.gpus)
 
     pending = {submit(run): run for run in todo}
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs save
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs save; Ray has set a handler of its own
     try:
         while pending:
             ready, _ = ray.wait(list(pending), num_returns=1, timeout=2.0)

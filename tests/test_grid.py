@@ -339,11 +339,15 @@ def test_a_run_that_fails_is_tried_again_twice_and_does_not_stop_the_rest(tmp_pa
     assert process.returncode == 0 and "1 runs, 1 of them finished before" in out and result.stat().st_mtime_ns == before
 
 
-def test_ctrl_c_saves_and_the_next_start_goes_on(tmp_path):
+@pytest.mark.parametrize(("signum", "ignored"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
+def test_a_signal_saves_and_the_next_start_goes_on(signum, ignored, tmp_path):
+    """Ctrl-C in a terminal; kill for a background job, which a shell starts with SIGINT ignored."""
     path, folder = write_grid(tmp_path, [1], 30_720)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if ignored else signal.getsignal(signal.SIGINT)
     process = start_grid(path, tmp_path)
+    signal.signal(signal.SIGINT, before)
     wait_for(lambda: list(folder.glob("*/*/checkpoint.pt")))
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signum)
     _, err = process.communicate(timeout=200)
     assert process.returncode == 130 and "stopping; the runs save their checkpoints" in err, err
     cell = folder / "Pendulum-v1__none__dppo__1"
