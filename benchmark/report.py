@@ -482,15 +482,21 @@ def draw_profiles(scores: dict[str, np.ndarray], reps: int, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_betas(runs: pd.DataFrame, path: Path) -> None:
-    """Scores by beta, or by the beta that a control stands for, where there are three or more; beta 0 as a line."""
-    plain = runs[~runs.arm.str.contains("raw|factored|literal|normalised|bins")]
+def sweep(plain: pd.DataFrame) -> pd.DataFrame:
+    """Symmetric and control runs with the beta that each stands for: a control's alpha less the symmetric ones' only alpha."""
     swept = plain[plain.arm.str.contains("S(?:PPO|A2C)|control")].copy()
     alphas = swept[swept.beta > 0].alpha
     if alphas.nunique() != 1:
-        return
+        return swept.iloc[:0].assign(weight=[], kind=[])
     swept["weight"] = swept.beta.where(swept.beta > 0, swept.alpha - alphas.iloc[0])
     swept["kind"] = np.where(swept.beta > 0, "symmetric", "control")
+    return swept
+
+
+def draw_betas(runs: pd.DataFrame, path: Path) -> None:
+    """Scores by beta, or by the beta that a control stands for, where there are three or more; beta 0 as a line."""
+    plain = runs[~runs.arm.str.contains("raw|factored|literal|normalised|bins")]
+    swept = sweep(plain)
     groups = [group for group in swept.groupby(["script", "env", "noise"]) if group[1].weight.nunique() >= 3]
     if not groups:
         return
@@ -505,7 +511,7 @@ def draw_betas(runs: pd.DataFrame, path: Path) -> None:
         if len(base):
             axis.axhline(base.mean(), color="C0", linewidth=1, label="α 1, β 0")
         title = f"{env}{'' if noise == 'none' else f', noise {noise}'}"
-        axis.set(title=title, xlabel=f"β (control: α - {alphas.iloc[0]:g})", ylabel="score", xscale="log")
+        axis.set(title=title, xlabel="β (control: α less the symmetric arms' α)", ylabel="score", xscale="log")
         axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -180,6 +180,13 @@ def test_several_betas_are_told_apart(tmp_path):
     assert (tmp_path / "out/betas.png").stat().st_size > 5000
 
 
+def test_a_control_stands_for_its_beta():
+    runs = pd.DataFrame({"arm": ["SPPO β 10", "SPPO β 1", "control PPO α 10.5", "PPO"], "beta": [10.0, 1, 0, 0]})
+    swept = report.sweep(runs.assign(alpha=[0.5, 0.5, 10.5, 1]))
+    assert list(zip(swept.kind, swept.weight, strict=True)) == [("symmetric", 10), ("symmetric", 1), ("control", 10)]
+    assert report.sweep(runs.assign(alpha=[0.5, 0.7, 10.5, 1])).empty  # two alphas: no beta to tell
+
+
 def test_a_table_exported_from_wandb_gives_the_same_report(tmp_path):
     """runs.csv has the columns of W&B's export: Name, the configuration and the summary."""
     folder = write_runs(tmp_path / "runs")
