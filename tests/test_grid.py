@@ -10,6 +10,7 @@ import sys
 import time
 import tomllib
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT
@@ -337,6 +338,41 @@ def test_a_run_that_fails_is_tried_again_twice_and_does_not_stop_the_rest(tmp_pa
     process = start_grid(path, tmp_path, "--filter", "env=Pendulum-v1")  # finished: not run again
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and "1 runs, 1 of them finished before" in out and result.stat().st_mtime_ns == before
+
+
+def test_seeds_take_turns_and_a_refused_run_is_not_tried_again(tmp_path, monkeypatch):
+    """run_all with a Ray that runs nothing: only what is submitted, in which order, and what follows from an exit status."""
+    path, _ = write_grid(tmp_path, [1, 2], 1024)
+    path.write_text(path.read_text() + 'refused = "--alpha 2"\ncrashes = "--alpha 3"\n')
+    submitted = []
+
+    def status(arm):
+        return {"refused": 2, "crashes": 1}.get(arm, 0)
+
+    def submit(command, folder, *rest):
+        submitted.append(tuple(folder.name.split("__")[2:]))
+        return len(submitted) - 1
+
+    task = SimpleNamespace(options=lambda **resources: SimpleNamespace(remote=submit))
+    ray = SimpleNamespace(
+        init=lambda **options: None,
+        nodes=lambda: [{"Alive": True, "Resources": {"CPU": 2}}],
+        remote=lambda function: task,
+        wait=lambda references, **options: (references[:1], references[1:]),
+        get=lambda reference: (status(submitted[reference][0]), "last line"),
+        exceptions=SimpleNamespace(RayTaskError=ZeroDivisionError, RayError=ZeroDivisionError),
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        failed = grid.run_all(grid.toml_grid(path), grid.Args(str(path), folder=tmp_path / "runs"))
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    arms = ("dppo", "refused", "crashes")
+    assert submitted[:6] == [(arm, seed) for seed in "12" for arm in arms]
+    assert submitted[6:] == [("crashes", seed) for seed in "1212"]  # twice more each
+    assert sorted((run.arm, run.seed) for run in failed) == [(arm, seed) for arm in ("crashes", "refused") for seed in (1, 2)]
 
 
 @pytest.mark.parametrize(("signum", "ignored"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
