@@ -90,7 +90,7 @@ def flatten(result: dict) -> dict:
 def load_runs(sources: tuple[Path, ...]) -> pd.DataFrame:
     """One line a run; those of local folders have their folder in the column `folder`.
 
-    What is left out, and of which arm, is in attrs["left out"] as lines of text.
+    What is left out, of which arm and how many, is in attrs["left out"] as lines of text.
     """
     tables, left_out = [], Counter()
     for source in sources:
@@ -107,7 +107,7 @@ def load_runs(sources: tuple[Path, ...]) -> pd.DataFrame:
                 if finished:
                     rows.append({**row, "Name": folder.name, "folder": str(folder)})
                 else:
-                    left_out[f"not finished: {arm}"] += 1
+                    left_out["not finished", arm] += 1
             tables.append(pd.DataFrame(rows))
         elif source.is_file():
             try:
@@ -131,12 +131,12 @@ def load_runs(sources: tuple[Path, ...]) -> pd.DataFrame:
     for name in needed[2:]:
         runs[name] = pd.to_numeric(runs[name], errors="coerce")
     known = runs[needed[:-1]].notna().all(axis=1)
-    left_out["runs of something else"] += int((~known).sum())
+    others = int((~known).sum())
     runs = runs[known]
     runs = runs.assign(noise=runs.noise.fillna("none") if "noise" in runs else "none")
     runs = runs.assign(arm=[label(run) for run in runs.to_dict("records")])
     scored = np.isfinite(runs.score)
-    left_out.update(f"without a score: {arm}" for arm in runs[~scored].arm)
+    left_out.update(("without a score", arm) for arm in runs[~scored].arm)
     runs = runs[scored]
     if runs.empty:
         fail(f"{' '.join(map(str, sources))}: no run there has a score; expected some finished ones")
@@ -161,8 +161,8 @@ def load_runs(sources: tuple[Path, ...]) -> pd.DataFrame:
         of = runs.script.eq("sppo_rlhf_imdb.py" if name.startswith("eval/") else "sppo_rlhf_tldr.py")
         after = f"after.{name.split('/', 1)[1]}"
         runs[after] = runs.get(after, pd.Series(np.nan, runs.index)).fillna(runs[name].where(of))
-    runs.attrs = {"left out": [f"{count} {what}" for what, count in left_out.items() if count]}
-    runs.attrs |= {"twice": twice, "telling": telling}
+    lines = [f"{why}: {arm} ({count})" for (why, arm), count in sorted(left_out.items())]
+    runs.attrs = {"left out": lines, "others": others, "twice": twice, "telling": telling}
     return runs
 
 
@@ -542,6 +542,8 @@ def main(args: Args) -> None:
     ]
     if runs.attrs["left out"]:
         lines += [f"**Left out: {'; '.join(runs.attrs['left out'])}. What is left may flatter these arms.**", ""]
+    if runs.attrs["others"]:
+        lines += [f"{runs.attrs['others']} lines were of something else than these scripts' runs.", ""]
     if runs.attrs["twice"]:
         lines += [f"{runs.attrs['twice']} lines were of runs that had been read already.", ""]
     without_curves = len(runs) - curves.run_id.nunique()

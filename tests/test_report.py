@@ -235,14 +235,14 @@ def test_runs_without_a_score_are_told(tmp_path):
     exported.to_csv(tmp_path / "export.csv", index=False)
     arm = exported.alpha.map({1.0: "DPPO", 0.5: "DSPPO", 20.5: "control DPPO"})[2]
     text = make([tmp_path / "export.csv"], tmp_path / "two")
-    assert f"**Left out: 1 without a score: {arm}. What is left may flatter these arms.**" in text
+    assert f"**Left out: without a score: {arm} (1). What is left may flatter these arms.**" in text
 
 
 def test_runs_that_have_not_finished_are_told(tmp_path):
     folder = write_runs(tmp_path / "runs")
     (folder / "begun").mkdir()
     (folder / "begun/args.json").write_text(json.dumps(result(arm="DSPPO", seed=9)))
-    assert "**Left out: 1 not finished: DSPPO. " in make([folder], tmp_path / "out")
+    assert "**Left out: not finished: DSPPO (1). " in make([folder], tmp_path / "out")
 
 
 def test_an_export_without_our_ids_keeps_every_run(tmp_path):
@@ -257,12 +257,13 @@ def test_an_export_without_our_ids_keeps_every_run(tmp_path):
     assert text.startswith("54 runs, hours of training unknown") and "Left out" not in text
     strange = pd.DataFrame({"Name": ["another project's"], "score": ["oops"], "env_id": [np.nan]})
     pd.concat([exported, strange]).to_csv(tmp_path / "mixed.csv", index=False)
-    assert "**Left out: 1 runs of something else. " in make([tmp_path / "mixed.csv"], tmp_path / "three")
+    text = make([tmp_path / "mixed.csv"], tmp_path / "three")
+    assert "\n1 lines were of something else than these scripts' runs.\n" in text and "Left out" not in text
 
 
 def test_infinite_scores_are_none(tmp_path):
     scores = {**SCORES, ("Ant", "none", "DSPPO"): [15.0, float("inf"), 5.0]}
-    assert "1 without a score: DSPPO" in make([write_runs(tmp_path / "runs", scores)], tmp_path / "out")
+    assert "without a score: DSPPO (1)" in make([write_runs(tmp_path / "runs", scores)], tmp_path / "out")
 
 
 def test_arms_of_ones_own_are_told_apart(tmp_path):
