@@ -486,6 +486,7 @@ def main(args: Args) -> None:
             fail(f"--total-timesteps {args.total_timesteps}: expected 1 or more")
         runs = [Run(**{**vars(run), "length": args.total_timesteps}) for run in runs]
     if args.dry_run:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
         for run in runs:
             print("python " + shlex.join(run.command(args)))
         return

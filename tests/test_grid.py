@@ -168,6 +168,21 @@ def test_filter_and_length(capsys):
     assert all("/continuous-ppo/1000/" in line for line in lines)
 
 
+def test_a_dry_run_into_head_is_quiet():
+    command = f"{shlex.quote(sys.executable)} benchmark/run.py sensitivity --dry-run | head -n 1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.count("python sppo_atari.py --env-id Alien ") == 1 and done.stderr == ""
+
+
+def test_the_committed_grid_has_the_papers_settings():
+    found = grid.toml_grid(ROOT / "benchmark/factored.toml")
+    table = grid.named_grid("continuous-a2c")
+    options = {run.arm: run.options for run in table if (run.env, run.noise) == ("Hopper-v4", "gaussian")}
+    options["dsa2c-factored"] = options["dsa2c"] + " --reverse-prob factored"
+    assert {(run.arm, run.options) for run in found} == set(options.items())
+    assert Counter((run.env, run.noise, run.seed) for run in found) == {("Hopper-v4", "gaussian", s): 4 for s in range(1, 6)}
+
+
 GOOD = """
 script = "sppo_atari.py"
 envs = ["Alien"]
