@@ -231,9 +231,14 @@ def cells(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def order(arms: list[str]) -> list[str]:
-    """Baselines first, then what is compared with them, then controls."""
+    """Baselines first, then what is compared with them, then controls; β 2 before β 10."""
     first = {arm: i for i, arm in enumerate(BASELINES)}
-    return sorted(arms, key=lambda arm: (arm.startswith("control"), first.get(arm, 9), arm))
+
+    def key(arm: str) -> tuple:
+        parts = re.split(r"(\d+\.?\d*)", arm)  # texts and numbers by turns
+        return arm.startswith("control"), first.get(arm, 9), [float(part) if i % 2 else part for i, part in enumerate(parts)]
+
+    return sorted(arms, key=key)
 
 
 def wins(table: pd.DataFrame, column: str = "mean") -> dict[tuple[str, str], tuple[int, int]]:
@@ -510,8 +515,11 @@ def draw_betas(runs: pd.DataFrame, path: Path) -> None:
         base = same[same.arm.isin(("PPO", "A2C") if "atari" in script else ("DPPO", "DA2C"))].score
         if len(base):
             axis.axhline(base.mean(), color="C0", linewidth=1, label="α 1, β 0")
+        ticks = sorted(group.weight.unique())
         title = f"{env}{'' if noise == 'none' else f', noise {noise}'}"
         axis.set(title=title, xlabel="β (control: α less the symmetric arms' α)", ylabel="score", xscale="log")
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
         axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -167,6 +167,12 @@ def test_labels(changed, expected):
     assert report.label(report.flatten(result(**changed))) == expected
 
 
+def test_arms_are_in_order():
+    arms = ["DSPPO β 10", "control DPPO α 2.5", "DPPO", "DSPPO β 2", "DSPPO", "control DPPO α 10.5", "PPO", "DSPPO β 2.5"]
+    ordered = ["PPO", "DPPO", "DSPPO", "DSPPO β 2", "DSPPO β 2.5", "DSPPO β 10", "control DPPO α 2.5", "control DPPO α 10.5"]
+    assert report.order(arms) == ordered
+
+
 def test_several_betas_are_told_apart(tmp_path):
     for i, beta in enumerate((1.0, 5.0, 20.0)):
         for seed in (1, 2):
@@ -175,7 +181,7 @@ def test_several_betas_are_told_apart(tmp_path):
             one = result(arm="DSPPO", seed=seed, score=10.0 * i + seed, beta=beta, run_id=f"{beta}{seed}")
             (path / "result.json").write_text(json.dumps(one))
     runs = report.load_runs((tmp_path,))
-    assert sorted(set(runs.arm)) == ["DSPPO β 1", "DSPPO β 20", "DSPPO β 5"]
+    assert report.order(list(set(runs.arm))) == ["DSPPO β 1", "DSPPO β 5", "DSPPO β 20"]
     make([tmp_path], tmp_path / "out")
     assert (tmp_path / "out/betas.png").stat().st_size > 5000
 
