@@ -486,9 +486,10 @@ def main(args: Args) -> None:
             fail(f"--total-timesteps {args.total_timesteps}: expected 1 or more")
         runs = [Run(**{**vars(run), "length": args.total_timesteps}) for run in runs]
     if args.dry_run:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
-        for run in runs:
-            print("python " + shlex.join(run.command(args)))
+        try:
+            print("\n".join("python " + shlex.join(run.command(args)) for run in runs), flush=True)
+        except BrokenPipeError:  # `| head` has seen enough; nothing is left to flush at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     args.folder = args.folder.absolute()
     check_commands(runs, args)
