@@ -7,7 +7,7 @@
 A run's score is the mean over the episodes of its last evaluation (`--eval-episodes`, 10; result.json, W&B's summary), a cell
 the mean over seeds ± its standard error. Writes into --out
 
-    report.md       tables by noise (best in bold, wins), aggregates, what is mixed
+    report.md       tables by noise (best in bold, wins; returns while training), aggregates, what is mixed
     runs.csv        one line a run, as a table exported from W&B; may be given back to this script, with curves.csv beside it
     cells.csv       one line a cell: mean, standard error, seeds; the paper's
     aggregates.csv  interquartile mean and probability of improvement with 95 % stratified bootstrap intervals (rliable)
@@ -40,7 +40,8 @@ import tyro
 from matplotlib.ticker import EngFormatter
 
 PUBLISHED = Path(__file__).parent / "paper/scores.csv"
-CURVES = ("charts/episodic_return", "charts/adv_sign_change", "objective/scores")
+RETURNS = ("charts/episodic_return", "objective/scores")
+CURVES = (*RETURNS, "charts/adv_sign_change")
 # Arguments that runs of one row may differ in: what makes an arm, what names a run, and what changes no number
 ARM = ("alpha", "beta", "Z", "num_bins", "reverse_prob", "norm_adv", "literal_signs")
 FREE = (
@@ -376,6 +377,22 @@ def measures(runs: pd.DataFrame) -> list[str]:
     return [*lines, ""]
 
 
+def training(runs: pd.DataFrame, curves: pd.DataFrame) -> list[str]:
+    """Of one script's runs: what they reached while they learned, a steadier number than one evaluation at the end."""
+    merged = curves[curves.tag.isin(RETURNS)].merge(runs[["run_id", "env", "arm"]], on="run_id")
+    if merged.empty:
+        return []
+    late = merged[merged.step > 0.9 * merged.groupby("run_id").step.transform("max")]
+    values = late.groupby(["env", "arm", "run_id"]).value.mean()
+    arms = order(list(merged.arm.unique()))
+    lines = ["While training, mean over the last tenth of it:", "", f"| | {' | '.join(arms)} |", "|---" * (len(arms) + 1) + "|"]
+    for env in sorted(merged.env.unique()):
+        columns = [values[env].get(arm, pd.Series(dtype=float)) for arm in arms]
+        texts = [f"{with_error(x.mean(), x.sem())} ({len(x)})" if len(x) else "" for x in columns]
+        lines.append(f"| {env} | {' | '.join(texts)} |")
+    return [*lines, ""]
+
+
 def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
@@ -416,7 +433,7 @@ def curve_table(points: pd.DataFrame) -> pd.DataFrame:
 
 def draw_curves(runs: pd.DataFrame, curves: pd.DataFrame, path: Path) -> None:
     """Figure 3: return while training by environment and noise, mean and standard error of the seeds."""
-    merged = curves[curves.tag.isin(("charts/episodic_return", "objective/scores"))].merge(runs, on="run_id")
+    merged = curves[curves.tag.isin(RETURNS)].merge(runs, on="run_id")
     groups = list(merged.groupby(["script", "env", "noise"]))
     if not groups:
         return
@@ -568,6 +585,7 @@ def main(args: Args) -> None:
         lines += [*markdown(part), ""]
         mine = runs[(runs.script == script) & (runs.noise == noise)]
         baseline = next((arm for arm in BASELINES if arm in set(mine.arm)), mine.arm.iloc[0])
+        lines += training(mine, curves)
         lines += measures(mine)
         seeds = int(mine.groupby(["arm", "env"]).size().min())
         if mine.arm.nunique() < 2 or seeds < 2:

@@ -127,6 +127,22 @@ def test_aggregates_equal_scipys(tmp_path):
     assert len(table) == 3 + 6
 
 
+def test_the_last_tenth_of_training(tmp_path):
+    """Three seeds whose runs end at 100, 110 and 120 after straight lines from 0, logged every 10 of 100 and 200 steps."""
+    runs, points = [], []
+    for seed, (end, steps) in enumerate(((100, 100), (110, 100), (120, 200))):
+        runs.append({"run_id": f"{seed}", "env": "Ant-v4", "arm": "PPO"})
+        points += [(f"{seed}", "charts/episodic_return", step, end * step / steps) for step in range(10, steps + 1, 10)]
+        points += [(f"{seed}", "charts/adv_sign_change", step, 1e9) for step in range(10, steps + 1, 10)]
+    points += [("of another script", "charts/episodic_return", 10, 1e9)]
+    runs.append({"run_id": "without curves", "env": "Ant-v4", "arm": "DPPO"})
+    curves = pd.DataFrame(points, columns=["run_id", "tag", "step", "value"])
+    *_, line, _ = report.training(pd.DataFrame(runs), curves)
+    ends = [100, 110, 120 * (190 + 200) / 400]  # steps above 90 of 100 and 180 of 200
+    assert line == f"| Ant-v4 | {statistics.mean(ends):.1f} ± {statistics.stdev(ends) / 3**0.5:.1f} (3) |"
+    assert report.training(pd.DataFrame(runs), curves[curves.run_id == "of another script"]) == []
+
+
 def test_curves_come_back():
     """A straight line stays one, with many points and with few; steps between those of a seed are on its line."""
     for count in (7, 1000):
