@@ -15,12 +15,15 @@ the mean over seeds ± its standard error. Writes into --out
     *.png           learning curves (Figure 3), advantage sign changes (Figure 2), performance profiles, scores by beta
 
 Runs whose settings, lengths or versions differ where they should not are refused, unless --allow-mixed, which says so in the
-report; an arm of two runs with one seed is told apart by the settings in which they differ. For interquartile means a score is
-divided by the mean of the first baseline (PPO or A2C) in the same environment: 1 is that one. Where that mean is not above two
-standard errors, the environment is left out of them, which the report says.
+report; an arm of two runs with one seed is told apart by the settings in which they differ. An interquartile mean is given in
+units of the first baseline's (PPO's or A2C's), after each score was divided by the baseline's mean in the same environment;
+where that mean is not above two standard errors, the environment is left out, which the report says. An arm with beta 0 is
+called a control only where its alpha is a symmetric arm's alpha + beta |Z|.
 """
 
 import ast
+import contextlib
+import io
 import itertools
 import json
 import math
@@ -144,9 +147,12 @@ def load_runs(sources: tuple[Path, ...]) -> pd.DataFrame:
     twice = int(runs.duplicated("run_id").sum())
     runs = runs.drop_duplicates("run_id").reset_index(drop=True)  # a folder and the export of the same runs
     runs["env"] = [env_id.removeprefix("ALE/") for env_id in runs.env_id]
-    # one beta (of controls: one alpha) an arm and row is the arm itself; several are told apart
+    for i in [i for i in runs.index if runs.arm[i].startswith("control") and not is_control(runs, runs.loc[i])]:
+        runs.loc[i, "arm"] = f"{runs.arm[i].removeprefix('control ')} α {runs.alpha[i]:g}"
+    # one beta (of controls: one alpha) an arm and row is the arm itself; if any row has several, they are told apart in all
     for name, sign in (("beta", "β"), ("alpha", "α")):
         several = runs.groupby(["script", "env", "noise", "arm"])[name].transform("nunique") > 1
+        several = several.groupby([runs.script, runs.noise, runs.arm]).transform("any")
         runs.loc[several, "arm"] += runs[several][name].map((f" {sign} " + "{:g}").format)
     telling = set()
     for _, group in runs.groupby(["script", "env", "noise", "arm"]):
@@ -183,6 +189,15 @@ def label(run: dict) -> str:
     name += " raw" if raw and default else " normalised" if raw else ""
     name += f" Z {run['Z']:g}" if run.get("Z", -1) not in (-1, "") and run["beta"] else ""
     return name + (f" {run['num_bins']:g} bins" if discrete and run.get("num_bins", 11) != 11 else "")
+
+
+def is_control(runs: pd.DataFrame, run: pd.Series) -> bool:
+    """Whether the run's alpha is alpha + beta |Z| of symmetric runs in its environment, or if none is there, in another."""
+    alike = runs[(runs.script == run.script) & (runs.noise == run.noise) & (runs.beta > 0)]
+    here = alike[alike.env == run.env]
+    alike = here if len(here) else alike
+    z = pd.to_numeric(alike.Z, errors="coerce").fillna(-1) if "Z" in alike else -1.0
+    return bool(np.isclose(alike.alpha + alike.beta * abs(z), run.alpha).any())
 
 
 def find_mixture(runs: pd.DataFrame) -> list[str]:
@@ -261,45 +276,47 @@ def matrix(runs: pd.DataFrame, arm: str, envs: list[str]) -> np.ndarray:
     return np.stack([column[:seeds] for column in columns], axis=1)
 
 
-def normalised(runs: pd.DataFrame, baseline: str) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
-    """Scores by arm as [seeds, environments], each divided by the baseline's mean there.
-
-    Environments that every arm has and where that mean is above two standard errors; these, and those left out.
-    """
-    common = sorted(set.intersection(*runs.groupby("arm").env.agg(set)))
-    scale = {}
-    for env in common:
-        scores = runs[(runs.arm == baseline) & (runs.env == env)].score
-        error = scores.sem() if len(scores) > 1 else 0.0
-        if scores.mean() > 2 * error:
-            scale[env] = scores.mean()
-    envs = list(scale)
-    scores = {arm: matrix(runs, arm, envs) / list(scale.values()) for arm in order(list(runs.arm.unique()))} if envs else {}
-    return scores, envs, [env for env in sorted(runs.env.unique()) if env not in envs]
+def clear(runs: pd.DataFrame, baseline: str) -> dict[str, float]:
+    """The baseline's mean in each environment where it is above two standard errors: what scores can be divided by."""
+    scores = runs[runs.arm == baseline].groupby("env").score
+    return {env: mean for env, mean in scores.mean().items() if mean > 2 * scores.sem().fillna(0)[env]}
 
 
-def aggregate(runs: pd.DataFrame, scores: dict[str, np.ndarray], reps: int) -> pd.DataFrame:
-    """Interquartile mean of each arm of `scores`, and of each pair of arms P(arm > other) over the environments that both have,
-    with 95 % stratified bootstrap intervals by rliable. Of many arms, each only beside baselines and controls."""
+def relative_iqm(scores: np.ndarray, base: np.ndarray) -> float:
+    """Interquartile mean of scores [seeds, environments] over the baseline's, each divided by the baseline's means."""
+    from rliable import metrics
+
+    scale = base.mean(axis=0)
+    return metrics.aggregate_iqm(scores / scale) / metrics.aggregate_iqm(base / scale)
+
+
+def aggregate(runs: pd.DataFrame, baseline: str, reps: int) -> pd.DataFrame:
+    """Interquartile mean of each arm relative to the baseline's, over the environments of `clear` that both have, and of each
+    pair of arms P(arm > other) over all that both have, with 95 % stratified bootstrap intervals over the seeds of both, by
+    rliable. Of many arms, P only beside baselines and controls."""
     from rliable import library, metrics
 
     np.random.seed(0)  # rliable draws from numpy's own generator
-    rows = []
-    if scores:
-        point, interval = library.get_interval_estimates(scores, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=reps)
-        rows += [("IQM", arm, "", point[arm][0], *interval[arm][:, 0]) for arm in scores]
+
+    def estimate(statistic, a: str, b: str, common: list[str]) -> tuple[float, float, float]:
+        pair = {"pair": (matrix(runs, a, common), matrix(runs, b, common))}
+        point, interval = library.get_interval_estimates(pair, lambda x, y: np.array([statistic(x, y)]), reps=reps)
+        return point["pair"][0], *interval["pair"][:, 0]
+
     arms = order(list(runs.arm.unique()))
     envs = runs.groupby("arm").env.agg(set)
+    rows, usable = [], set(clear(runs, baseline))
+    for arm in arms:
+        common = sorted(envs[arm] & usable)
+        if arm != baseline and common:
+            rows.append(("IQM", arm, baseline, *estimate(relative_iqm, arm, baseline, common), len(common)))
     for a, b in itertools.combinations(arms, 2):
-        both = sorted(envs[a] & envs[b])
-        if both and (len(arms) <= 6 or is_reference(a) or is_reference(b)):
-            pair = {"pair": (matrix(runs, a, both), matrix(runs, b, both))}
-            point, interval = library.get_interval_estimates(
-                pair, lambda x, y: np.array([metrics.probability_of_improvement(x, y)]), reps=reps
-            )
-            value, (low, high) = point["pair"][0], interval["pair"][:, 0]
-            rows += [("P(arm > other)", a, b, value, low, high), ("P(arm > other)", b, a, 1 - value, 1 - high, 1 - low)]
-    return pd.DataFrame(rows, columns=["what", "arm", "other", "value", "low", "high"])
+        common = sorted(envs[a] & envs[b])
+        if common and (len(arms) <= 6 or is_reference(a) or is_reference(b)):
+            value, low, high = estimate(metrics.probability_of_improvement, a, b, common)
+            rows.append(("P(arm > other)", a, b, value, low, high, len(common)))
+            rows.append(("P(arm > other)", b, a, 1 - value, 1 - high, 1 - low, len(common)))
+    return pd.DataFrame(rows, columns=["what", "arm", "other", "value", "low", "high", "environments"])
 
 
 def is_reference(arm: str) -> bool:
@@ -393,6 +410,40 @@ def training(runs: pd.DataFrame, curves: pd.DataFrame) -> list[str]:
     return [*lines, ""]
 
 
+def aggregates(runs: pd.DataFrame, several: pd.DataFrame, baseline: str, found: pd.DataFrame) -> list[str]:
+    """What `found` says, as a table; `several` are those of the runs whose cell has two seeds or more."""
+    arms = order(list(several.arm.unique()))
+    others = [arm for arm in arms if len(arms) <= 6 or is_reference(arm)]
+    counts = several.groupby(["arm", "env"]).size()
+    few = f", from {counts.min()} seeds and thus too narrow, as the bootstrap sees no others" if counts.min() < 10 else ""
+    lines = [
+        f"Interquartile mean in units of {baseline}'s (each score divided by {baseline}'s mean in its environment), and chance "
+        f"that a run is better than one of another arm, each over the environments that both arms have; 95 % intervals{few}."
+    ]
+    unclear = sorted(set(several[several.arm == baseline].env) - set(clear(several, baseline)))
+    if unclear:
+        lines[0] += f" No interquartile mean over {', '.join(unclear)}, where {baseline}'s is not clearly above 0."
+    if counts.min() < counts.max():
+        lines[0] += (
+            " Where environments have different numbers of seeds, the first ones of each arm, as many as in its poorest."
+        )
+    single = runs[~runs.index.isin(several.index)]
+    if len(single):
+        names = [f"{run.arm} on {run.env}" for run in single.itertuples()]
+        lines[0] += f" With one seed and left out: {', '.join(names)}."
+    header = f"| | interquartile mean / {baseline}'s | seeds | " + " | ".join(f"P(better than {arm})" for arm in others) + " |"
+    lines += ["", header, "|---" * (len(others) + 3) + "|"]
+    values = {
+        (row.what, row.arm, row.other): f"{row.value:.2f} ({row.low:.2f} to {row.high:.2f})" for row in found.itertuples()
+    }
+    for arm in arms:
+        least, most = counts[arm].min(), counts[arm].max()
+        iqm = "1" if arm == baseline else values.get(("IQM", arm, baseline), "")
+        chances = [values.get(("P(arm > other)", arm, other), "") for other in others]
+        lines.append(f"| {arm} | {iqm} | {least if least == most else f'{least} to {most}'} | {' | '.join(chances)} |")
+    return [*lines, ""]
+
+
 def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
@@ -409,7 +460,12 @@ def with_error(mean: float, error: float) -> str:
 
 
 def colours(arms: list[str]) -> dict[str, str]:
-    return dict(zip(order(arms), [f"C{i % 10}" for i in range(len(arms))], strict=True))
+    """Controls, which are dashed or hatched, have the colours of the symmetric arms, in their order."""
+    controls = [arm for arm in order(arms) if arm.startswith("control")]
+    others = [arm for arm in order(arms) if arm not in controls]
+    colour = {arm: f"C{i % 10}" for i, arm in enumerate(others)}
+    partners = [arm for arm in others if not is_reference(arm)] or others
+    return colour | {arm: colour[partners[i % len(partners)]] if partners else f"C{i % 10}" for i, arm in enumerate(controls)}
 
 
 def grid_of_axes(count: int):
@@ -466,28 +522,36 @@ def draw_sign_changes(runs: pd.DataFrame, curves: pd.DataFrame, path: Path) -> p
     if not groups:
         return shares
     figure, axis = plt.subplots(figsize=(max(4, 1.2 * len(groups)), 4))
-    colour = colours(list(shares.arm.unique()))
+    colour, handles = colours(list(shares.arm.unique())), {}
     for i, (_, group) in enumerate(groups):
         arms = order(list(group.arm.unique()))
         for j, arm in enumerate(arms):
             values = group[group.arm == arm].value * 100
             x = i + (j + 0.5) / len(arms) * 0.8 - 0.4
-            axis.bar(x, values.mean(), 0.7 / len(arms), color=colour[arm])
+            hatch = "///" if arm.startswith("control") else None
+            bar = axis.bar(x, values.mean(), 0.7 / len(arms), color=colour[arm], hatch=hatch, edgecolor="white")
+            handles.setdefault(arm, bar)
             axis.plot([x, x], [values.min(), values.max()], color="black", linewidth=1)
-    axis.set_xticks(
-        range(len(groups)), [f"{env}\n{'' if noise == 'none' else noise}" for (env, noise), _ in groups], fontsize=7
-    )
+    names = [f"{env}{'' if noise == 'none' else f', {noise}'}" for (env, noise), _ in groups]
+    axis.set_xticks(range(len(groups)), names, fontsize=7, rotation=20, ha="right")
     axis.set_ylabel("advantages with another sign, %")
-    axis.legend([plt.Rectangle((0, 0), 1, 1, color=c) for c in colour.values()], colour, fontsize=7)
+    axis.legend(handles.values(), handles, fontsize=7, bbox_to_anchor=(1.0, 1.0), loc="upper left")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return shares
 
 
-def draw_profiles(scores: dict[str, np.ndarray], reps: int, path: Path) -> None:
-    """Share of runs above a normalised score, with 95 % intervals (rliable)."""
+def draw_profiles(runs: pd.DataFrame, baseline: str, reps: int, title: str, path: Path) -> None:
+    """Share of runs above a normalised score, with 95 % intervals (rliable), over the environments that all arms have."""
     from rliable import library
+
+    scale = clear(runs, baseline)
+    envs = sorted(set.intersection(set(scale), *runs.groupby("arm").env.agg(set)))
+    if not envs:
+        return
+    divisors = [scale[env] for env in envs]
+    scores = {arm: matrix(runs, arm, envs) / divisors for arm in order(list(runs.arm.unique()))}
 
     low, high = np.quantile(np.concatenate([x.flatten() for x in scores.values()]), [0.0, 0.95])
     taus = np.linspace(low - 0.05 * (high - low), high + 0.05 * (high - low), 81)
@@ -497,7 +561,8 @@ def draw_profiles(scores: dict[str, np.ndarray], reps: int, path: Path) -> None:
     for arm, colour in colours(list(scores)).items():
         axis.plot(taus, profiles[arm], "--" if arm.startswith("control") else "-", color=colour, label=arm)
         axis.fill_between(taus, *intervals[arm], color=colour, alpha=0.15, linewidth=0)
-    axis.set(xlabel="normalised score", ylabel="share of runs above it")
+    axis.set(xlabel=f"score / {baseline}'s mean", ylabel="share of runs above it")
+    axis.set_title(f"{title}; {', '.join(envs) if len(envs) <= 3 else f'{len(envs)} environments'}", fontsize=9)
     axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -546,14 +611,39 @@ def draw_betas(runs: pd.DataFrame, path: Path) -> None:
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
+def parse_args(argv: list[str]) -> Args:
+    """The command line as Args; what tyro says in a box of several lines as one line."""
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            return tyro.cli(Args, args=argv, description=__doc__)
+    except SystemExit as stopped:
+        if stopped.code:
+            text = " ".join(re.sub(r"[╭╮╰╯│─]+|-{3,}|[|+]", " ", captured.getvalue()).split())
+            titles = "Value error|Parsing error|Missing argument|Invalid choice|Unrecognized options|Required options"
+            text = re.sub(rf"^({titles}) (?=[A-Z]|invalid)", "", text)
+            fail(re.split(r" (For full|Argument) helptext", text)[0] + "; see --help")
+        raise
+
+
 def main(args: Args) -> None:
+    if not args.sources:
+        fail("expected folders with finished runs, or csv files with a line a run; see --help")
+    if args.reps < 1:
+        fail(f"--reps {args.reps}: expected 1 or more")
     runs = load_runs(args.sources)
     mixture = find_mixture(runs)
     if mixture and not args.allow_mixed:
         rest = f"; and {len(mixture) - 1} more differences" if len(mixture) > 1 else ""
         fail(f"the runs differ: {mixture[0]}{rest}; expected alike ones, or --allow-mixed, which reports them and says so")
-    args.out.mkdir(parents=True, exist_ok=True)
     table, curves = cells(runs), load_curves(runs, args.sources)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {args.out}: expected a folder to write in ({error.strerror})")
+    for name in ("aggregates.csv", "curves.png", "sign_changes.png", "betas.png", "profiles_*.png"):
+        for path in args.out.glob(name):  # of an earlier report, which this one may not replace
+            path.unlink()
     seconds = runs.get("seconds", pd.Series(np.nan, runs.index))
     hours = f"{seconds.sum() / 3600:.1f} hours of training" if seconds.notna().all() else "hours of training unknown"
     commits = (
@@ -584,37 +674,23 @@ def main(args: Args) -> None:
         lines += [f"### {script}, {'without noise' if noise == 'none' else f'noise {noise}'}; {lengths} {unit}", ""]
         lines += [*markdown(part), ""]
         mine = runs[(runs.script == script) & (runs.noise == noise)]
-        baseline = next((arm for arm in BASELINES if arm in set(mine.arm)), mine.arm.iloc[0])
         lines += training(mine, curves)
         lines += measures(mine)
-        seeds = int(mine.groupby(["arm", "env"]).size().min())
-        if mine.arm.nunique() < 2 or seeds < 2:
-            lines += ["No aggregates: they need two arms with two seeds everywhere.", ""]
+        if "ppo" in script:
+            symmetric = mine[mine.beta > 0].groupby("env").size().index
+            without = sorted(set(symmetric) - set(mine[mine.arm.str.startswith("control")].env))
+            if without:
+                lines += [f"**No control (α + β|Z|, β 0) beside the symmetric loss on {', '.join(without)}.**", ""]
+        several = mine[mine.groupby(["arm", "env"]).seed.transform("size") > 1]
+        if several.groupby("env").arm.nunique().max() < 2 or several.empty:
+            lines += ["No aggregates: they need two arms with two seeds in one environment.", ""]
             continue
-        scores, envs, without = normalised(mine, baseline)
-        found = aggregate(mine, scores, args.reps)
-        collected.append(found.assign(script=script, noise=noise, environments=len(envs)))
-        arms = order(list(mine.arm.unique()))
-        others = [arm for arm in arms if len(arms) <= 6 or is_reference(arm)]
-        few = "" if seeds >= 10 else f" (of {seeds} seeds and more: too narrow, as the bootstrap sees no more than these)"
-        about = f"Interquartile means of scores divided by {baseline}'s mean, over {', '.join(envs) or 'no environment'}"
-        if without:
-            about += f" (without {', '.join(without)}, which some arm lacks or where that mean is not clearly above 0)"
-        about += f"; P over the environments that both arms have. 95 % intervals{few}:"
-        title = "| | interquartile mean | seeds | " + " | ".join(f"P(better than {arm})" for arm in others) + " |"
-        lines += [about, "", title]
-        lines += ["|---" * (len(others) + 3) + "|"]
-        values = {
-            (row.what, row.arm, row.other): f"{row.value:.2f} ({row.low:.2f} to {row.high:.2f})" for row in found.itertuples()
-        }
-        for arm in arms:
-            counts = mine[mine.arm == arm].groupby("env").size()
-            count = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
-            chances = [values.get(("P(arm > other)", arm, other), "") for other in others]
-            lines.append(f"| {arm} | {values.get(('IQM', arm, ''), '')} | {count} | {' | '.join(chances)} |")
-        lines.append("")
-        if scores:
-            draw_profiles(scores, args.reps, args.out / f"profiles_{script.removesuffix('.py')}_{noise}.png")
+        baseline = next((arm for arm in BASELINES if arm in set(several.arm)), several.arm.iloc[0])
+        found = aggregate(several, baseline, args.reps)
+        collected.append(found.assign(script=script, noise=noise))
+        lines += aggregates(mine, several, baseline, found)
+        title = "without noise" if noise == "none" else f"noise {noise}"
+        draw_profiles(several, baseline, args.reps, title, args.out / f"profiles_{script.removesuffix('.py')}_{noise}.png")
     draw_curves(runs, curves, args.out / "curves.png")
     shares = draw_sign_changes(runs, curves, args.out / "sign_changes.png")
     draw_betas(runs, args.out / "betas.png")
@@ -623,6 +699,9 @@ def main(args: Args) -> None:
         for (env, noise), group in shares.groupby(["env", "noise"]):
             values = group.value * 100
             lines.append(f"| {env}, noise {noise} | {values.mean():.1f} % ({values.min():.1f} to {values.max():.1f}) |")
+    pictures = [("curves.png", "learning curves"), ("betas.png", "scores by beta"), ("sign_changes.png", "sign changes")]
+    pictures += [(path.name, "performance profile") for path in sorted(args.out.glob("profiles_*.png"))]
+    lines += ["", *(f"![{text}]({name})" for name, text in pictures if (args.out / name).exists())]
     here = ["folder", "run_dir", "resume"]  # paths of this machine
     runs.drop(columns=[*here, "env", "arm", "steps"], errors="ignore").to_csv(args.out / "runs.csv", index=False)
     table.to_csv(args.out / "cells.csv", index=False, float_format="%.8g")
@@ -634,4 +713,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse_args(sys.argv[1:]))

@@ -79,32 +79,50 @@ def test_cells_wins_and_the_papers_numbers(tmp_path):
     assert wins["DSPPO", "DPPO"] == (1, 2) and wins["DPPO", "DSPPO"] == (1, 2) and wins["control DPPO", "DSPPO"] == (1, 2)
 
 
-def test_normalised_scores_by_hand(tmp_path):
-    """Environments that all arms have; as many seeds as an arm has in all of them; nothing that the baseline does not clear."""
-    scores = {**SCORES, ("Swimmer", "none", "DPPO"): [1.0, 2.0, 3.0]}
-    scores["Ant", "none", "DSPPO"] = [15.0, 10.0]
-    for arm in OPTIONS:  # a mean of -90, and one of 5 ± 5
-        scores |= {("Walker2d", "none", arm): [-90.0, -80.0, -100.0], ("Humanoid", "none", arm): [0.0, 0.0, 15.0]}
-    scores = {key: values for key, values in scores.items() if key[2] != "PPO"}
-    found, envs, without = report.normalised(report.load_runs((write_runs(tmp_path, scores),)), "DPPO")
-    assert envs == ["Ant-v4", "Hopper-v4"] and without == ["Humanoid-v4", "Swimmer-v4", "Walker2d-v4"]
-    np.testing.assert_allclose(found["DSPPO"], [[15 / 20, 130 / 110], [10 / 20, 140 / 110]])
-    np.testing.assert_allclose(found["DPPO"].mean(axis=0), 1)
-    assert list(found) == ["DPPO", "DSPPO", "control DPPO"] and len(found["control DPPO"]) == 3
+def test_what_scores_are_divided_by(tmp_path):
+    """The baseline's mean, where it is above two standard errors: not -90, and not 5 ± 5."""
+    scores = {("Walker2d", "none", "DPPO"): [-90.0, -80.0, -100.0], ("Humanoid", "none", "DPPO"): [0.0, 0.0, 15.0]}
+    runs = report.load_runs((write_runs(tmp_path, {**SCORES, **scores}),))
+    assert report.clear(runs, "DPPO") == pytest.approx({"Ant-v4": 20, "Hopper-v4": 110})
+    np.testing.assert_allclose(report.matrix(runs, "DSPPO", ["Ant-v4", "Hopper-v4"]), [[15, 130], [10, 140], [5, 120]])
+
+
+def test_an_interquartile_mean_is_relative_to_the_baselines():
+    """By hand: the baseline's own, 0.5, 0.9, 1, 1, 1, 1, 1.1, 1.5 without two at each end, is 1, as a skewed one's is not."""
+    base = np.array([[50.0, 9], [100, 10], [150, 11], [100, 10]])
+    twice = np.array([[60.0, 1], [110, 12], [120, 13], [130, 1000]])
+    assert report.relative_iqm(base, base) == 1
+    assert report.relative_iqm(twice, base) == pytest.approx(np.mean([1.1, 1.2, 1.2, 1.3]) / np.mean([1, 1, 1, 1]))
+    skewed = np.array([[10.0], [30], [30], [50], [80], [100], [100], [0]])  # mean 50, middle four 30, 30, 50, 80
+    assert report.relative_iqm(np.full((8, 1), 95.0), skewed) == pytest.approx(95 / np.mean([30, 30, 50, 80]))
+
+
+def test_intervals_hold_the_baselines_chance_too(tmp_path):
+    """The true ratio is 1: of 40 tables at least 30 intervals have it, although the baseline has four seeds and is noisy."""
+    inside = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        runs = [
+            {"arm": arm, "env": "Ant", "seed": i, "score": rng.normal(100, 20)} for arm in ("PPO", "SPPO") for i in range(4)
+        ]
+        table = report.aggregate(pd.DataFrame(runs), "PPO", 200)
+        (row,) = table[table.what == "IQM"].itertuples()
+        inside += row.low <= 1 <= row.high
+    assert inside >= 30
 
 
 def test_an_arm_with_few_seeds_takes_none_from_the_others(tmp_path):
     rng = np.random.default_rng(0)
     scores = {("Hopper", "none", arm): list(rng.normal(mean, 10, seeds)) for arm, mean, seeds in SEEDS}
     runs = report.load_runs((write_runs(tmp_path, scores),))
-    table = report.aggregate(runs, report.normalised(runs, "DPPO")[0], 50).set_index(["what", "arm", "other"]).value
+    table = report.aggregate(runs, "DPPO", 50).set_index(["what", "arm", "other"]).value
     for (a, _, n), (b, _, m) in itertools.combinations(SEEDS, 2):
         x, y = scores["Hopper", "none", a], scores["Hopper", "none", b]
         expected = stats.mannwhitneyu(x, y).statistic / (n * m)
         assert table["P(arm > other)", a, b] == pytest.approx(expected)
         assert table["P(arm > other)", b, a] == pytest.approx(1 - expected)
-    x = np.array(scores["Hopper", "none", "DSPPO"]) / np.mean(scores["Hopper", "none", "DPPO"])
-    assert table["IQM", "DSPPO", ""] == pytest.approx(np.sort(x)[3:-3].mean())  # 12 scores: without 3 at each end
+    middle = [np.sort(scores["Hopper", "none", arm])[n // 4 : n - n // 4].mean() for arm, _, n in SEEDS[:2]]
+    assert table["IQM", "DSPPO", "DPPO"] == pytest.approx(middle[1] / middle[0])
 
 
 SEEDS = [("DPPO", 100, 8), ("DSPPO", 105, 12), ("control DPPO", 103, 3)]
@@ -112,19 +130,88 @@ SEEDS = [("DPPO", 100, 8), ("DSPPO", 105, 12), ("control DPPO", 103, 3)]
 
 def test_aggregates_equal_scipys(tmp_path):
     runs = report.load_runs((write_runs(tmp_path),))
-    found, *_ = report.normalised(runs, "DPPO")
-    table = report.aggregate(runs, found, 200)
+    table = report.aggregate(runs, "DPPO", 200)
+    units = {"Hopper-v4": 110, "Ant-v4": 20}
+    middle = {arm: np.sort(rows.score / rows.env.map(units))[1:-1].mean() for arm, rows in runs.groupby("arm")}
+    found = {arm: report.matrix(runs, arm, ["Ant-v4", "Hopper-v4"]) for arm in middle}
     for row in table.itertuples():
         assert row.low <= row.value + 1e-9 and row.value <= row.high + 1e-9
         if row.what == "IQM":  # of six scores: without 1.5 at each end, which scipy and rliable round to 1
-            assert row.value == pytest.approx(np.sort(found[row.arm], axis=None)[1:-1].mean())
+            assert row.value == pytest.approx(middle[row.arm] / middle["DPPO"]) and row.environments == 2
         else:  # the mean over environments of U / (n m)
             pairs = zip(found[row.arm].T, found[row.other].T, strict=True)
             assert row.value == pytest.approx(np.mean([stats.mannwhitneyu(a, b).statistic / 9 for a, b in pairs]))
     # by hand: of 9 pairs in Hopper DSPPO wins 8 and ties 1; in Ant DSPPO's 15 beats 10, its 10 ties 10
-    (chance,) = table[(table.arm == "DSPPO") & (table.other == "DPPO")].value
+    (chance,) = table[(table.what != "IQM") & (table.arm == "DSPPO") & (table.other == "DPPO")].value
     assert chance == pytest.approx(((8 + 0.5) / 9 + (1 + 0.5) / 9) / 2)
-    assert len(table) == 3 + 6
+    assert len(table) == 2 + 6
+
+
+def test_a_thin_cell_costs_only_itself(tmp_path):
+    """One seed in one cell, an environment that one arm lacks, and one with a baseline around 0: named, the rest stays."""
+    scores = {**SCORES, ("Swimmer", "none", "DPPO"): [1.0, 2.0, 3.0], ("Swimmer", "none", "DSPPO"): [2.0, 3.0, 4.0, 5.0]}
+    scores |= {("Walker2d", "none", arm): [-10.0, 12.0] for arm in ("DPPO", "DSPPO")}
+    scores["Ant", "none", "control DPPO"] = [40.0]
+    text = make([write_runs(tmp_path / "runs", scores)], tmp_path / "out")
+    assert "With one seed and left out: control DPPO on Ant-v4." in text
+    assert "No interquartile mean over Walker2d-v4, where DPPO's is not clearly above 0." in text
+    assert "the first ones of each arm, as many as in its poorest" in text
+    assert "**No control (α + β|Z|, β 0) beside the symmetric loss on Swimmer-v4, Walker2d-v4.**" in text
+    table = pd.read_csv(tmp_path / "out/aggregates.csv").set_index(["what", "arm", "other"]).environments
+    assert table["IQM", "DSPPO", "DPPO"] == 3 and table["IQM", "control DPPO", "DPPO"] == 1
+    assert table["P(arm > other)", "DSPPO", "DPPO"] == 4 and table["P(arm > other)", "DSPPO", "control DPPO"] == 1
+
+
+def test_nothing_of_an_earlier_report_stays(tmp_path):
+    make([write_runs(tmp_path / "runs")], tmp_path / "out")
+    (tmp_path / "out/mine.png").write_text("")
+    before = {path.name for path in (tmp_path / "out").iterdir()}
+    make([write_runs(tmp_path / "few", {("Hopper", "none", "DPPO"): [1.0]})], tmp_path / "out")
+    gone = {"aggregates.csv", "profiles_dsppo_continuous_none.png"}
+    assert gone < before and {path.name for path in (tmp_path / "out").iterdir()} == before - gone
+
+
+def test_a_control_has_the_weight_of_a_symmetric_arm(tmp_path):
+    """0.5 + 20 beside it or, where none has finished, in another environment; anything else is named by its alpha."""
+    scores = {
+        ("Hopper", "none", "DSPPO"): [1.0],
+        ("Hopper", "none", "control DPPO"): [1.0],
+        ("Ant", "none", "control DPPO"): [1.0],
+    }
+    folder = write_runs(tmp_path, scores | {("Ant", "gaussian", "control DPPO"): [1.0]})
+    odd = result(seed=5, alpha=3.0)
+    (folder / "odd").mkdir()
+    (folder / "odd/result.json").write_text(json.dumps(odd))
+    runs = report.load_runs((folder,))
+    found = {(run.env, run.noise, run.arm) for run in runs.itertuples()}
+    named = {("Hopper-v4", "none", "control DPPO"), ("Ant-v4", "none", "control DPPO"), ("Ant-v4", "gaussian", "DPPO α 20.5")}
+    assert found == named | {("Hopper-v4", "none", "DSPPO"), ("Hopper-v4", "none", "DPPO α 3")}
+
+
+def test_several_betas_in_one_environment_name_them_in_all(tmp_path):
+    for env, beta in (("Hopper", 1.0), ("Hopper", 5.0), ("Ant", 1.0)):
+        (tmp_path / f"{env}{beta}").mkdir()
+        one = result(env, arm="DSPPO", beta=beta, run_id=f"{env}{beta}")
+        (tmp_path / f"{env}{beta}/result.json").write_text(json.dumps(one))
+    assert set(report.load_runs((tmp_path,)).arm) == {"DSPPO β 1", "DSPPO β 5"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], "expected folders with finished runs, or csv files with a line a run; see --help"),
+        (["{runs}", "--reps", "0"], "--reps 0: expected 1 or more"),
+        (["{runs}", "--reps", "many"], "--reps"),
+        (["{runs}", "--out", "{runs}/result.json/x"], "expected a folder to write in"),
+        (["{runs}", "--outt", "x"], "--outt"),
+    ],
+)
+def test_bad_arguments_are_one_line(argv, expected, tmp_path, capsys):
+    (tmp_path / "result.json").write_text(json.dumps(result()))
+    with pytest.raises(SystemExit) as stopped:
+        report.main(report.parse_args([word.format(runs=tmp_path) for word in argv]))
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and expected in err and err.count("\n") == 1 and err.startswith("report.py: error: ")
 
 
 def test_the_last_tenth_of_training(tmp_path):
@@ -418,7 +505,7 @@ def test_report_of_a_small_set_of_runs(tmp_path):
     above = sum(published.loc[env, "DSPPO"]["mean"] > published.loc[env, "DPPO"]["mean"] for env in ("Ant", "Hopper"))
     assert GOLDEN.format(**values, wins=f"{above} of 2") in text
     assert text.startswith("18 runs, 0.2 hours of training; commits aaaaaaaaaaaa.")
-    assert "Interquartile means of scores divided by DPPO's mean, over Ant-v4, Hopper-v4; P over" in text
+    assert "Interquartile mean in units of DPPO's" in text and "![learning curves](curves.png)" in text
     # sign changes: seeds 1, 2, 3 have 1, 2, 3 %
     assert "| Hopper-v4, noise none | 2.0 % (1.0 to 3.0) |" in text
     curves = pd.read_csv(tmp_path / "out/curves.csv")
