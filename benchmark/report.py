@@ -521,7 +521,7 @@ def draw_sign_changes(runs: pd.DataFrame, curves: pd.DataFrame, path: Path) -> p
     groups = list(shares.groupby(["env", "noise"]))
     if not groups:
         return shares
-    figure, axis = plt.subplots(figsize=(max(4, 1.2 * len(groups)), 4))
+    figure, axis = plt.subplots(figsize=(max(6, 1.2 * len(groups)), 4))
     colour, handles = colours(list(shares.arm.unique())), {}
     for i, (_, group) in enumerate(groups):
         arms = order(list(group.arm.unique()))
@@ -533,7 +533,8 @@ def draw_sign_changes(runs: pd.DataFrame, curves: pd.DataFrame, path: Path) -> p
             handles.setdefault(arm, bar)
             axis.plot([x, x], [values.min(), values.max()], color="black", linewidth=1)
     names = [f"{env}{'' if noise == 'none' else f', {noise}'}" for (env, noise), _ in groups]
-    axis.set_xticks(range(len(groups)), names, fontsize=7, rotation=20, ha="right")
+    slant = {"rotation": 20, "ha": "right"} if len(groups) > 2 else {}
+    axis.set_xticks(range(len(groups)), names, fontsize=7, **slant)
     axis.set_ylabel("advantages with another sign, %")
     axis.legend(handles.values(), handles, fontsize=7, bbox_to_anchor=(1.0, 1.0), loc="upper left")
     figure.tight_layout()
@@ -616,7 +617,7 @@ def parse_args(argv: list[str]) -> Args:
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
-            return tyro.cli(Args, args=argv, description=__doc__)
+            return tyro.cli(Args, args=argv, prog=Path(__file__).name, description=__doc__)
     except SystemExit as stopped:
         if stopped.code:
             text = " ".join(re.sub(r"[╭╮╰╯│─]+|-{3,}|[|+]", " ", captured.getvalue()).split())

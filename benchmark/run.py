@@ -24,9 +24,11 @@ see no GPU. Ctrl-C lets the runs save and leaves. On a cluster this checkout, it
 all machines (a shared file system); a machine that dies costs its runs only the time since their checkpoints.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import importlib
+import io
 import itertools
 import json
 import os
@@ -56,6 +58,7 @@ SCRIPTS = {  # script: its argument for a run's length
     "sppo_rlhf_tldr.py": "iterations",
 }
 LOST = 10  # times that a run may lose its machine
+OURS = {"--env-id", "--noise", "--seed", "--total-timesteps", "--iterations", "--num-threads", "--run-dir", "--resume"}
 
 
 @dataclass
@@ -117,11 +120,19 @@ class Run:
         ]
 
 
-def split_options(name: str, text: str) -> list[str]:
+def check_options(name: str, text: str, taken: set[str]) -> None:
+    """Refuses options among those `taken`: the last one on a command line counts, so they would make another run."""
     try:
-        return shlex.split(text)
+        words = shlex.split(text)
     except ValueError as error:
         fail(f"{name} = {text!r}: expected options as a shell would take them ({error})")
+    for option in [option_name(word) for word in words]:
+        if option in taken:
+            fail(f"{name} = {text!r}: expected options other than {option}, which the grid sets")
+
+
+def option_name(word: str) -> str:
+    return word.split("=")[0].replace("_", "-")
 
 
 def fail(message: str):
@@ -224,7 +235,7 @@ def toml_grid(path: Path) -> list[Run]:
     for arm, options in arms.items():
         if not re.fullmatch(r"[\w.+-]+", arm):
             fail(f"{path}: arm {arm!r}; expected a name of letters, digits, '_', '.', '+' or '-'")
-        split_options(f"{path}: arm {arm}", options)
+        check_options(f"{path}: arm {arm}", options, OURS)
     return [
         Run(path.stem, env, noise, arm, seed, length, script, arms[arm])
         for env, noise, arm, seed in itertools.product(envs, noises, arms, grid["seeds"])
@@ -335,13 +346,22 @@ def execute(command: list[str], folder: Path, python: str, cpus: int, gpus: floa
                 while process.poll() is None:
                     time.sleep(0.2)
             except BaseException:  # ray.cancel
-                process.terminate()  # it saves a checkpoint and leaves
-                try:
-                    process.wait(120)
-                except subprocess.TimeoutExpired:
-                    process.kill()
+                process.terminate()  # it saves a checkpoint and leaves, at the latest after an iteration
+                process.wait()
                 raise
     return process.returncode, "\n".join(log_path.read_text(errors="replace").splitlines()[-5:])
+
+
+def is_running(folder: Path) -> bool:
+    """Whether someone holds the lock that `execute` takes."""
+    if not (folder / "lock").exists():
+        return False
+    with (folder / "lock").open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def die_with_parent() -> None:
@@ -354,13 +374,14 @@ def die_with_parent() -> None:
 
 
 class Progress:
-    """A table of the runs under way, in a terminal; elsewhere a line for each run that ends."""
+    """A table of the runs under way, in a terminal; elsewhere a line for each run that ends, and one every ten minutes."""
 
     def __init__(self, total: int, folder: Path):
         from rich.console import Console
         from rich.live import Live
 
         self.total, self.folder, self.counts, self.start, self.loaders = total, folder, Counter(), time.time(), {}
+        self.told = self.start
         self.console = Console(stderr=True)
         self.live = Live(console=self.console, refresh_per_second=1) if self.console.is_terminal else None
         if self.live:
@@ -384,6 +405,10 @@ class Progress:
 
     def show(self, running: list[Run]) -> None:
         if not self.live:
+            if time.time() > self.told + 600:
+                self.told = time.time()
+                steps = ", ".join(f"{run.folder.name} {self.last_step(run) or 0:,}" for run in running[:30])
+                print(f"running: {steps}", file=sys.stderr, flush=True)
             return
         from rich.table import Table
 
@@ -416,7 +441,13 @@ def run_all(runs: list[Run], args: Args) -> list[Run]:
 
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if args.address:
-        ray.init(address=args.address, **quiet)
+        try:
+            ray.init(address=args.address, **quiet)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            fail(
+                f"--address {args.address}: no cluster there ({str(error).splitlines()[0]}); expected auto, or HOST:PORT of one"
+            )
+        print(f"run.py: on the cluster at {ray.get_runtime_context().gcs_address}", flush=True)
     else:  # "local", as None would join any cluster that it finds
         ray.init(address="local", include_dashboard=False, **quiet)
     for what, wanted in (("CPU", args.cpus), ("GPU", args.gpus)):
@@ -459,17 +490,33 @@ def run_all(runs: list[Run], args: Args) -> list[Run]:
                 else:
                     progress.ended(run, "again", f" (status {status})")
                     pending[submit(run)] = run
-            progress.show([run for run in pending.values() if (folder / run.folder / "lock").exists()])
+            progress.show([run for run in pending.values() if is_running(folder / run.folder)])
     except KeyboardInterrupt:
         progress.close()
-        print("run.py: stopping; the runs save their checkpoints", file=sys.stderr, flush=True)
+        print("run.py: stopping; the runs save their checkpoints (once more: at once)", file=sys.stderr, flush=True)
         for reference in reversed(list(pending)):  # those that wait first, or they would start now
             ray.cancel(reference)
-        ray.wait(list(pending), num_returns=len(pending), timeout=150)
+        with contextlib.suppress(KeyboardInterrupt):
+            ray.wait(list(pending), num_returns=len(pending))
         sys.exit(130)
     finally:
         progress.close()
     return failed
+
+
+def parse_args(argv: list[str]) -> Args:
+    """The command line as Args; what tyro says in a box of several lines as one line."""
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            return tyro.cli(Args, args=argv, prog=Path(__file__).name, description=__doc__)
+    except SystemExit as stopped:
+        if stopped.code:
+            text = " ".join(re.sub(r"[╭╮╰╯│─]+|-{3,}|[|+]", " ", captured.getvalue()).split())
+            titles = "Value error|Parsing error|Missing argument|Invalid choice|Unrecognized options|Required options"
+            text = re.sub(rf"^({titles}) (?=[A-Z]|invalid)", "", text)
+            fail(re.split(r" (For full|Argument) helptext", text)[0] + "; see --help")
+        raise
 
 
 def main(args: Args) -> None:
@@ -478,7 +525,8 @@ def main(args: Args) -> None:
     for name, value, accepted in (("cpus", args.cpus, args.cpus >= 1), ("gpus", args.gpus, args.gpus >= 0)):
         if not accepted:
             fail(f"--{name} {value}: expected {'1 or more' if name == 'cpus' else '0 or more'}")
-    split_options("--args", args.args)
+    arms = {option_name(word) for run in runs for word in shlex.split(run.options) if word.startswith("--")}
+    check_options("--args", args.args, OURS | arms)
     if args.retries < 0:
         fail(f"--retries {args.retries}: expected 0 or more")
     if args.total_timesteps is not None:
@@ -494,6 +542,10 @@ def main(args: Args) -> None:
     args.folder = args.folder.absolute()
     check_commands(runs, args)
     check_with_scripts(runs, args)
+    try:
+        args.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--folder {args.folder}: expected a folder to write in ({error.strerror})")
     failed = run_all(runs, args)
     if failed:
         for run in failed:
@@ -503,4 +555,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse_args(sys.argv[1:]))

@@ -1,5 +1,6 @@
 """benchmark/run.py: cells against the paper's data and the scripts' own parsers, bad grids, and Ray, whose second node dies."""
 
+import fcntl
 import importlib
 import json
 import os
@@ -211,6 +212,7 @@ BAD = [
     ("arms", GOOD.replace('"--alpha 1 --beta 0"', "1"), "expected a table of texts"),
     ("slash", GOOD.replace("ppo =", '"a/b" ='), "arm 'a/b'; expected a name of letters"),
     ("quote", GOOD.replace("--beta 0", "--beta '0"), "expected options as a shell would take them (No closing quotation)"),
+    ("taken", GOOD.replace("--beta 0", "--beta 0 --seed=3"), "expected options other than --seed, which the grid sets"),
 ]
 
 
@@ -232,6 +234,9 @@ def test_bad_grids_are_one_line(name, text, expected, tmp_path, capsys):
         ({"filter": "game=Alien"}, "--filter game=Alien: expected env=, noise=, arm= or seed="),
         ({"cpus": 0}, "--cpus 0: expected 1 or more"),
         ({"args": "--exp-name 'a"}, "expected options as a shell would take them (No closing quotation)"),
+        ({"args": "--total_timesteps 5"}, "expected options other than --total-timesteps, which the grid sets"),
+        ({"args": "--track --beta=0"}, "expected options other than --beta, which the grid sets"),
+        ({"args": "--noise bsc"}, "expected options other than --noise, which the grid sets"),
         ({"total_timesteps": 0}, "--total-timesteps 0: expected 1 or more"),
     ],
 )
@@ -240,6 +245,24 @@ def test_bad_arguments_are_one_line(changed, expected, capsys):
         grid.main(grid.Args("atari-ppo", dry_run=True, **changed))
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and expected in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], "Missing from run.py: STR name of a table, or a TOML file (required)"),
+        (["imdb", "--total-timesteps", "abc"], "--total-timesteps"),
+        (["imdb", "--dryrun"], "--dryrun"),
+        (["{toml}", "--folder", "/proc/x"], "--folder /proc/x: expected a folder to write in"),
+    ],
+)
+def test_bad_command_lines_are_one_line(argv, expected, tmp_path, capsys, monkeypatch):
+    (tmp_path / "mine.toml").write_text(GOOD)
+    monkeypatch.setattr(sys, "argv", sys.argv)  # check_with_scripts sets it
+    with pytest.raises(SystemExit) as stopped:
+        grid.main(grid.parse_args([word.format(toml=tmp_path / "mine.toml") for word in argv]))
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and expected in err and err.count("\n") == 1 and err.startswith("run.py: error: ")
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -286,6 +309,29 @@ def test_progress_shows_steps_or_iterations(name, logged, shown, tmp_path):
             writer.add_scalar("charts/SPS", 1.0, step)
     (folder / "args.json").write_text(json.dumps({"args": {"trajectories_per_update": 112}}))
     assert progress.last_step(run) == shown and progress.last_step(run) == shown  # the second time nothing is new
+
+
+def test_running_is_who_holds_the_lock(tmp_path):
+    assert not grid.is_running(tmp_path)
+    with (tmp_path / "lock").open("w") as lock:
+        assert not grid.is_running(tmp_path)  # left by a run that ended
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert grid.is_running(tmp_path)
+    assert not grid.is_running(tmp_path)
+
+
+def test_without_a_terminal_a_line_tells_the_steps_every_ten_minutes(tmp_path, capsys, monkeypatch):
+    run, other = grid.named_grid("continuous-ppo")[:2]
+    with SummaryWriter(tmp_path / run.folder / "a_run") as writer:
+        writer.add_scalar("charts/SPS", 1.0, 4096)
+    progress = grid.Progress(1, tmp_path)
+    progress.show([run, other])
+    assert capsys.readouterr().err == ""
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 601)
+    progress.show([run, other])
+    progress.show([run, other])
+    assert capsys.readouterr().err == f"running: {run.folder.name} 4,096, {other.folder.name} 0\n"
 
 
 def start_grid(path, tmp_path, *more, env=ENV):
