@@ -483,7 +483,7 @@ def curve_table(points: pd.DataFrame) -> pd.DataFrame:
     bins = ends[np.searchsorted(ends, points.step).clip(max=99)]
     table = points.assign(bin=bins).pivot_table(index="bin", columns="run_id", values="value")
     table = table.reindex(ends).interpolate(method="index", limit_area="inside")
-    dense = points.groupby("run_id").size().min() >= 100
+    dense = points.groupby("run_id").size().min() >= 50
     return table.rolling(5, center=True, min_periods=1).mean().where(table.notna()) if dense else table
 
 
