@@ -86,6 +86,7 @@ def flatten(result: dict) -> dict:
     """A result.json as a line of W&B's table of runs: arguments by their own names, versions as versions.NAME."""
     row = {key: value for key, value in result.items() if isinstance(value, str | int | float)}
     row |= {key: value for key, value in result["args"].items() if key != "env_id"}
+    row["returns"] = " ".join(f"{value:.6g}" for value in result.get("returns") or [])
     for when in ("before", "after"):  # what RLHF scripts measure beside the score
         row |= {f"{when}.{name}": value for name, value in (result.get(when) or {}).items()}
     return row | {f"versions.{name}": value for name, value in result["versions"].items()}

@@ -132,7 +132,8 @@ def check_options(name: str, text: str, taken: set[str]) -> None:
 
 
 def option_name(word: str) -> str:
-    return word.split("=")[0].replace("_", "-")
+    """--no-norm-adv and --norm_adv=True set --norm-adv."""
+    return re.sub("^--no-", "--", word.split("=")[0].replace("_", "-"))
 
 
 def fail(message: str):

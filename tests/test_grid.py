@@ -236,13 +236,14 @@ def test_bad_grids_are_one_line(name, text, expected, tmp_path, capsys):
         ({"args": "--exp-name 'a"}, "expected options as a shell would take them (No closing quotation)"),
         ({"args": "--total_timesteps 5"}, "expected options other than --total-timesteps, which the grid sets"),
         ({"args": "--track --beta=0"}, "expected options other than --beta, which the grid sets"),
+        ({"grid": "adv-norm", "args": "--norm-adv"}, "expected options other than --norm-adv, which the grid sets"),
         ({"args": "--noise bsc"}, "expected options other than --noise, which the grid sets"),
         ({"total_timesteps": 0}, "--total-timesteps 0: expected 1 or more"),
     ],
 )
 def test_bad_arguments_are_one_line(changed, expected, capsys):
     with pytest.raises(SystemExit) as stopped:
-        grid.main(grid.Args("atari-ppo", dry_run=True, **changed))
+        grid.main(grid.Args(**{"grid": "atari-ppo", "dry_run": True, **changed}))
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and expected in err and err.count("\n") == 1
 
@@ -309,6 +310,23 @@ def test_progress_shows_steps_or_iterations(name, logged, shown, tmp_path):
             writer.add_scalar("charts/SPS", 1.0, step)
     (folder / "args.json").write_text(json.dumps({"args": {"trajectories_per_update": 112}}))
     assert progress.last_step(run) == shown and progress.last_step(run) == shown  # the second time nothing is new
+
+
+def test_no_cluster_is_one_line(tmp_path, monkeypatch, capsys):
+    def init(**options):
+        raise ConnectionError("Could not find any running Ray instance.\nMore lines.")
+
+    path, _ = write_grid(tmp_path, [1], 1024)
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            grid.run_all(grid.toml_grid(path), grid.Args(str(path), address="auto"))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.count("\n") == 1
+    assert "--address auto: no cluster there (Could not find any running Ray instance.); expected auto, or HOST:PORT" in err
 
 
 def test_running_is_who_holds_the_lock(tmp_path):

@@ -270,6 +270,19 @@ def test_labels(changed, expected):
     assert report.label(report.flatten(result(**changed))) == expected
 
 
+def test_controls_have_the_colours_of_their_symmetric_arms():
+    colour = report.colours(["control PPO α 2.5", "SPPO β 10", "PPO", "control PPO α 10.5", "SPPO β 2"])
+    assert colour["control PPO α 2.5"] == colour["SPPO β 2"] != colour["SPPO β 10"] == colour["control PPO α 10.5"]
+    assert colour["PPO"] not in (colour["SPPO β 2"], colour["SPPO β 10"])
+    assert set(report.colours(["control PPO"])) == {"control PPO"}
+
+
+def test_the_returns_of_a_score_are_kept():
+    """What a table says of single episodes can be checked in its runs.csv."""
+    row = report.flatten(result() | {"returns": [9335.25, 82.0]})
+    assert row["returns"] == "9335.25 82" and report.flatten(result())["returns"] == ""
+
+
 def test_arms_are_in_order():
     arms = ["DSPPO β 10", "control DPPO α 2.5", "DPPO", "DSPPO β 2", "DSPPO", "control DPPO α 10.5", "PPO", "DSPPO β 2.5"]
     ordered = ["PPO", "DPPO", "DSPPO", "DSPPO β 2", "DSPPO β 2.5", "DSPPO β 10", "control DPPO α 2.5", "control DPPO α 10.5"]
