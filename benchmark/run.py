@@ -495,9 +495,9 @@ def run_all(runs: list[Run], args: Args) -> list[Run]:
     except KeyboardInterrupt:
         progress.close()
         print("run.py: stopping; the runs save their checkpoints (once more: at once)", file=sys.stderr, flush=True)
-        for reference in reversed(list(pending)):  # those that wait first, or they would start now
-            ray.cancel(reference)
         with contextlib.suppress(KeyboardInterrupt):
+            for reference in reversed(list(pending)):  # those that wait first, or they would start now
+                ray.cancel(reference)
             ray.wait(list(pending), num_returns=len(pending))
         sys.exit(130)
     finally:
