@@ -15,7 +15,8 @@ the mean over seeds ± its standard error. Writes into --out
     *.png           learning curves (Figure 3), advantage sign changes (Figure 2), performance profiles, scores by beta
 
 Runs whose settings, lengths or versions differ where they should not are refused, unless --allow-mixed, which says so in the
-report; an arm of two runs with one seed is told apart by the settings in which they differ. An interquartile mean is given in
+report; an arm of two runs with one seed is told apart by the settings in which they differ. Commits and devices may differ, and
+are named. What an earlier report left in --out is replaced. An interquartile mean is given in
 units of the first baseline's (PPO's or A2C's), after each score was divided by the baseline's mean in the same environment;
 where that mean is not above two standard errors, the environment is left out, which the report says. An arm with beta 0 is
 called a control only where its alpha is a symmetric arm's alpha + beta |Z|.
@@ -27,6 +28,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import sys
 from collections import Counter
@@ -116,7 +118,7 @@ def load_runs(sources: tuple[Path, ...]) -> pd.DataFrame:
             tables.append(pd.DataFrame(rows))
         elif source.is_file():
             try:
-                table = pd.read_csv(source)
+                table = pd.read_csv(source, float_precision="round_trip")
             except (ValueError, pd.errors.ParserError, UnicodeDecodeError) as error:
                 fail(f"{source}: expected a csv with a line a run ({str(error).splitlines()[0]})")
             own = table["ID"] if "ID" in table else pd.Series([f"{source}:{i}" for i in table.index], dtype=str)
@@ -127,7 +129,7 @@ def load_runs(sources: tuple[Path, ...]) -> pd.DataFrame:
     runs = pd.concat(tables, ignore_index=True)
     if runs.empty:
         fail(
-            f"{' '.join(map(str, sources))}: no finished run there; expected some result.json below, or a csv with a line a run"
+            f"{' '.join(map(str, sources))}: no finished run there; expected some result.json below (or name a runs.csv itself)"
         )
     needed = ["script", "env_id", "seed", "alpha", "beta", "score"]
     missing = set(needed) - set(runs.columns)
@@ -155,13 +157,15 @@ def load_runs(sources: tuple[Path, ...]) -> pd.DataFrame:
         several = runs.groupby(["script", "env", "noise", "arm"])[name].transform("nunique") > 1
         several = several.groupby([runs.script, runs.noise, runs.arm]).transform("any")
         runs.loc[several, "arm"] += runs[several][name].map((f" {sign} " + "{:g}").format)
-    telling = set()
-    for _, group in runs.groupby(["script", "env", "noise", "arm"]):
+    telling = {}  # so too the settings by which runs with one seed are told apart
+    for (script, _, noise, arm), group in runs.groupby(["script", "env", "noise", "arm"]):
         if group.seed.duplicated().any():
-            for name in differences(group, arguments() - {*ARM, *FREE}):
-                telling.add(name)
-                shown = group[name].map(lambda value: "none" if pd.isna(value) else str(value))
-                runs.loc[group.index, "arm"] += shown.map(f" {name} {{}}".format)
+            telling.setdefault((script, noise, arm), set()).update(differences(group, arguments() - {*ARM, *FREE}))
+    for (script, noise, arm), names in telling.items():
+        group = runs[(runs.script == script) & (runs.noise == noise) & (runs.arm == arm)]
+        for name in sorted(names):
+            shown = group[name].map(lambda value: "none" if pd.isna(value) else str(value))
+            runs.loc[group.index, "arm"] += shown.map(f" {name} {{}}".format)
     runs["steps"] = runs.get("total_timesteps", np.nan)
     if "iterations" in runs:
         runs["steps"] = runs.steps.fillna(runs.iterations)
@@ -170,7 +174,7 @@ def load_runs(sources: tuple[Path, ...]) -> pd.DataFrame:
         after = f"after.{name.split('/', 1)[1]}"
         runs[after] = runs.get(after, pd.Series(np.nan, runs.index)).fillna(runs[name].where(of))
     lines = [f"{why}: {arm} ({count})" for (why, arm), count in sorted(left_out.items())]
-    runs.attrs = {"left out": lines, "others": others, "twice": twice, "telling": telling}
+    runs.attrs = {"left out": lines, "others": others, "twice": twice, "telling": set().union(*telling.values())}
     return runs
 
 
@@ -214,6 +218,9 @@ def find_mixture(runs: pd.DataFrame) -> list[str]:
         for name, values in differences(row, arguments() - {*ARM, *FREE} - runs.attrs["telling"]).items():
             if noise != "none" or not name.startswith("noise_"):
                 found.append(f"{env}, noise {noise}, {script}: {name} {', '.join(values)}")
+        for arm, same in row.groupby("arm"):
+            for name, values in differences(same, runs.attrs["telling"]).items():
+                found.append(f"{env}, noise {noise}, {script}, {arm}: {name} {', '.join(values)}")
     for script, same in runs.groupby("script"):
         versions = {name for name in runs.columns if name.startswith("versions.")}
         for name, values in differences(same, versions).items():
@@ -321,8 +328,8 @@ def aggregate(runs: pd.DataFrame, baseline: str, reps: int) -> pd.DataFrame:
 
 
 def is_reference(arm: str) -> bool:
-    """What others are compared with: baselines and controls, raw or normalised ones too."""
-    return arm.split()[0] in (*BASELINES, "control")
+    """What others are compared with: baselines and controls, raw or normalised ones too; not a baseline with an odd alpha."""
+    return arm.startswith("control") or (arm.split()[0] in BASELINES and " α " not in arm)
 
 
 def load_curves(runs: pd.DataFrame, sources: tuple[Path, ...]) -> pd.DataFrame:
@@ -424,6 +431,8 @@ def aggregates(runs: pd.DataFrame, several: pd.DataFrame, baseline: str, found: 
     unclear = sorted(set(several[several.arm == baseline].env) - set(clear(several, baseline)))
     if unclear:
         lines[0] += f" No interquartile mean over {', '.join(unclear)}, where {baseline}'s is not clearly above 0."
+    if counts.groupby(level="arm").sum().min() < 4:
+        lines[0] += " Of fewer than four scores it is their mean."
     if counts.min() < counts.max():
         lines[0] += (
             " Where environments have different numbers of seeds, the first ones of each arm, as many as in its poorest."
@@ -437,9 +446,11 @@ def aggregates(runs: pd.DataFrame, several: pd.DataFrame, baseline: str, found: 
     values = {
         (row.what, row.arm, row.other): f"{row.value:.2f} ({row.low:.2f} to {row.high:.2f})" for row in found.itertuples()
     }
+    if clear(several, baseline):
+        values["IQM", baseline, baseline] = "1"
     for arm in arms:
         least, most = counts[arm].min(), counts[arm].max()
-        iqm = "1" if arm == baseline else values.get(("IQM", arm, baseline), "")
+        iqm = values.get(("IQM", arm, baseline), "")
         chances = [values.get(("P(arm > other)", arm, other), "") for other in others]
         lines.append(f"| {arm} | {iqm} | {least if least == most else f'{least} to {most}'} | {' | '.join(chances)} |")
     return [*lines, ""]
@@ -596,7 +607,7 @@ def draw_betas(runs: pd.DataFrame, path: Path) -> None:
             if len(by_beta):
                 axis.errorbar(by_beta.mean().index, by_beta.mean(), by_beta.sem().fillna(0), fmt=style, label=kind, capsize=3)
         same = plain[(plain.script == script) & (plain.env == env) & (plain.noise == noise)]
-        base = same[same.arm.isin(("PPO", "A2C") if "atari" in script else ("DPPO", "DA2C"))].score
+        base = same[same.arm.isin(("DPPO", "DA2C") if "continuous" in script else ("PPO", "A2C"))].score
         if len(base):
             axis.axhline(base.mean(), color="C0", linewidth=1, label="α 1, β 0")
         ticks = sorted(group.weight.unique())
@@ -648,11 +659,16 @@ def main(args: Args) -> None:
             path.unlink()
     seconds = runs.get("seconds", pd.Series(np.nan, runs.index))
     hours = f"{seconds.sum() / 3600:.1f} hours of training" if seconds.notna().all() else "hours of training unknown"
-    commits = (
-        ", ".join(sorted(runs.commit.dropna().map(lambda text: text[:12] + text[40:]).unique())) if "commit" in runs else "?"
-    )
+    made = []
+    for name in ("commit", "device"):
+        values = (
+            sorted({re.sub("([0-9a-f]{12})[0-9a-f]{28}", r"\1", str(value)) for value in runs[name].fillna("unknown")})
+            if name in runs
+            else ["?"]
+        )
+        made.append(f"{name} {values[0]}" if len(values) == 1 else f"**{len(values)} {name}s: {', '.join(values)}**")
     lines = [
-        f"{len(runs)} runs, {hours}; commits {commits}. A score is the mean over the episodes of a run's last evaluation, of "
+        f"{len(runs)} runs, {hours}; {'; '.join(made)}. A score is the mean over the episodes of a run's last evaluation, of "
         "the trained policy without noise; actions are sampled on Atari and IMDB, greedy elsewhere. Mean ± standard error of "
         "the seeds (their number) [the paper's, at its own length and settings, of the last 10 episodes]; our best in bold.",
         "",
@@ -711,7 +727,10 @@ def main(args: Args) -> None:
     if collected:
         pd.concat(collected).to_csv(args.out / "aggregates.csv", index=False, float_format="%.6g")
     (args.out / "report.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:  # `| head` has seen enough; nothing is left to flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -80,8 +80,8 @@ def test_cells_wins_and_the_papers_numbers(tmp_path):
 
 
 def test_what_scores_are_divided_by(tmp_path):
-    """The baseline's mean, where it is above two standard errors: not -90, and not 5 ± 5."""
-    scores = {("Walker2d", "none", "DPPO"): [-90.0, -80.0, -100.0], ("Humanoid", "none", "DPPO"): [0.0, 0.0, 15.0]}
+    """The baseline's mean, where it is above two standard errors: not -90, and not 5 ± 2.9."""
+    scores = {("Walker2d", "none", "DPPO"): [-90.0, -80.0, -100.0], ("Humanoid", "none", "DPPO"): [0.0, 5.0, 10.0]}
     runs = report.load_runs((write_runs(tmp_path, {**SCORES, **scores}),))
     assert report.clear(runs, "DPPO") == pytest.approx({"Ant-v4": 20, "Hopper-v4": 110})
     np.testing.assert_allclose(report.matrix(runs, "DSPPO", ["Ant-v4", "Hopper-v4"]), [[15, 130], [10, 140], [5, 120]])
@@ -154,12 +154,33 @@ def test_a_thin_cell_costs_only_itself(tmp_path):
     scores["Ant", "none", "control DPPO"] = [40.0]
     text = make([write_runs(tmp_path / "runs", scores)], tmp_path / "out")
     assert "With one seed and left out: control DPPO on Ant-v4." in text
+    assert "95 % intervals, from 2 seeds and thus too narrow" in text
     assert "No interquartile mean over Walker2d-v4, where DPPO's is not clearly above 0." in text
     assert "the first ones of each arm, as many as in its poorest" in text
     assert "**No control (α + β|Z|, β 0) beside the symmetric loss on Swimmer-v4, Walker2d-v4.**" in text
     table = pd.read_csv(tmp_path / "out/aggregates.csv").set_index(["what", "arm", "other"]).environments
     assert table["IQM", "DSPPO", "DPPO"] == 3 and table["IQM", "control DPPO", "DPPO"] == 1
     assert table["P(arm > other)", "DSPPO", "DPPO"] == 4 and table["P(arm > other)", "DSPPO", "control DPPO"] == 1
+
+
+def test_few_seeds_are_told(tmp_path):
+    """Nine are few, ten are not; of three scores there is no middle half."""
+    for seeds, few in ((3, True), (9, True), (10, False)):
+        scores = {("Hopper", "none", arm): [100.0 + i for i in range(seeds)] for arm in ("DPPO", "DSPPO")}
+        text = make([write_runs(tmp_path / f"runs{seeds}", scores)], tmp_path / f"out{seeds}")
+        assert (f"from {seeds} seeds and thus too narrow" in text) == few == ("too narrow" in text)
+        assert ("Of fewer than four scores it is their mean." in text) == (seeds == 3)
+
+
+def test_without_a_clear_baseline_there_is_no_interquartile_mean(tmp_path):
+    scores = {("Hopper", "none", arm): [-100.0, -90.0] for arm in ("DPPO", "DSPPO")}
+    text = make([write_runs(tmp_path / "runs", scores)], tmp_path / "out")
+    assert "| DPPO |  | 2 |  | 0.50 (" in text and "| DSPPO |  | 2 | 0.50 (" in text
+
+
+def test_a_baseline_with_an_odd_alpha_is_no_reference():
+    assert all(map(report.is_reference, ("PPO", "DA2C", "DPPO raw", "control PPO", "control DPPO α 2.5")))
+    assert not any(map(report.is_reference, ("DPPO α 7", "SPPO", "DSPPO β 2")))
 
 
 def test_nothing_of_an_earlier_report_stays(tmp_path):
@@ -242,6 +263,63 @@ def test_curves_come_back():
             mine = table[name].dropna()
             assert (mine / slope - mine.index).abs().max() <= 200  # two bins
             assert mine.index[-1] == last and len(mine) >= 100 * (1 - 1.2 / count) - 10
+
+
+def test_few_points_are_drawn_as_they_are():
+    """Values 0 and 1 by turns: of 49 points they stay, of 100 each is the mean of five, 2/5 or 3/5, but at the ends."""
+    for count in (49, 100):
+        points = pd.DataFrame({"run_id": "a", "step": np.arange(1, count + 1) * 100, "value": np.arange(count) % 2.0})
+        values = report.curve_table(points)["a"].dropna()
+        middle = values.iloc[2:-2]
+        assert ((values == 0) | (values == 1)).sum() >= 40 if count == 49 else middle.between(0.39, 0.61).all()
+
+
+def drawn(monkeypatch, draw, *args):
+    """The lines of a figure by their labels."""
+    figures = []
+    monkeypatch.setattr(report.plt, "close", figures.append)
+    draw(*args)
+    monkeypatch.undo()
+    (figure,) = figures
+    found = {line.get_label(): line for axis in figure.axes for line in axis.lines}
+    found |= {bars.get_label(): bars.lines[0] for axis in figure.axes for bars in axis.containers}
+    report.plt.close(figure)
+    return found
+
+
+def test_profiles_are_shares_of_relative_scores(tmp_path, monkeypatch):
+    runs = report.load_runs((write_runs(tmp_path),))
+    found = drawn(monkeypatch, report.draw_profiles, runs, "DPPO", 100, "title", tmp_path / "x.png")
+    units = runs.score / runs.env.map({"Hopper-v4": 110, "Ant-v4": 20})
+    for arm in ("DPPO", "DSPPO", "control DPPO"):
+        taus, shares = found[arm].get_data()
+        assert taus.max() < 2.5  # scores are up to 140
+        np.testing.assert_allclose(shares, [(units[runs.arm == arm] > tau).mean() for tau in taus])
+
+
+@pytest.mark.parametrize("script", ["dsppo_continuous.py", "sppo_rlhf_imdb.py"])
+def test_a_sweep_has_its_baseline(script, tmp_path, monkeypatch):
+    for i, beta in enumerate((0.0, 1.0, 5.0, 20.0)):
+        for seed in (1, 2):
+            path = tmp_path / f"{beta}{seed}"
+            path.mkdir()
+            one = result(
+                arm="DSPPO" if beta else "DPPO", seed=seed, score=10.0 * i + seed, run_id=f"{beta}{seed}", script=script
+            )
+            one["args"]["beta"] = beta
+            (path / "result.json").write_text(json.dumps(one))
+    found = drawn(monkeypatch, report.draw_betas, report.load_runs((tmp_path,)), tmp_path / "x.png")
+    assert set(found["α 1, β 0"].get_ydata()) == {1.5}
+    np.testing.assert_allclose(np.array(found["symmetric"].get_data(), dtype=float), [[1, 5, 20], [11.5, 21.5, 31.5]])
+
+
+def test_runs_that_normalise_nothing_have_no_sign_changes(tmp_path):
+    """A2C logs 0."""
+    runs = report.load_runs((write_runs(tmp_path),))
+    value = np.where(runs.arm == "DPPO", 0.0, 0.25)
+    curves = pd.DataFrame({"run_id": runs.run_id, "tag": "charts/adv_sign_change", "step": 100, "value": value})
+    shares = report.draw_sign_changes(runs, curves, tmp_path / "x.png")
+    assert set(shares.arm) == {"DSPPO", "control DPPO"} and set(shares.value) == {0.25}
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -402,6 +480,26 @@ def test_arms_of_ones_own_are_told_apart(tmp_path):
     assert "Mixed" not in make([tmp_path], tmp_path / "out")
 
 
+def test_what_tells_one_arm_apart_is_mixed_in_no_other(tmp_path, capsys):
+    """Two learning rates of DPPO tell its runs apart in every environment; DSPPO's have one seed each, and are refused."""
+    rates = {("Hopper", "DPPO", 1): (3e-4, 1e-3), ("Ant", "DPPO", 1): (3e-4,), ("Ant", "DPPO", 2): (1e-3,)}
+    rates |= {("Hopper", "DSPPO", 1): (3e-4,), ("Hopper", "DSPPO", 2): (1e-3,)}
+    for (env, arm, seed), values in rates.items():
+        for rate in values:
+            path = tmp_path / f"runs/{env}{arm}{seed}{rate}"
+            path.mkdir(parents=True)
+            one = result(env, arm=arm, seed=seed, score=rate * 1e5, learning_rate=rate, run_id=path.name)
+            (path / "result.json").write_text(json.dumps(one))
+    with pytest.raises(SystemExit):
+        make([tmp_path / "runs"], tmp_path / "out")
+    assert "Hopper-v4, noise none, dsppo_continuous.py, DSPPO: learning_rate 0.0003, 0.001" in capsys.readouterr().err
+    (tmp_path / "runs/HopperDSPPO20.001/result.json").unlink()
+    text = make([tmp_path / "runs"], tmp_path / "out")
+    table = pd.read_csv(tmp_path / "out/cells.csv").set_index(["task", "arm"])
+    assert table["mean"]["Ant", "DPPO learning_rate 0.0003"] == pytest.approx(30) and "Mixed" not in text
+    assert table["mean"]["Ant", "DPPO learning_rate 0.001"] == pytest.approx(100) and len(table) == 5
+
+
 def test_rlhf_measures_before_and_after(tmp_path):
     """Before: one value a seed, whatever the arms, which start alike. From W&B: the last values logged."""
     before, after = {1: 30.0, 2: 40.0}, {("PPO", 1): 50.0, ("PPO", 2): 60.0, ("DSPPO", 1): 35.0, ("DSPPO", 2): 45.0}
@@ -467,7 +565,19 @@ def test_threads_names_and_folders_are_no_mixture(tmp_path):
     one = result(seed=9, score=5.0, device="gpu", commit="b" * 40)
     one["args"] |= {"num_threads": 4, "run_dir": "elsewhere", "track": True}
     (folder / "more/result.json").write_text(json.dumps(one))
-    assert "Mixed" not in make([folder], tmp_path / "out")
+    text = make([folder], tmp_path / "out")
+    assert "Mixed" not in text
+    assert "hours of training; **2 commits: aaaaaaaaaaaa, bbbbbbbbbbbb**; **2 devices: cpu, gpu**. A score is" in text
+
+
+def test_noise_that_is_off_is_no_mixture(tmp_path):
+    for seed, noise in ((1, "none"), (2, "none"), (1, "gaussian"), (2, "gaussian")):
+        path = tmp_path / f"runs/{noise}{seed}"
+        path.mkdir(parents=True)
+        one = result(noise=noise, seed=seed, run_id=path.name)
+        one["args"]["noise_std"] = 0.05 * (seed if noise == "none" else 1)
+        (path / "result.json").write_text(json.dumps(one))
+    assert "Mixed" not in make([tmp_path / "runs"], tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -517,7 +627,7 @@ def test_report_of_a_small_set_of_runs(tmp_path):
             values[f"{env} {arm}"] = f"{report.number(row['mean'])} ± {report.number(row['stderr'])}"
     above = sum(published.loc[env, "DSPPO"]["mean"] > published.loc[env, "DPPO"]["mean"] for env in ("Ant", "Hopper"))
     assert GOLDEN.format(**values, wins=f"{above} of 2") in text
-    assert text.startswith("18 runs, 0.2 hours of training; commits aaaaaaaaaaaa.")
+    assert text.startswith("18 runs, 0.2 hours of training; commit aaaaaaaaaaaa; device cpu.")
     assert "Interquartile mean in units of DPPO's" in text and "![learning curves](curves.png)" in text
     # sign changes: seeds 1, 2, 3 have 1, 2, 3 %
     assert "| Hopper-v4, noise none | 2.0 % (1.0 to 3.0) |" in text
