@@ -58,6 +58,7 @@ SCRIPTS = {  # script: its argument for a run's length
     "sppo_rlhf_tldr.py": "iterations",
 }
 LOST = 10  # times that a run may lose its machine
+HELD = 75  # exit status of a run that someone else is running (sysexits' EX_TEMPFAIL)
 OURS = {"--env-id", "--noise", "--seed", "--total-timesteps", "--iterations", "--num-threads", "--run-dir", "--resume"}
 
 
@@ -68,9 +69,10 @@ class Args:
     filter: str = ""
     """only these runs, as key=value,...: env, noise, arm or seed; values of one key are alternatives"""
     total_timesteps: int | None = None
-    """length of every run in environment steps (RLHF: iterations) in place of the table's"""
+    """length of every run in environment steps (RLHF: iterations) in place of the table's; what is annealed over a run (PPO's
+    learning rate, on Atari the clip range, too) is then annealed over the shorter one"""
     args: str = ""
-    """what to add to every command, such as "--track" """
+    """what to add to every command, with an equals sign: --args=--track, --args="--track --gamma 0.9" """
     folder: Path = Path("runs/grid")
     """where the runs' folders go"""
     dry_run: bool = False
@@ -213,7 +215,7 @@ def toml_grid(path: Path) -> list[Run]:
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         fail(f"{path}: expected one of {', '.join(TABLES)}, or a TOML file ({error})")
     script = grid.get("script")
-    if script not in SCRIPTS:
+    if not (isinstance(script, str) and script in SCRIPTS):
         fail(f"{path}: script = {script!r}; expected one of {', '.join(SCRIPTS)}")
     rlhf = script.startswith("sppo_rlhf")
     required = {"script", "seeds", SCRIPTS[script], "arms"} | (set() if rlhf else {"envs"})
@@ -229,6 +231,8 @@ def toml_grid(path: Path) -> list[Run]:
             fail(f"{path}: {key} = {values!r}; expected a list of {'whole numbers' if kind is int else 'texts'}")
         if len(set(values)) < len(values):
             fail(f"{path}: {key} = {values!r}; expected each once")
+    if min(grid["seeds"]) < 0:
+        fail(f"{path}: seeds = {grid['seeds']!r}; expected whole numbers of 0 or more")
     if type(length) is not int or length < 1:
         fail(f"{path}: {SCRIPTS[script]} = {length!r}; expected a whole number of 1 or more")
     if not (isinstance(arms, dict) and arms and all(isinstance(options, str) for options in arms.values())):
@@ -304,18 +308,18 @@ def find_state(folder: Path) -> tuple[str, Path | None]:
 def execute(command: list[str], folder: Path, python: str, cpus: int, gpus: float) -> tuple[int, str]:
     """Runs or resumes one run to its end. Returns its exit status and the last lines of its log.
 
-    The lock belongs to whoever runs in this folder: if a machine was only thought dead, its run goes on alone.
+    The lock belongs to whoever runs in this folder, another run.py, or a machine that was only thought dead; then HELD.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
-        for _ in range(600):
+        for _ in range(60):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 time.sleep(1)
         else:
-            return 1, f"{folder / 'lock'} is held by another process for ten minutes"
+            return HELD, ""
         state, run_folder = find_state(folder)
         if state == "finished":
             return 0, ""
@@ -390,6 +394,10 @@ class Progress:
 
     def last_step(self, run: Run) -> int | None:
         """Of what TensorBoard has got so far, in units of the run's length."""
+        with contextlib.suppress(Exception):  # files that go while they are read, as a run starts over: no reason to stop all
+            return self.read_step(run)
+
+    def read_step(self, run: Run) -> int | None:
         from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
         step = self.loaders.get(run, (None, None))[1]
@@ -436,8 +444,6 @@ class Progress:
 def run_all(runs: list[Run], args: Args) -> list[Run]:
     """Runs what has not finished; returns what failed for good."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # a shell starts background jobs with SIGINT ignored; Ray's workers would inherit that and be deaf to ray.cancel
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     import ray
 
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -454,7 +460,7 @@ def run_all(runs: list[Run], args: Args) -> list[Run]:
     for what, wanted in (("CPU", args.cpus), ("GPU", args.gpus)):
         most = max(node["Resources"].get(what, 0) for node in ray.nodes() if node["Alive"])
         if wanted > most:
-            fail(f"--{what.lower()}s {wanted:g}: expected {most:g} or less, the most that a machine here has")
+            fail(f"--{what.lower()}s {wanted:g}: expected {most:g} at most, as no machine here has more")
     remote = ray.remote(execute).options(num_cpus=args.cpus, num_gpus=args.gpus, max_retries=0)
     folder = args.folder.resolve()
     todo = [run for run in runs if find_state(folder / run.folder)[0] != "finished"]
@@ -483,6 +489,9 @@ def run_all(runs: list[Run], args: Args) -> list[Run]:
                     status, tail, signalled = None, type(error).__name__, True
                 if status == 0:
                     progress.ended(run, "finished")
+                    continue
+                if status == HELD:  # it ends there, or is taken over
+                    pending[submit(run)] = run
                     continue
                 (lost if signalled else failures)[run] += 1
                 if status == 2 or lost[run] > LOST or failures[run] > args.retries:  # 2: its arguments, which stay wrong
@@ -527,7 +536,8 @@ def main(args: Args) -> None:
         if not accepted:
             fail(f"--{name} {value}: expected {'1 or more' if name == 'cpus' else '0 or more'}")
     arms = {option_name(word) for run in runs for word in shlex.split(run.options) if word.startswith("--")}
-    check_options("--args", args.args, OURS | arms)
+    weights = {"--Z"} if args.grid in TABLES else set()  # the controls' alphas are for Z = -1
+    check_options("--args", args.args, OURS | arms | weights)
     if args.retries < 0:
         fail(f"--retries {args.retries}: expected 0 or more")
     if args.total_timesteps is not None:
@@ -556,4 +566,10 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args(sys.argv[1:]))
+    # a shell starts background jobs with SIGINT ignored; Ray's workers would inherit that and be deaf to ray.cancel
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.default_int_handler)
+    try:
+        main(parse_args(sys.argv[1:]))
+    except KeyboardInterrupt:  # before the runs
+        sys.exit(130)

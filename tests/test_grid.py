@@ -11,6 +11,7 @@ import sys
 import time
 import tomllib
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -207,6 +208,8 @@ BAD = [
     ("missing", GOOD.replace("seeds", "#"), "missing: seeds; expected arms, envs, script, seeds, total_timesteps"),
     ("unknown", "nosie = 1\n" + GOOD, "unknown: nosie; expected"),
     ("seeds", GOOD.replace("[1, 2]", "[1, 1]"), "seeds = [1, 1]; expected each once"),
+    ("list", GOOD.replace('"sppo_atari.py"', '["sppo_atari.py"]'), "script = ['sppo_atari.py']; expected one of sppo_atari.py"),
+    ("negative", GOOD.replace("[1, 2]", "[-1, 1]"), "seeds = [-1, 1]; expected whole numbers of 0 or more"),
     ("seed", GOOD.replace("[1, 2]", '["1"]'), "seeds = ['1']; expected a list of whole numbers"),
     ("length", GOOD.replace("2000", "0"), "total_timesteps = 0; expected a whole number of 1 or more"),
     ("arms", GOOD.replace('"--alpha 1 --beta 0"', "1"), "expected a table of texts"),
@@ -237,6 +240,7 @@ def test_bad_grids_are_one_line(name, text, expected, tmp_path, capsys):
         ({"args": "--total_timesteps 5"}, "expected options other than --total-timesteps, which the grid sets"),
         ({"args": "--track --beta=0"}, "expected options other than --beta, which the grid sets"),
         ({"grid": "adv-norm", "args": "--norm-adv"}, "expected options other than --norm-adv, which the grid sets"),
+        ({"args": "--Z -2"}, "expected options other than --Z, which the grid sets"),
         ({"args": "--noise bsc"}, "expected options other than --noise, which the grid sets"),
         ({"total_timesteps": 0}, "--total-timesteps 0: expected 1 or more"),
     ],
@@ -352,6 +356,35 @@ def test_without_a_terminal_a_line_tells_the_steps_every_ten_minutes(tmp_path, c
     assert capsys.readouterr().err == f"running: {run.folder.name} 4,096, {other.folder.name} 0\n"
 
 
+def test_files_that_go_while_they_are_read_stop_nothing(tmp_path):
+    run = grid.named_grid("continuous-ppo")[0]
+    path = tmp_path / run.folder / "a_run/events.out.tfevents.1.vm"
+    path.parent.mkdir(parents=True)
+    path.symlink_to("gone")
+    progress = grid.Progress(1, tmp_path)
+    with pytest.raises(Exception, match=r"gone|tfevents"):
+        progress.read_step(run)
+    assert progress.last_step(run) is None
+
+
+def test_a_run_has_its_threads_and_no_gpu_and_dies_with_its_parent(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import ctypes, os\nname = ctypes.c_int()\nctypes.CDLL(None).prctl(2, ctypes.byref(name))\n"  # PR_GET_PDEATHSIG
+        "print(os.environ['OMP_NUM_THREADS'], repr(os.environ['CUDA_VISIBLE_DEVICES']), name.value)"
+    )
+    status, tail = grid.execute([str(script)], tmp_path / "cell", sys.executable, 3, 0)
+    assert status == 0 and tail.splitlines()[-1] == f"3 '' {9 if sys.platform == 'linux' else 0}"
+
+
+def test_a_run_in_other_hands_is_left_to_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with (tmp_path / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert grid.execute(["missing.py"], tmp_path, sys.executable, 1, 0) == (grid.HELD, "")
+    assert not (tmp_path / "log.txt").exists()
+
+
 def start_grid(path, tmp_path, *more, env=ENV):
     command = [sys.executable, str(ROOT / "benchmark/run.py"), str(path), "--folder", str(tmp_path / "runs"), *more]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True)
@@ -419,13 +452,17 @@ def test_a_run_that_fails_is_tried_again_twice_and_does_not_stop_the_rest(tmp_pa
     assert process.returncode == 0 and "1 runs, 1 of them finished before" in out and result.stat().st_mtime_ns == before
 
 
-def test_seeds_take_turns_and_a_refused_run_is_not_tried_again(tmp_path, monkeypatch):
-    """run_all with a Ray that runs nothing: only what is submitted, in which order, and what follows from an exit status."""
+def test_seeds_take_turns_and_who_is_tried_again(tmp_path, monkeypatch):
+    """Refused: never. Crashed: twice. In other hands: until they are done, here the fifth time.
+
+    run_all with a Ray that runs nothing: only what is submitted, in which order, and what follows from an exit status."""
     path, _ = write_grid(tmp_path, [1, 2], 1024)
-    path.write_text(path.read_text() + 'refused = "--alpha 2"\ncrashes = "--alpha 3"\n')
+    path.write_text(path.read_text() + 'refused = "--alpha 2"\ncrashes = "--alpha 3"\nheld = "--alpha 4"\n')
     submitted = []
 
     def status(arm):
+        if arm == "held" and sum(name == "held" for name, _ in submitted) < 2 * 5:
+            return grid.HELD
         return {"refused": 2, "crashes": 1}.get(arm, 0)
 
     def submit(command, folder, *rest):
@@ -448,9 +485,9 @@ def test_seeds_take_turns_and_a_refused_run_is_not_tried_again(tmp_path, monkeyp
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-    arms = ("dppo", "refused", "crashes")
-    assert submitted[:6] == [(arm, seed) for seed in "12" for arm in arms]
-    assert submitted[6:] == [("crashes", seed) for seed in "1212"]  # twice more each
+    arms = ("dppo", "refused", "crashes", "held")
+    assert submitted[:8] == [(arm, seed) for seed in "12" for arm in arms]
+    assert [run for run in submitted[8:] if run[0] != "held"] == [("crashes", seed) for seed in "1212"]  # twice more each
     assert sorted((run.arm, run.seed) for run in failed) == [(arm, seed) for arm in ("crashes", "refused") for seed in (1, 2)]
 
 
@@ -472,6 +509,22 @@ def test_a_signal_saves_and_the_next_start_goes_on(signum, ignored, tmp_path):
     assert process.returncode == 0, err
     first, second = commands(cell)
     assert "--resume" not in first and "--resume" in second and len(list(cell.glob("*/result.json"))) == 1
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_run_leaves_nothing(signum, tmp_path):
+    path, folder = write_grid(tmp_path, [1], 1024)
+    process = start_grid(path, tmp_path)
+
+    def handled():  # the mask of the signals that the process catches
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        (line,) = [line for line in status.splitlines() if line.startswith("SigCgt")]
+        return int(line.split()[1], 16) >> (signal.SIGTERM - 1) & 1
+
+    wait_for(handled)
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=100)
+    assert (process.returncode, out, err) == (130, "", "") and not folder.exists()
 
 
 def test_a_cluster_that_loses_a_machine_finishes_every_run_once(tmp_path):

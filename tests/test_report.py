@@ -79,6 +79,12 @@ def test_cells_wins_and_the_papers_numbers(tmp_path):
     assert wins["DSPPO", "DPPO"] == (1, 2) and wins["DPPO", "DSPPO"] == (1, 2) and wins["control DPPO", "DSPPO"] == (1, 2)
 
 
+def test_gymnasiums_names_of_games_have_the_papers_numbers(tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps(result(script="sppo_atari.py") | {"env_id": "ALE/Alien-v5"}))
+    published = pd.read_csv(ROOT / "benchmark/paper/scores.csv").query("env == 'Alien' and noise == 'none' and algo == 'PPO'")
+    assert list(report.cells(report.load_runs((tmp_path,))).paper_mean) == list(published["mean"]) != []
+
+
 def test_what_scores_are_divided_by(tmp_path):
     """The baseline's mean, where it is above two standard errors: not -90, and not 5 ± 2.9."""
     scores = {("Walker2d", "none", "DPPO"): [-90.0, -80.0, -100.0], ("Humanoid", "none", "DPPO"): [0.0, 5.0, 10.0]}
