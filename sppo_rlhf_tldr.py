@@ -1035,6 +1035,11 @@ def git_commit() -> str | None:
         return None
 
 
+def name_both(before: str | None, now: str | None) -> str | None:
+    """What a resumed run was made with, "2.12.1 then 2.13.0", or the one name if nothing has changed."""
+    return before if str(before).split(" then ")[-1] == str(now) else f"{before} then {now}"
+
+
 def open_run(args: Args, env_id: str, device: torch.device) -> tuple[Path, dict | None, dict]:
     """Makes the run folder, or opens the one to resume.
 
@@ -1052,12 +1057,17 @@ def open_run(args: Args, env_id: str, device: torch.device) -> tuple[Path, dict 
     checkpoint = None
     if args.resume:
         run_folder = Path(args.resume).resolve()
-        identity["run_id"] = json.loads((run_folder / "args.json").read_text())["run_id"]
+        before = json.loads((run_folder / "args.json").read_text())
+        identity["run_id"] = before["run_id"]
         if (run_folder / "checkpoint.pt").exists():
             try:
                 checkpoint = torch.load(run_folder / "checkpoint.pt", map_location="cpu", weights_only=True)
             except Exception as error:  # torch names no common type for a file that is no checkpoint
                 fail(f"--resume {args.resume}: cannot load its checkpoint.pt ({type(error).__name__})")
+            for key in ("commit", "device"):
+                identity[key] = name_both(before.get(key), identity[key])
+            for name, version in identity["versions"].items():
+                identity["versions"][name] = name_both(before["versions"].get(name), version)
     while not args.resume:
         run_folder = Path(args.run_dir) / f"{env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
         try:

@@ -9,7 +9,8 @@ Each arm is a process of its own (so that peak memory is its own) that trains fo
 of each process are warm-up and do not count. The figure is the median of environment steps per second over all others,
 and the ratio of these medians, on the CPU. What the reverse term costs is measured on updates alone, in pairs, against
 a loss that has no such term in its code. Writes benchmark/results/speed_{suite}.md and .json, and speed.md, the table of all
-suites that have a .json there. Nothing else should run.
+suites that have a .json there. Nothing else should run. sppo_rlhf_tldr.py, whose updates are those of sppo_rlhf_imdb.py, is not
+among the suites: what it is for, a model of six billion weights, needs a GPU, and scale_tldr.py is about that.
 """
 
 import importlib
@@ -317,6 +318,10 @@ def combine(folder: Path) -> list[str]:
 
 
 def main(args: Args) -> None:
+    for name in ("blocks", "rounds", "pairs"):
+        if getattr(args, name) < 1:
+            print(f"speed.py: error: --{name} {getattr(args, name)}: expected 1 or more", file=sys.stderr)
+            sys.exit(2)
     os.chdir(Path(__file__).parents[1])
     results = Path("benchmark/results")
     if args.suite == "all":

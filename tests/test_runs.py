@@ -311,6 +311,8 @@ def test_ten_random_kills_and_the_run_still_ends_whole(tmp_path):
 
     saved = json.loads((folder / "args.json").read_text())
     total = saved["args"]["total_timesteps"] = checkpoint_step() + 10 * 128  # an end that the test can wait for
+    now = {**saved["versions"]}
+    saved["versions"]["torch"] = "2.12.1"
     (folder / "args.json").write_text(json.dumps(saved))
     run("--resume", folder)
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["global_step"] == total
@@ -319,7 +321,10 @@ def test_ten_random_kills_and_the_run_still_ends_whole(tmp_path):
     for points in scalars(folder).values():
         assert [step for step, _ in points] == sorted({step for step, _ in points})
     assert [path.name for path in tmp_path.rglob("result.json*")] == ["result.json"]
-    assert json.loads((folder / "result.json").read_text())["global_step"] == total
+    result = json.loads((folder / "result.json").read_text())
+    assert result["global_step"] == total
+    assert result["versions"] == {**now, "torch": f"2.12.1 then {version('torch')}"}
+    assert " then " not in str((now, result["commit"], result["device"]))  # ten times the same is said once
     assert not list(tmp_path.rglob("*.tmp"))
 
 

@@ -1,12 +1,62 @@
-"""benchmark/speed.py's table of all suites, from numbers that were made up."""
+"""benchmark/speed.py: its parts on small batches, and its table of all suites, from numbers that were made up."""
 
+import dataclasses
+import importlib
 import json
 import sys
 
+import pytest
+import torch
 from helpers import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import speed
+
+import sa2c_atari
+import sppo_atari
+
+
+def test_the_plain_losses_are_the_scripts_without_the_reverse_term():
+    torch.manual_seed(0)
+    old, advantages = -torch.rand(1000) * 3, torch.randn(1000)
+    logprobs = (old + torch.randn(1000) * 0.3).requires_grad_()
+
+    def gradient(loss):
+        return torch.autograd.grad(loss, logprobs)[0]
+
+    theirs, reverse, stats = speed.plain_ppo_loss(logprobs, old, advantages, 0.2, -1.0, False)
+    ours, _, expected = sppo_atari.symmetric_ppo_loss(logprobs, old, advantages, 0.2)
+    torch.testing.assert_close((theirs, gradient(theirs), stats), (ours, gradient(ours), expected), rtol=0, atol=0)
+    assert reverse == 0 and 0.1 < stats["clipfrac"] < 0.9
+    theirs, reverse = speed.plain_a2c_loss(logprobs, advantages, -1.0, False)
+    ours, _ = sa2c_atari.symmetric_a2c_loss(logprobs, advantages)
+    torch.testing.assert_close((theirs, gradient(theirs)), (ours, gradient(ours)), rtol=0, atol=0)
+    assert reverse == 0
+
+
+@pytest.mark.parametrize("name", speed.SUITES)
+def test_the_phases_of_each_script_can_be_measured(name, monkeypatch):
+    suite = dataclasses.replace(speed.SUITES[name], num_envs=4, num_steps=64, block=1)
+    script, loss = importlib.import_module(suite.script), f"symmetric_{suite.algorithm}_loss"
+    monkeypatch.setattr(script, loss, getattr(script, loss))  # which the measurement replaces
+    found = speed.phases(speed.Args(pairs=2), suite, torch.get_num_threads())
+    assert min(found["environments"], found["acting"], found["update"], found["update, plain"]) > 0
+    assert 0.1 < found["update, symmetric / plain"] < 10
+
+
+@pytest.mark.parametrize("arm", [None, "--alpha 0.5 --beta 0.2"], ids=["SB3", "DSA2C"])
+def test_a_process_is_measured(arm, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    suite = dataclasses.replace(speed.SUITES["da2c"], env_id="Pendulum-v1", block=2)
+    rates, peak = speed.measure(speed.Args(blocks=3), suite, arm, 1)
+    assert len(rates) == 3 and min(rates) > 0 and 50 < peak < 5000
+
+
+@pytest.mark.parametrize("name", ["blocks", "rounds", "pairs"])
+def test_nothing_to_measure_is_refused(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        speed.main(speed.Args(**{name: 0}))
+    assert stopped.value.code == 2 and capsys.readouterr().err == f"speed.py: error: --{name} 0: expected 1 or more\n"
 
 
 def test_all_suites_in_one_table(tmp_path):
