@@ -12,6 +12,7 @@ the mean over seeds ± its standard error. Writes into --out
     cells.csv       one line a cell: mean, standard error, seeds; the paper's
     aggregates.csv  interquartile mean and probability of improvement with 95 % stratified bootstrap intervals (rliable)
     curves.csv      learning curves and advantage sign changes of local runs, one line a point: run_id, tag, step, value
+    profiles.csv    performance profiles: share of an arm's runs above a relative score, with 95 % intervals (rliable)
     *.png           learning curves (Figure 3), advantage sign changes (Figure 2), performance profiles, scores by beta
 
 Runs whose settings, lengths or versions differ where they should not are refused, unless --allow-mixed, which says so in the
@@ -47,7 +48,7 @@ from matplotlib.ticker import EngFormatter
 PUBLISHED = Path(__file__).parent / "paper/scores.csv"
 RETURNS = ("charts/episodic_return", "objective/scores")
 CURVES = (*RETURNS, "charts/adv_sign_change")
-# Arguments that runs of one row may differ in: what makes an arm, what names a run, and what changes no number
+# Arguments that runs of one row may differ in: what makes an arm, what names a run, and what is no other experiment
 ARM = ("alpha", "beta", "Z", "num_bins", "reverse_prob", "norm_adv", "literal_signs")
 FREE = (
     *("seed", "env_id", "noise", "exp_name", "run_dir", "resume", "track", "wandb_project_name", "wandb_entity"),
@@ -555,14 +556,14 @@ def draw_sign_changes(runs: pd.DataFrame, curves: pd.DataFrame, path: Path) -> p
     return shares
 
 
-def draw_profiles(runs: pd.DataFrame, baseline: str, reps: int, title: str, path: Path) -> None:
+def draw_profiles(runs: pd.DataFrame, baseline: str, reps: int, title: str, path: Path) -> pd.DataFrame:
     """Share of runs above a normalised score, with 95 % intervals (rliable), over the environments that all arms have."""
     from rliable import library
 
     scale = clear(runs, baseline)
     envs = sorted(set.intersection(set(scale), *runs.groupby("arm").env.agg(set)))
     if not envs:
-        return
+        return pd.DataFrame()
     divisors = [scale[env] for env in envs]
     scores = {arm: matrix(runs, arm, envs) / divisors for arm in order(list(runs.arm.unique()))}
 
@@ -580,6 +581,11 @@ def draw_profiles(runs: pd.DataFrame, baseline: str, reps: int, title: str, path
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+    tables = [
+        pd.DataFrame({"arm": arm, "score": taus, "share": profiles[arm], "low": low, "high": high})
+        for arm, (low, high) in intervals.items()
+    ]
+    return pd.concat(tables)
 
 
 def sweep(plain: pd.DataFrame) -> pd.DataFrame:
@@ -654,7 +660,7 @@ def main(args: Args) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--out {args.out}: expected a folder to write in ({error.strerror})")
-    for name in ("aggregates.csv", "curves.png", "sign_changes.png", "betas.png", "profiles_*.png"):
+    for name in ("aggregates.csv", "profiles.csv", "curves.png", "sign_changes.png", "betas.png", "profiles_*.png"):
         for path in args.out.glob(name):  # of an earlier report, which this one may not replace
             path.unlink()
     seconds = runs.get("seconds", pd.Series(np.nan, runs.index))
@@ -684,7 +690,7 @@ def main(args: Args) -> None:
         lines += [f"{without_curves} runs have no curves here.", ""]
     if mixture:
         lines += ["**Mixed on request:**", "", *(f"* {text}" for text in mixture), ""]
-    collected = []
+    collected, profiles = [], []
     for (script, noise), part in table.groupby(["script", "noise"]):
         steps = sorted(runs[(runs.script == script) & (runs.noise == noise)].steps.dropna().unique())
         lengths = ", ".join(f"{step:,.0f}" for step in steps)
@@ -708,7 +714,8 @@ def main(args: Args) -> None:
         collected.append(found.assign(script=script, noise=noise))
         lines += aggregates(mine, several, baseline, found)
         title = "without noise" if noise == "none" else f"noise {noise}"
-        draw_profiles(several, baseline, args.reps, title, args.out / f"profiles_{script.removesuffix('.py')}_{noise}.png")
+        path = args.out / f"profiles_{script.removesuffix('.py')}_{noise}.png"
+        profiles.append(draw_profiles(several, baseline, args.reps, title, path).assign(script=script, noise=noise))
     draw_curves(runs, curves, args.out / "curves.png")
     shares = draw_sign_changes(runs, curves, args.out / "sign_changes.png")
     draw_betas(runs, args.out / "betas.png")
@@ -726,6 +733,7 @@ def main(args: Args) -> None:
     curves.to_csv(args.out / "curves.csv", index=False, float_format="%.6g")
     if collected:
         pd.concat(collected).to_csv(args.out / "aggregates.csv", index=False, float_format="%.6g")
+        pd.concat(profiles).to_csv(args.out / "profiles.csv", index=False, float_format="%.6g")
     (args.out / "report.md").write_text("\n".join(lines) + "\n")
     try:
         print("\n".join(lines), flush=True)

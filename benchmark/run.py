@@ -288,7 +288,7 @@ def check_commands(runs: list[Run], args: Args) -> None:
 
 
 def essence(command: list[str]) -> list[str]:
-    """The command without the options that change no number."""
+    """The command without the options that make no other experiment."""
     kept, skip = [], False
     for word in command:
         skip = word in ("--run-dir", "--num-threads", "--track", "--no-track") or (skip and not word.startswith("--"))

@@ -194,7 +194,7 @@ def test_nothing_of_an_earlier_report_stays(tmp_path):
     (tmp_path / "out/mine.png").write_text("")
     before = {path.name for path in (tmp_path / "out").iterdir()}
     make([write_runs(tmp_path / "few", {("Hopper", "none", "DPPO"): [1.0]})], tmp_path / "out")
-    gone = {"aggregates.csv", "profiles_dsppo_continuous_none.png"}
+    gone = {"aggregates.csv", "profiles.csv", "profiles_dsppo_continuous_none.png"}
     assert gone < before and {path.name for path in (tmp_path / "out").iterdir()} == before - gone
 
 
@@ -296,11 +296,14 @@ def drawn(monkeypatch, draw, *args):
 def test_profiles_are_shares_of_relative_scores(tmp_path, monkeypatch):
     runs = report.load_runs((write_runs(tmp_path),))
     found = drawn(monkeypatch, report.draw_profiles, runs, "DPPO", 100, "title", tmp_path / "x.png")
+    table = report.draw_profiles(runs, "DPPO", 100, "title", tmp_path / "x.png").set_index("arm")
+    assert (table.low <= table.share).all() and (table.share <= table.high).all() and (table.low < table.high).any()
     units = runs.score / runs.env.map({"Hopper-v4": 110, "Ant-v4": 20})
     for arm in ("DPPO", "DSPPO", "control DPPO"):
         taus, shares = found[arm].get_data()
         assert taus.max() < 2.5  # scores are up to 140
         np.testing.assert_allclose(shares, [(units[runs.arm == arm] > tau).mean() for tau in taus])
+        np.testing.assert_array_equal(table.loc[arm, ["score", "share"]], np.transpose([taus, shares]))
 
 
 @pytest.mark.parametrize("script", ["dsppo_continuous.py", "sppo_rlhf_imdb.py"])
@@ -644,7 +647,7 @@ def test_report_of_a_small_set_of_runs(tmp_path):
     ].value
     assert value == pytest.approx(70.0)
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    tables = {"report.md", "runs.csv", "cells.csv", "aggregates.csv", "curves.csv"}
+    tables = {"report.md", "runs.csv", "cells.csv", "aggregates.csv", "curves.csv", "profiles.csv"}
     assert names == tables | {"curves.png", "sign_changes.png", "profiles_dsppo_continuous_none.png"}
 
 
