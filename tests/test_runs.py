@@ -283,6 +283,13 @@ def test_resume_refuses_other_folders(tmp_path):
         assert err.startswith(f"sppo_atari.py: error: --resume {tmp_path}") and err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "both"), [("A", "A", "A"), ("A", "B", "A then B"), ("A then B", "B", "A then B"), (None, None, None)]
+)
+def test_what_a_run_was_made_with_is_named_once(before, now, both):
+    assert sppo_atari.name_both(before, now) == both
+
+
 def test_ten_random_kills_and_the_run_still_ends_whole(tmp_path):
     """SIGKILL at random moments, start-up and checkpoint writing included, a resume after each."""
     rng = random.Random(0)
