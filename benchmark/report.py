@@ -7,7 +7,7 @@
 A run's score is the mean over the episodes of its last evaluation (`--eval-episodes`, 10; result.json, W&B's summary), a cell
 the mean over seeds ± its standard error. Writes into --out
 
-    report.md       tables by noise (best in bold, wins; returns while training), aggregates, what is mixed
+    report.md       tables by noise (best in bold, wins; returns while training; how long a control stays equal), aggregates
     runs.csv        one line a run, as a table exported from W&B; may be given back to this script, with curves.csv beside it
     cells.csv       one line a cell: mean, standard error, seeds; the paper's
     aggregates.csv  interquartile mean and probability of improvement with 95 % stratified bootstrap intervals (rliable)
@@ -387,6 +387,35 @@ def markdown(table: pd.DataFrame) -> list[str]:
     return lines
 
 
+def equal_curves(runs: pd.DataFrame, curves: pd.DataFrame) -> list[str]:
+    """Of one script's runs with PPO: the step up to which a symmetric run logs, to six digits, what its control does, which
+    has its gradient (README, fact 2), and what the baseline does, which has not; each alike in all else, seed by seed."""
+    points = {run_id: {} for run_id in runs.run_id}
+    for point in curves[curves.run_id.isin(set(runs.run_id))].itertuples():
+        points[point.run_id][point.step, point.tag] = f"{point.value:.6g}"
+    runs = runs[[len(points[run_id]) > 0 for run_id in runs.run_id]]
+    else_alike = (arguments() - {"alpha", "beta", "Z", "literal_signs", "reverse_prob", *FREE}) & set(runs)
+    key = runs[["env", "seed", *sorted(else_alike)]].astype(str).agg(" ".join, axis=1)
+
+    def last_equal(run: pd.Series, alpha: float) -> str:
+        others = runs[(key == key[run.name]) & (runs.beta == 0) & np.isclose(runs.alpha, alpha)]
+        if others.empty:
+            return "?"
+        one, two = points[run.run_id], points[others.run_id.iloc[0]]
+        parted = min((point[0] for point in one.keys() | two.keys() if one.get(point) != two.get(point)), default=math.inf)
+        return f"{max((step for step, _ in one if step < parted), default=0):,}"
+
+    rows = []
+    symmetric = runs[(runs.beta > 0) & ~runs.arm.str.contains("literal|factored")]  # those have another gradient
+    for (env, arm), group in symmetric.sort_values("seed").groupby(["env", "arm"]):
+        same = [run for _, run in group.iterrows()]
+        control = [last_equal(run, run.alpha + run.beta * abs(run.get("Z", -1))) for run in same]
+        if set(control) != {"?"}:
+            rows.append(f"| {arm} on {env} | {'; '.join(control)} | {'; '.join(last_equal(run, 1) for run in same)} |")
+    head = "Step up to which two runs' curves are equal to six digits, seed by seed (a difference in the last bit ends it):"
+    return [head, "", "| | with the control, of one gradient | with the baseline |", "|---|---|---|", *rows, ""] if rows else []
+
+
 def measures(runs: pd.DataFrame) -> list[str]:
     """Of one script's runs that tell more than a score (RLHF): each measure before training, all runs, and after it by arm."""
     names = [name.removeprefix("after.") for name in runs if name.startswith("after.") and not name.endswith("_stderr")]
@@ -701,6 +730,7 @@ def main(args: Args) -> None:
         lines += training(mine, curves)
         lines += measures(mine)
         if "ppo" in script:
+            lines += equal_curves(mine, curves)
             symmetric = mine[mine.beta > 0].groupby("env").size().index
             without = sorted(set(symmetric) - set(mine[mine.arm.str.startswith("control")].env))
             if without:

@@ -257,6 +257,40 @@ def test_the_last_tenth_of_training(tmp_path):
     assert report.training(pd.DataFrame(runs), curves[curves.run_id == "of another script"]) == []
 
 
+def test_the_step_to_which_a_control_is_equal():
+    """By hand: seed 1 parts from its control at step 300 in one tag, seed 2 where only one of them has logged, seed 3 has no
+    control alike in all else; the baseline parts at once, in the seventh digit never."""
+    runs, points = [], []
+
+    def run(arm, seed, alpha, beta, change=lambda tag, step, value: value, **settings):
+        run_id = f"{arm}{seed}{settings}"
+        one = {"run_id": run_id, "env": "Ant-v4", "arm": arm, "seed": seed, "alpha": alpha, "beta": beta, "Z": -2.0}
+        runs.append({**one, "learning_rate": 3e-4, "num_bins": 11, **settings})
+        for step in (100, 200, 300, 400):
+            for tag in ("charts/episodic_return", "charts/adv_sign_change"):
+                value = change(tag, step, 1000.0 * seed + step)
+                points.extend([(run_id, tag, step, value)] if value is not None else [])
+
+    for seed in (3, 1, 2):
+        run("DSPPO", seed, 0.5, 10)
+    run("control DPPO", 1, 20.5, 0, lambda tag, step, value: value + (step == 300 and tag == "charts/adv_sign_change"))
+    run("control DPPO", 2, 20.5, 0, lambda tag, step, value: None if step == 200 and tag == "charts/episodic_return" else value)
+    run("control DPPO", 3, 20.5, 0, learning_rate=1e-3)
+    run("DPPO α 10.5", 3, 10.5, 0)
+    run("DPPO", 1, 1, 0, lambda tag, step, value: value * 1.00001)
+    run("DPPO", 2, 1, 0, lambda tag, step, value: value * 1.00000001)
+    run("PPO", 3, 1, 0, num_bins=0)
+    run("DSPPO factored", 1, 0.5, 10, reverse_prob="factored")
+    run("DSPPO literal", 1, 0.5, 10, literal_signs=True)
+    table, curves = pd.DataFrame(runs), pd.DataFrame(points, columns=["run_id", "tag", "step", "value"])
+    head, *lines = report.equal_curves(table, curves)
+    assert head.startswith("Step up to which") and [line for line in lines if line.startswith("| D")] == [
+        "| DSPPO on Ant-v4 | 200; 100; ? | 0; 400; ? |"
+    ]
+    assert report.equal_curves(table[table.arm != "control DPPO"], curves) == []
+    assert report.equal_curves(table, curves[curves.run_id == "of another script"]) == []
+
+
 def test_curves_come_back():
     """A straight line stays one, with many points and with few; steps between those of a seed are on its line."""
     for count in (7, 1000):
