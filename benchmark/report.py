@@ -142,6 +142,7 @@ def load_runs(sources: tuple[Path, ...]) -> pd.DataFrame:
     others = int((~known).sum())
     runs = runs[known]
     runs = runs.assign(noise=runs.noise.fillna("none") if "noise" in runs else "none")
+    runs = runs.assign(Z=pd.to_numeric(runs.Z, errors="coerce").fillna(-1.0) if "Z" in runs else -1.0)
     runs = runs.assign(arm=[label(run) for run in runs.to_dict("records")])
     scored = np.isfinite(runs.score)
     left_out.update(("without a score", arm) for arm in runs[~scored].arm)
@@ -165,8 +166,7 @@ def load_runs(sources: tuple[Path, ...]) -> pd.DataFrame:
     for (script, noise, arm), names in telling.items():
         group = runs[(runs.script == script) & (runs.noise == noise) & (runs.arm == arm)]
         for name in sorted(names):
-            shown = group[name].map(lambda value: "none" if pd.isna(value) else str(value))
-            runs.loc[group.index, "arm"] += shown.map(f" {name} {{}}".format)
+            runs.loc[group.index, "arm"] += group[name].map(shown).map(f" {name} {{}}".format)
     runs["steps"] = runs.get("total_timesteps", np.nan)
     if "iterations" in runs:
         runs["steps"] = runs.steps.fillna(runs.iterations)
@@ -193,7 +193,7 @@ def label(run: dict) -> str:
     default = algorithm == "PPO"
     raw = run.get("norm_adv") in (False, "False", 0) if default else run.get("norm_adv") in (True, "True", 1)
     name += " raw" if raw and default else " normalised" if raw else ""
-    name += f" Z {run['Z']:g}" if run.get("Z", -1) not in (-1, "") and run["beta"] else ""
+    name += f" Z {run['Z']:g}" if run.get("Z", -1) != -1 and run["beta"] else ""
     return name + (f" {run['num_bins']:g} bins" if discrete and run.get("num_bins", 11) != 11 else "")
 
 
@@ -202,8 +202,7 @@ def is_control(runs: pd.DataFrame, run: pd.Series) -> bool:
     alike = runs[(runs.script == run.script) & (runs.noise == run.noise) & (runs.beta > 0)]
     here = alike[alike.env == run.env]
     alike = here if len(here) else alike
-    z = pd.to_numeric(alike.Z, errors="coerce").fillna(-1) if "Z" in alike else -1.0
-    return bool(np.isclose(alike.alpha + alike.beta * abs(z), run.alpha).any())
+    return bool(np.isclose(alike.alpha + alike.beta * abs(alike.Z), run.alpha).any())
 
 
 def find_mixture(runs: pd.DataFrame) -> list[str]:
@@ -233,10 +232,15 @@ def differences(runs: pd.DataFrame, names: set[str]) -> dict[str, list[str]]:
     """Those of the columns `names` with more than one value, and these; no value is one, too."""
     found = {}
     for name in sorted(names & set(runs.columns)):
-        values = runs[name].map(lambda value: "none" if pd.isna(value) else str(value)).unique()
+        values = runs[name].map(shown).unique()
         if len(values) > 1:
             found[name] = sorted(values)
     return found
+
+
+def shown(value) -> str:
+    """A setting as text: None of a result.json and the empty field that it is in a csv alike."""
+    return "none" if pd.isna(value) else str(value)
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -388,31 +392,37 @@ def markdown(table: pd.DataFrame) -> list[str]:
 
 
 def equal_curves(runs: pd.DataFrame, curves: pd.DataFrame) -> list[str]:
-    """Of one script's runs with PPO: the step up to which a symmetric run logs, to six digits, what its control does, which
-    has its gradient (README, fact 2), and what the baseline does, which has not; each alike in all else, seed by seed."""
+    """Of one script's runs with PPO: the last step up to which a symmetric run logs, to six digits, what its control does,
+    which has its gradient (README, fact 2), and what the baseline does, which has not; each alike in all else."""
     points = {run_id: {} for run_id in runs.run_id}
     for point in curves[curves.run_id.isin(set(runs.run_id))].itertuples():
         points[point.run_id][point.step, point.tag] = f"{point.value:.6g}"
     runs = runs[[len(points[run_id]) > 0 for run_id in runs.run_id]]
-    else_alike = (arguments() - {"alpha", "beta", "Z", "literal_signs", "reverse_prob", *FREE}) & set(runs)
-    key = runs[["env", "seed", *sorted(else_alike)]].astype(str).agg(" ".join, axis=1)
+    free = {"alpha", "beta", "Z", "literal_signs", "reverse_prob", *FREE} - {"total_timesteps", "iterations"}
+    names = ["env", "seed", *sorted((arguments() - free) & set(runs))]
+    alike = runs[names].map(shown).agg(" ".join, axis=1)
 
     def last_equal(run: pd.Series, alpha: float) -> str:
-        others = runs[(key == key[run.name]) & (runs.beta == 0) & np.isclose(runs.alpha, alpha)]
+        others = runs[(alike == alike[run.name]) & (runs.beta == 0) & np.isclose(runs.alpha, alpha)]
         if others.empty:
-            return "?"
+            return f"{run.seed:g}: ?"
         one, two = points[run.run_id], points[others.run_id.iloc[0]]
-        parted = min((point[0] for point in one.keys() | two.keys() if one.get(point) != two.get(point)), default=math.inf)
-        return f"{max((step for step, _ in one if step < parted), default=0):,}"
+        parted = min((point[0] for point in one.keys() | two.keys() if one.get(point) != two.get(point)), default=None)
+        last = max((step for step, _ in one if parted is None or step < parted), default=0)
+        return f"{run.seed:g}: {last:,}{' (end)' if parted is None else ''}"
 
     rows = []
-    symmetric = runs[(runs.beta > 0) & ~runs.arm.str.contains("literal|factored")]  # those have another gradient
-    for (env, arm), group in symmetric.sort_values("seed").groupby(["env", "arm"]):
-        same = [run for _, run in group.iterrows()]
-        control = [last_equal(run, run.alpha + run.beta * abs(run.get("Z", -1))) for run in same]
-        if set(control) != {"?"}:
+    # other gradients, and raw advantages, which change no signs: without returns nothing would tell two runs apart
+    symmetric = runs[(runs.beta > 0) & ~runs.arm.str.contains("literal|factored|raw")].sort_values("seed")
+    for env, arm in itertools.product(sorted(symmetric.env.unique()), order(list(symmetric.arm.unique()))):
+        same = [run for _, run in symmetric[(symmetric.env == env) & (symmetric.arm == arm)].iterrows()]
+        control = [last_equal(run, run.alpha + run.beta * abs(run.Z)) for run in same]
+        if not all(text.endswith("?") for text in control):
             rows.append(f"| {arm} on {env} | {'; '.join(control)} | {'; '.join(last_equal(run, 1) for run in same)} |")
-    head = "Step up to which two runs' curves are equal to six digits, seed by seed (a difference in the last bit ends it):"
+    head = (
+        "Last step (RLHF: episode) up to which two runs log one return and one share of changed signs, to six digits, by seed "
+        "(?: no such run). Rounding ends it where the gradient is one, sooner where a run was resumed in new environments."
+    )
     return [head, "", "| | with the control, of one gradient | with the baseline |", "|---|---|---|", *rows, ""] if rows else []
 
 

@@ -258,37 +258,62 @@ def test_the_last_tenth_of_training(tmp_path):
 
 
 def test_the_step_to_which_a_control_is_equal():
-    """By hand: seed 1 parts from its control at step 300 in one tag, seed 2 where only one of them has logged, seed 3 has no
-    control alike in all else; the baseline parts at once, in the seventh digit never."""
+    """By hand. Of DSPPO, seed 1 parts from its control at step 300 in one tag; seeds 2 and 4 where only one of the two has
+    logged; seed 3 has no control alike in all else; seed 5 never, as the sixth digit is the last that counts."""
     runs, points = [], []
 
-    def run(arm, seed, alpha, beta, change=lambda tag, step, value: value, **settings):
-        run_id = f"{arm}{seed}{settings}"
-        one = {"run_id": run_id, "env": "Ant-v4", "arm": arm, "seed": seed, "alpha": alpha, "beta": beta, "Z": -2.0}
-        runs.append({**one, "learning_rate": 3e-4, "num_bins": 11, **settings})
+    def run(arm, seed, alpha, beta, change=lambda tag, step, value: value, env="Ant-v4", **settings):
+        run_id = f"{env}{arm}{seed}{settings}"
+        one = {"run_id": run_id, "env": env, "arm": arm, "seed": seed, "alpha": alpha, "beta": beta}
+        one |= {"Z": -2.0 if beta else -1.0, "learning_rate": 3e-4, "num_bins": 11, "target_kl": None}
+        runs.append({**one, "total_timesteps": 400, "num_threads": 1, **settings})
         for step in (100, 200, 300, 400):
             for tag in ("charts/episodic_return", "charts/adv_sign_change"):
                 value = change(tag, step, 1000.0 * seed + step)
                 points.extend([(run_id, tag, step, value)] if value is not None else [])
 
-    for seed in (3, 1, 2):
-        run("DSPPO", seed, 0.5, 10)
-    run("control DPPO", 1, 20.5, 0, lambda tag, step, value: value + (step == 300 and tag == "charts/adv_sign_change"))
-    run("control DPPO", 2, 20.5, 0, lambda tag, step, value: None if step == 200 and tag == "charts/episodic_return" else value)
-    run("control DPPO", 3, 20.5, 0, learning_rate=1e-3)
+    def without(when):
+        return lambda tag, step, value: None if step == when and tag == "charts/episodic_return" else value
+
+    run("DSPPO", 1, 20.5, 10)  # symmetric itself, though it has the control's alpha
+    for seed in (3, 1, 2, 4, 5):
+        run("DSPPO", seed, 0.5, 10, without(200) if seed == 4 else lambda tag, step, value: value)
+    control = {"alpha": 20.5, "beta": 0, "num_threads": 2, "target_kl": np.nan}
+    run("control DPPO", 1, change=lambda tag, step, value: value + (step == 300 and "sign" in tag), **control)
+    run("control DPPO", 2, change=without(200), **control)
+    run("control DPPO", 3, learning_rate=1e-3, **control)
+    run("control DPPO", 3, total_timesteps=800, **control)
+    run("control DPPO", 3, env="Hopper-v4", **control)
+    run("control DPPO", 4, **control)
+    run("control DPPO", 5, change=lambda tag, step, value: value * (1 + 1e-7), **control)
     run("DPPO α 10.5", 3, 10.5, 0)
-    run("DPPO", 1, 1, 0, lambda tag, step, value: value * 1.00001)
-    run("DPPO", 2, 1, 0, lambda tag, step, value: value * 1.00000001)
+    run("DPPO", 1, 1, 0, lambda tag, step, value: value * (1 + 1e-5))
+    run("DPPO", 2, 1, 0)
     run("PPO", 3, 1, 0, num_bins=0)
-    run("DSPPO factored", 1, 0.5, 10, reverse_prob="factored")
-    run("DSPPO literal", 1, 0.5, 10, literal_signs=True)
-    table, curves = pd.DataFrame(runs), pd.DataFrame(points, columns=["run_id", "tag", "step", "value"])
+    for arm, settings in (("factored", {"reverse_prob": "factored"}), ("literal", {"literal_signs": True}), ("raw", {})):
+        run(f"DSPPO {arm}", 1, 0.5, 10, **settings)
+    table, curves = pd.DataFrame(runs[1:]), pd.DataFrame(points, columns=["run_id", "tag", "step", "value"])
+    expected = "| DSPPO on Ant-v4 | 1: 200; 2: 100; 3: ?; 4: 100; 5: 400 (end) | 1: 0; 2: 400 (end); 3: ?; 4: ?; 5: ? |"
     head, *lines = report.equal_curves(table, curves)
-    assert head.startswith("Step up to which") and [line for line in lines if line.startswith("| D")] == [
-        "| DSPPO on Ant-v4 | 200; 100; ? | 0; 400; ? |"
-    ]
+    assert head.startswith("Last step") and [line for line in lines if line.startswith("| DS")] == [expected]
+    *_, line, _ = report.equal_curves(pd.DataFrame(runs), curves)
+    assert line.startswith("| DSPPO on Ant-v4 | 1: ?; 1: 200; 2: 100; ")
     assert report.equal_curves(table[table.arm != "control DPPO"], curves) == []
     assert report.equal_curves(table, curves[curves.run_id == "of another script"]) == []
+
+
+def test_controls_are_found_beside_a_csv(tmp_path):
+    """Whose empty fields are None in a folder: of target_kl, and of Z, which is -1 then."""
+    folder = write_runs(tmp_path / "runs", {key: SCORES[key] for key in SCORES if key[0] == "Hopper"}, curves=True)
+    whole = make([folder], tmp_path / "one")
+    assert "| DSPPO on Hopper-v4 | 1: " in whole
+    for path in list(folder.glob("*control*")):
+        path.rename(tmp_path / path.name)
+    make([folder], tmp_path / "half")
+    exported = pd.read_csv(tmp_path / "half/runs.csv").drop(columns="Z")
+    exported.to_csv(tmp_path / "half/runs.csv", index=False)
+    controls = list(tmp_path.glob("Hopper*control*"))
+    assert make([*controls, tmp_path / "half/runs.csv"], tmp_path / "two") == whole
 
 
 def test_curves_come_back():
