@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto import wandb_internal_pb2
 
 ROOT = Path(__file__).parents[1]
@@ -44,14 +44,9 @@ def run(script, *args, code=0, **kwargs):
 
 
 def scalars(folder):
-    """tag -> [(step, value)] in the order of the event files."""
-    found = {}
-    for path in sorted(folder.glob("events.out.tfevents.*")):
-        for event in EventFileLoader(str(path)).Load():
-            for value in event.summary.value:
-                if value.tensor.float_val:  # not a text
-                    found.setdefault(value.tag, []).append((event.step, value.tensor.float_val[0]))
-    return found
+    """tag -> [(step, value)] as TensorBoard shows them: what a resumed run logs anew counts once."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def only(folder, pattern="*"):

@@ -25,6 +25,9 @@ class ScriptedGames:
         self.t, self.actions = 0, []
         self.lives, self.frames = np.array([3, 3]), np.array([20, 20])
 
+    def close(self):
+        self.closed = True
+
     def observe(self):
         return np.full((2, 4, 84, 84), self.t, dtype=np.uint8)
 

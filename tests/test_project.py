@@ -13,6 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(ROOT.glob("*.py"))
 OWN = {"Args", "main", "check_args", "update"}  # what each script has in a form of its own
+NEW_FORM = "sppo_atari.py"  # the first script with its operations behind the algorithm; shares the algorithm's helpers
+ALGORITHM = {"layer_init", "Agent", "act", "games_over", "bsc_noise", "write_atomically", "git_commit"}
 FAMILY = {"Agent", "act", "evaluate", "minibatch_loss", "rollout_loss", "rollout"}  # and what those of other environments have
 # What differs between the RLHF scripts: a classifier and a trained model there, adapters on one base here
 RLHF_OWN = {"Agent", "encode", "evaluate", "load_models", "rollout", "save_model", "score"}
@@ -58,17 +60,23 @@ def test_every_pin_is_exact_and_has_its_reason():
                 assert re.fullmatch(r"[\w.-]+(\[[\w,-]+\])?==[\w.]+ +# .{8,}", line), line
 
 
+def node_name(node):
+    return getattr(node, "name", None)
+
+
 def test_helpers_of_one_name_are_identical_to_the_character():
     found = {}
     for script in SCRIPTS:
         source = script.read_text()
         for node in ast.parse(source).body:
             own = OWN | RLHF_OWN if "_rlhf_" in script.stem else OWN
+            if script.name == NEW_FORM and node_name(node) not in ALGORITHM:
+                continue
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in own:
                 key = (node.name, script.stem.split("_")[1]) if node.name in FAMILY else node.name
                 found.setdefault(key, []).append((script.name, ast.get_source_segment(source, node)))
-    assert len(found["compute_gae"]) == len(found["open_run"]) == len(SCRIPTS)
-    assert len(found[("evaluate", "atari")]) == len(found[("evaluate", "continuous")]) == 2
+    assert len(found["compute_gae"]) == len(found["open_run"]) == len(SCRIPTS) - 1
+    assert len(found[("Agent", "atari")]) == len(found[("evaluate", "continuous")]) == 2
     for name, copies in found.items():
         for (file, text), (other_file, other_text) in itertools.combinations(copies, 2):
             assert text == other_text, f"{name} differs between {file} and {other_file}"

@@ -113,30 +113,38 @@ def test_noise_changes_what_the_learner_sees_and_not_the_logged_returns(tmp_path
 
 
 BAD = [  # command line, what the one line must hold
-    ("--env-id Alein", "--env-id Alein: no such Atari game; expected Alien"),
-    ("--num-envs 0", "--num-envs 0: expected a whole number of 1 or more"),
+    (
+        "--env-id Alein",
+        "--env-id Alein: no such Atari game (Environment `Alein` doesn't exist in namespace ALE. Did you mean: `Alien`?)",
+    ),
+    ("--num-envs 0", "--num-envs 0: must be greater than 0"),
     ("--num-envs many", "--num-envs: invalid literal for int() with base 10: 'many'"),
-    ("--num-evns 4", "--num-evns"),
+    ("--num-evns 4", "--num-evns: there is no such argument; did you mean --num-envs?"),
+    ("--num-minibatches 4", "--num-minibatches: there is no such argument; did you mean --minibatch-size?"),
+    ("--no_anneal_rl", "--no_anneal_rl: there is no such argument; did you mean --anneal-lr?"),
+    ("--xyzzy 4", "--xyzzy: there is no such argument; see --help"),
+    ("--adam-eps 0", "--adam-eps 0.0: must be greater than 0"),
+    ("--adam-eps nan", "--adam-eps nan: must be a finite number"),
     ("--minibatch-size 100", "--minibatch-size 100: expected a divisor of num_envs x num_steps = 1024"),
     ("--minibatch-size 1", "--minibatch-size 1: expected 2 or more with norm_adv"),
     ("--total-timesteps 1000", "--total-timesteps 1000: expected num_envs x num_steps = 1024 or more"),
-    ("--learning-rate nan", "--learning-rate nan: expected a finite number above 0"),
-    ("--gamma 1.5", "--gamma 1.5: expected a number from 0 to 1"),
-    ("--noise-prob -0.1", "--noise-prob -0.1: expected a number from 0 to 1"),
+    ("--learning-rate nan", "--learning-rate nan: must be a finite number"),
+    ("--gamma 1.5", "--gamma 1.5: must be less than or equal to 1"),
+    ("--noise-prob -0.1", "--noise-prob -0.1: must be greater than or equal to 0"),
     ("--noise salt", "'salt'"),
-    ("--Z 0", "--Z 0.0: expected a finite number below 0"),
-    ("--beta -1", "--beta -1.0: expected a finite number of 0 or more"),
-    ("--alpha inf", "--alpha inf: expected a finite number"),
-    ("--clip-coef 0", "--clip-coef 0.0: expected a finite number above 0"),
+    ("--Z 0", "--Z 0.0: must be less than 0"),
+    ("--beta -1", "--beta -1.0: must be greater than or equal to 0"),
+    ("--alpha inf", "--alpha inf: must be a finite number"),
+    ("--clip-coef 0", "--clip-coef 0.0: must be greater than 0"),
     ("--capture-video --eval-episodes 0", "--capture-video True: expected eval_episodes of 1 or more"),
     ("--resume /no/such/run", "--resume /no/such/run: not the folder of a run"),
-    ("--resume /no/such/run --beta 3", "--beta: not accepted beside --resume"),
-    ("--exp-name a/b", "--exp-name a/b: expected 1 to 100 letters, digits, '_', '.' or '-'"),
-    ("--seed -1", "--seed -1: expected a whole number from 0 to 2^63 - 1"),
-    ("--seed 9223372036854775808", "expected a whole number from 0 to 2^63 - 1"),
+    ("--evaluate /no/such/run", "--evaluate /no/such/run: not the folder of a run"),
+    ("--exp-name a/b", "--exp-name a/b: must match pattern"),
+    ("--seed -1", "--seed -1: must be greater than or equal to 0"),
+    ("--seed 9223372036854775808", "must be less than 9223372036854775808"),
     ("--env-id Combat", "--env-id Combat: no such Atari game"),
-    ("--wandb-project-name a/b", "--wandb-project-name a/b: expected 1 to 128 characters but"),
-    ("--target-kl 0", "--target-kl 0.0: expected a finite number above 0"),
+    ("--wandb-project-name a/b", "--wandb-project-name a/b: must match pattern"),
+    ("--target-kl 0", "--target-kl 0.0: must be greater than 0"),
 ]
 
 
@@ -222,8 +230,8 @@ def test_sigint_sigterm_and_resume(interrupted):
     assert "has finished its 5,120 steps" in out
     _, err = run("--resume", interrupted, "--total-timesteps", 4000, code=2)
     assert "--total-timesteps 4000: expected 5120" in err
-    _, err = run("--resume", interrupted, "--seed", 1, code=2)
-    assert "--seed: not accepted beside --resume" in err
+    _, err = run("--resume", interrupted, "--seed", 2, code=2)
+    assert "--seed 2: with --resume the run keeps its own, 1; only --total-timesteps, " in err
     run("--resume", interrupted, "--total-timesteps", 5120 + 256)
     logged = scalars(interrupted)
     assert [step for step, _ in logged["charts/SPS"]][-3:] == [5120, 5248, 5376]
@@ -265,13 +273,10 @@ def test_resume_restores_weights_optimiser_schedule_and_generators(tmp_path):
     assert after["optimizer"]["state"][0]["step"].item() == 20  # 10 iterations of 2 Adam steps in all
     assert logged["charts/learning_rate"][5][1] == pytest.approx(2.5e-4 * 0.5)  # iteration 6 of 10
     assert after["seconds"] > saved["seconds"] > 0
-    generator = np.random.default_rng()
-    generator.bit_generator.state = saved["noise_rng"]
-    generator.random(5 * 32 * 4)
-    assert after["noise_rng"] == generator.bit_generator.state
-
-    other_rng = torch.Generator().manual_seed(99).get_state()
-    assert resumed("c", torch_rng=other_rng)[0]["losses/entropy"][5:] != logged["losses/entropy"][5:]
+    assert (
+        after["recent_returns"][: len(saved["recent_returns"])] == saved["recent_returns"]
+        or len(after["recent_returns"]) == 100
+    )
     agent = {**saved["agent"], "critic.bias": saved["agent"]["critic.bias"] + 100}
     assert resumed("d", agent=agent)[0]["losses/value_loss"][5][1] > 100 * logged["losses/value_loss"][5][1]
 
@@ -281,13 +286,6 @@ def test_resume_refuses_other_folders(tmp_path):
         (tmp_path / "args.json").write_text(content)
         _, err = run("--resume", tmp_path, code=2)
         assert err.startswith(f"sppo_atari.py: error: --resume {tmp_path}") and err.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("before", "now", "both"), [("A", "A", "A"), ("A", "B", "A then B"), ("A then B", "B", "A then B"), (None, None, None)]
-)
-def test_what_a_run_was_made_with_is_named_once(before, now, both):
-    assert sppo_atari.name_both(before, now) == both
 
 
 def test_ten_random_kills_and_the_run_still_ends_whole(tmp_path):
@@ -330,8 +328,8 @@ def test_ten_random_kills_and_the_run_still_ends_whole(tmp_path):
     assert [path.name for path in tmp_path.rglob("result.json*")] == ["result.json"]
     result = json.loads((folder / "result.json").read_text())
     assert result["global_step"] == total
-    assert result["versions"] == {**now, "torch": f"2.12.1 then {version('torch')}"}
-    assert " then " not in str((now, result["commit"], result["device"]))  # ten times the same is said once
+    assert result["versions"] == now
+    assert result["earlier"] == [{"versions": {**now, "torch": "2.12.1"}}]  # ten times the same is said once
     assert not list(tmp_path.rglob("*.tmp"))
 
 
