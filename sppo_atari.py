@@ -344,10 +344,10 @@ def compute_gae(rewards, values, dones, next_values, gamma, gae_lambda):
     """
     alive = 1.0 - dones
     deltas = rewards + gamma * alive * torch.cat([values[1:], next_values.unsqueeze(0)]) - values
+    decays = gamma * gae_lambda * alive
     advantages, advantage = torch.zeros_like(values), torch.zeros_like(next_values)
     for t in reversed(range(len(rewards))):
-        advantage = deltas[t] + gamma * gae_lambda * alive[t] * advantage
-        advantages[t] = advantage
+        advantages[t] = advantage = deltas[t] + decays[t] * advantage
     return advantages, advantages + values
 
 
@@ -503,17 +503,17 @@ def evaluate(agent, args, device, video_path=None, stop=()):
     return [] if stop else returns.tolist()
 
 
-def load_agent(args, checkpoint):
+def load_agent(args, checkpoint, device):
     """What `evaluate` plays, from the checkpoint of a run."""
     agent = Agent(len(checkpoint["agent"]["actor.bias"]), args.bf16)
     agent.load_state_dict(checkpoint["agent"])
-    return agent
+    return agent.to(device)
 
 
 def load_policy(run_folder):
     """A trained policy and a game for it: `policy(obs)` samples actions [1] for `envs`, a vector environment of one game."""
     args, checkpoint = load_run(run_folder)
-    agent = load_agent(args, checkpoint)
+    agent = load_agent(args, checkpoint, "cpu")
 
     @torch.no_grad()
     def policy(obs):
@@ -650,7 +650,7 @@ class Run:
         except (wandb.errors.Error, ValueError) as error:
             if not self.args.resume:
                 shutil.rmtree(self.folder)
-            fail(f"--track: {' '.join(str(error).split())}; WANDB_MODE=offline needs no account")
+            fail(f"--track: {one_line(error)}; WANDB_MODE=offline needs no account")
 
     def on_signal(self, number, frame):
         """The first signal ends the run after this iteration, the second one at once."""
@@ -842,6 +842,10 @@ def fail(message):
     sys.exit(2)
 
 
+def one_line(error):
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def flag(name):
     return f"--{name.replace('_', '-')}"
 
@@ -972,7 +976,7 @@ def evaluate_run(args):
     checkpoint = load_checkpoint(folder, "--evaluate")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     video = folder / "videos" / f"{checkpoint['global_step']}.mp4" if args.capture_video else None
-    scores = evaluate_and_film(load_agent(args, checkpoint).to(device), args, device, video)
+    scores = evaluate_and_film(load_agent(args, checkpoint, device), args, device, video)
     stderr = f" +- {np.std(scores, ddof=1) / len(scores) ** 0.5:.1f}" if len(scores) > 1 else ""
     say(f"returns {', '.join(f'{score:.1f}' for score in scores)}")
     say(f"score {np.mean(scores):.1f}{stderr} at step {checkpoint['global_step']:,}{f'; {video}' if video else ''}")
