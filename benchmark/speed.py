@@ -166,15 +166,14 @@ def plain_ppo_loss(logprobs, old_logprobs, advantages, clip_coef, Z, literal_sig
     logratio = logprobs - old_logprobs
     ratio = logratio.clamp(-20, 20).exp()
     surrogate = advantages * ratio
+    clipped = advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef)
     with torch.no_grad():
-        clipped = advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef)
-        kept = surrogate <= clipped
         stats = {
             "old_approx_kl": -logratio.mean(),
             "approx_kl": (logratio.clamp(-20, 20).expm1() - logratio).mean(),
             "clipfrac": ((ratio - 1).abs() > clip_coef).float().mean(),
         }
-    return -torch.where(kept, surrogate, clipped).mean(), torch.zeros(()), stats
+    return -torch.min(surrogate, clipped).mean(), torch.zeros(()), stats
 
 
 def plain_a2c_loss(logprobs, advantages, Z, literal_signs):
@@ -217,8 +216,8 @@ def atari_parts(suite: Suite, script):
 
 def continuous_parts(suite: Suite, script):
     """As `atari_parts`; acting holds the normalisation."""
-    args = script.Args(num_envs=suite.num_envs, num_steps=suite.num_steps)
-    envs = [script.make_env(suite.env_id) for _ in range(suite.num_envs)]
+    args = script.Args(env_id=suite.env_id, num_envs=suite.num_envs, num_steps=suite.num_steps)
+    envs = [script.make_env(args) for _ in range(suite.num_envs)]
     raw_obs, space, rng = np.array([env.reset(seed=1)[0] for env in envs]), envs[0].action_space, np.random.default_rng(0)
     bins, agent = script.make_bins(space, 11), script.Agent(raw_obs.shape[1], *space.shape, 11)
     weights, actor, stats = (

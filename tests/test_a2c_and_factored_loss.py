@@ -12,6 +12,8 @@ from dsa2c_continuous import factored_a2c_reverse
 from dsppo_continuous import factored_ppo_reverse, symmetric_ppo_loss
 from sa2c_atari import symmetric_a2c_loss
 
+pytestmark = pytest.mark.quick
+
 LOGITS = torch.tensor([0.3, -1.2, 2.0, 0.7], dtype=torch.float64)
 A2C, REVERSE = 0, 1
 

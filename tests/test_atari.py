@@ -13,6 +13,8 @@ import torch
 
 from sppo_atari import Agent, Args, act, bsc_noise, evaluate, games_over, make_envs, resolve_game
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(
     ("env_id", "game"),

@@ -35,6 +35,8 @@ from dsppo_continuous import (
     update,
 )
 
+pytestmark = pytest.mark.quick
+
 SETTINGS = Path(__file__).parents[1] / "benchmark/paper/hyperparameters.toml"
 OBS, D, STEPS, ENVS = 5, 3, 16, 4
 SPACE = gym.spaces.Box(np.array([-1, -2, 0.5], np.float32), np.array([1, 6, 0.75], np.float32))
@@ -335,39 +337,45 @@ def test_initialisation_is_orthogonal_with_the_usual_gains():
 def test_the_papers_tasks_resolve_by_short_name_and_play(task):
     for module in (dsppo_continuous, dsa2c_continuous):
         assert module.resolve_env(task.split("-")[0]) == module.resolve_env(task) == task
-    env = make_env(task)
+    env = make_env(Args(env_id=task))
+    assert env.spec.id == task == make_env(Args(env_id=task.split("-")[0])).spec.id
     env.reset(seed=0)
     env_actions = to_env(np.zeros((1, *env.action_space.shape), int), env.action_space, make_bins(env.action_space, 11))
     obs, rewards, *_ = step_envs([env], env_actions)
     assert obs.shape == (1, *env.observation_space.shape) and rewards.shape == (1,) and np.isfinite(obs).all()
 
 
-def test_unknown_environments_list_close_matches():
-    with pytest.raises(ValueError, match=r"--env-id Walker2: no such environment; expected .*Walker2d"):
-        resolve_env("Walker2")
+@pytest.mark.parametrize(
+    ("env_id", "reason"),
+    [
+        ("Walker2", "Environment `Walker2` doesn't exist. Did you mean: `Walker2d`?"),
+        ("nomodule:Hopper-v5", "No module named 'nomodule'"),
+        ("xyzzy", "expected one of Ant, BipedalWalker, "),
+    ],
+)
+def test_unknown_environments_are_one_line_with_close_matches(env_id, reason, capsys):
+    for module in (dsppo_continuous, dsa2c_continuous):
+        with pytest.raises(SystemExit) as stopped:
+            module.check_args(module.Args(env_id=env_id))
+        err = capsys.readouterr().err
+        assert stopped.value.code == 2 and err.count("\n") == 1 and f"--env-id {env_id}: " in err and reason in err
     assert resolve_env("gymnasium.envs:Hopper-v5") == "Hopper-v5"
-    with pytest.raises(
-        ValueError, match="--env-id nomodule:Hopper-v5: ModuleNotFoundError: No module named 'nomodule'; expected a module"
-    ):
-        resolve_env("nomodule:Hopper-v5")
-    with pytest.raises(ValueError, match="--env-id xyzzy: no such environment; expected one of Ant, "):
-        resolve_env("xyzzy")
 
 
 def test_mujoco_writes_no_log_into_the_working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    make_env("HalfCheetah-v4").reset(seed=0)
+    make_env(Args(env_id="HalfCheetah-v4")).reset(seed=0)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_evaluation_plays_greedily_with_the_frozen_normaliser_and_no_noise():
     """Returns of `evaluate` against an episode played by hand."""
     agent = Agent(8, 2, 11)
-    bins, obs_stats = make_bins(make_env("LunarLanderContinuous-v3").action_space, 11), RunningMeanStd((8,))
+    obs_stats = RunningMeanStd((8,))
     obs_stats.update(np.random.default_rng(0).standard_normal((10, 8)))
     before = vars(obs_stats).copy()
     args = Args(env_id="LunarLanderContinuous", eval_episodes=2, seed=4, noise="gaussian")
-    returns = evaluate(numpy_actor(agent), "LunarLanderContinuous-v3", bins, obs_stats, args)
+    returns = evaluate((agent, obs_stats), args, "cpu")
     assert vars(obs_stats) == before
     for expected, seed in zip(returns, np.random.default_rng([4, 1]).integers(2**31, size=2), strict=True):
         env = gym.make("LunarLanderContinuous-v3")
@@ -381,4 +389,4 @@ def test_evaluation_plays_greedily_with_the_frozen_normaliser_and_no_noise():
             obs, reward, terminated, truncated, _ = env.step(action)
             total, done = total + reward, terminated or truncated
         assert total == pytest.approx(expected, rel=1e-4)
-    assert evaluate(numpy_actor(agent), "LunarLanderContinuous-v3", bins, obs_stats, args, stop=[2]) == []
+    assert evaluate((agent, obs_stats), args, "cpu", stop=[2]) == []

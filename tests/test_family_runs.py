@@ -86,7 +86,7 @@ def test_a_run_leaves_what_the_readme_says(script, tmp_path):
     stem = script.name.removesuffix(".py")
     folder = only(tmp_path, f"{script.env_id}__*")
     assert re.fullmatch(rf"{script.env_id}__{stem}__3__\d+", folder.name)
-    assert f"is {script.env_id} (" in out and "score" in out.splitlines()[-1]
+    assert f"is {script.env_id}; " in out and "score" in out.splitlines()[-1]
     saved = json.loads((folder / "args.json").read_text())
     assert saved["env_id"] == script.env_id and saved["args"]["noise"] == script.noise[1]
     assert {"python", "torch", "gymnasium", "numpy"} <= saved["versions"].keys()
@@ -191,7 +191,7 @@ def test_signals_kills_and_resume(script, tmp_path):
 
 
 @each_script
-def test_resume_restores_weights_optimiser_normalisers_and_generators(script, tmp_path, call):
+def test_resume_restores_weights_optimiser_normalisers_and_the_window_of_returns(script, tmp_path, call):
     """Copies of one checkpoint go on alike; with a part of it exchanged, they show that part."""
     call(script, *script.args, *script.noise, "--total-timesteps", 640, "--eval-episodes", 0, "--run-dir", tmp_path / "run")
     original = only(tmp_path / "run")
@@ -208,21 +208,12 @@ def test_resume_restores_weights_optimiser_normalisers_and_generators(script, tm
     logged, after = resumed("a")
     assert resumed("b")[0] == logged
     assert after["seconds"] > saved["seconds"] > 0
-    generator = np.random.default_rng()
-    generator.bit_generator.state = saved["noise_rng"]
-    draw = generator.random if "atari" in script.name else generator.standard_normal
-    draw(640)
-    assert after["noise_rng"] == generator.bit_generator.state
-
+    assert saved["recent_returns"] and after["recent_returns"][: len(saved["recent_returns"])] == saved["recent_returns"]
     new = len(logged["losses/value_loss"]) // 2  # where the second half begins
     different = {"agent": {key: value + 1 if key.startswith("critic") else value for key, value in saved["agent"].items()}}
     if "atari" in script.name:
-        different["torch_rng"] = torch.Generator().manual_seed(99).get_state()
         different["square_avgs"] = [value * 1e12 for value in saved["square_avgs"]]
     else:
-        if "dsppo" in script.name:  # shuffles the minibatches
-            different["torch_rng"] = torch.Generator().manual_seed(99).get_state()
-        different["action_rng"] = np.random.default_rng(99).bit_generator.state
         state = {
             key: value * 1e12 if torch.is_tensor(value) else value for key, value in saved["optimizer"]["state"][0].items()
         }
@@ -267,13 +258,13 @@ def test_a_broken_run_ends_and_leaves_no_checkpoint(script, tmp_path):
 
 BAD = {
     "sa2c_atari.py": [
-        ("--env-id Alein", "--env-id Alein: no such Atari game; expected Alien"),
-        ("--rmsprop-alpha 2", "--rmsprop-alpha 2.0: expected a number from 0 to 1"),
-        ("--rmsprop-eps 0", "--rmsprop-eps 0.0: expected a finite number above 0"),
+        ("--env-id Alein", "--env-id Alein: no such Atari game ("),
+        ("--rmsprop-alpha 2", "--rmsprop-alpha 2.0: must be less than or equal to 1"),
+        ("--rmsprop-eps 0", "--rmsprop-eps 0.0: must be greater than 0"),
         ("--checkpoint-interval 150", "--checkpoint-interval 150: expected a multiple of log_interval = 100"),
         ("--num-envs 1 --num-steps 1 --norm-adv", "--norm-adv True: expected num_envs x num_steps of 2 or more"),
         ("--total-timesteps 79", "--total-timesteps 79: expected num_envs x num_steps = 80 or more"),
-        ("--clip-coef 0.1", "--clip-coef"),
+        ("--clip-coef 0.1", "--clip-coef: there is no such argument"),
     ],
     "dsppo_continuous.py": [
         (
@@ -284,14 +275,14 @@ BAD = {
             "--env-id Blackjack-v1",
             "--env-id Blackjack-v1: has Tuple observations and Discrete actions (int64, shape ()); expected Box",
         ),
-        ("--env-id Hoper", "--env-id Hoper: no such environment; expected Hopper"),
+        ("--env-id Hoper", "Did you mean: `Hopper`?"),
         ("--num-bins 1", "--num-bins 1: expected 0 (Gaussian) or 2 or more"),
         ("--num-bins 0", "--beta 20.0: expected 0 with num_bins 0"),
-        ("--noise-std -1", "--noise-std -1.0: expected a finite number of 0 or more"),
+        ("--noise-std -1", "--noise-std -1.0: must be greater than or equal to 0"),
         ("--noise bsc", "'bsc'"),
         ("--reverse-prob both", "'both'"),
         ("--minibatch-size 100", "--minibatch-size 100: expected a divisor of num_envs x num_steps = 2048"),
-        ("--resume /no/such/run --beta 3", "--beta: not accepted beside --resume"),
+        ("--resume /no/such/run --beta 3", "--resume /no/such/run: not the folder of a run of this script"),
     ],
     "dsa2c_continuous.py": [
         (
@@ -300,7 +291,7 @@ BAD = {
         ),
         ("--num-bins 0", "--beta 0.2: expected 0 with num_bins 0"),
         ("--checkpoint-interval 150", "--checkpoint-interval 150: expected a multiple of log_interval = 100"),
-        ("--gamma 1.01", "--gamma 1.01: expected a number from 0 to 1"),
+        ("--gamma 1.01", "--gamma 1.01: must be less than or equal to 1"),
     ],
 }
 
@@ -338,10 +329,10 @@ def test_odd_action_boxes_and_modules_are_refused(name, capsys, tmp_path, monkey
     for env_id, reason in (
         ("Whole-v0", "Box actions (int64, shape (2,)); expected Box observations and a one-dimensional Box of float actions"),
         ("Empty-v0", "Box actions (float32, shape (0,)); expected"),
-        ("raises_here:Hopper-v4", "ZeroDivisionError: division by zero; expected a module that can be imported"),
-        ("no_syntax_here:Hopper-v4", "SyntaxError"),
-        (".relative:Hopper-v4", "TypeError"),
-        (":Hopper-v4", "ValueError: Empty module name; expected a module"),
+        ("raises_here:Hopper-v4", "(division by zero); expected"),
+        ("no_syntax_here:Hopper-v4", "invalid syntax"),
+        (".relative:Hopper-v4", "relative import"),
+        (":Hopper-v4", "(Empty module name); expected"),
     ):
         with pytest.raises(SystemExit):
             module.check_args(module.Args(env_id=env_id))
@@ -378,7 +369,13 @@ def test_unbounded_actions_are_refused_with_bins_and_accepted_without(capsys):
         observation_space = gym.spaces.Box(-1, 1, (2,))
         action_space = gym.spaces.Box(-np.inf, np.inf, (1,))
 
-    gym.register("Unbounded-v0", entry_point=Unbounded)
+        def reset(self, **given):
+            return np.zeros(2, np.float32), {}
+
+        def step(self, action):
+            return np.zeros(2, np.float32), 0.0, False, False, {}
+
+    gym.register("Unbounded-v0", entry_point=Unbounded, max_episode_steps=9)
     with pytest.raises(SystemExit):
         dsppo_continuous.check_args(dsppo_continuous.Args(env_id="Unbounded-v0"))
     assert "--env-id Unbounded-v0: its actions are unbounded" in capsys.readouterr().err

@@ -12,6 +12,8 @@ import sa2c_atari
 import sppo_atari
 from sppo_atari import Agent
 
+pytestmark = pytest.mark.quick
+
 RAW = np.array([[3, -2], [0, 5], [1, 0], [0, 4], [-7, 1], [2, 0]])  # rewards of steps 0 to 5, two games
 LIFE_LOST, CUT, BOTH_OVER = 1, 2, 3  # step 1: game 0 loses a life; 2: game 1 is truncated; 3: both games end
 

@@ -11,6 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import dsa2c_continuous
 import dsppo_continuous
 
+pytestmark = pytest.mark.quick
+
 STEPS, GAMMA = 6, 0.9
 RAW = np.array([[3, -2], [0, 5], [1, 0], [0, 4], [-7, 1], [2, 0]], dtype=float)  # rewards of steps 0 to 5, two environments
 TERMINATED, TRUNCATED = {(1, 0), (3, 0), (3, 1)}, {(2, 1)}  # (step, environment); nothing on step 5
@@ -95,14 +97,15 @@ def loop(request, monkeypatch, tmp_path):
         stats = {"losses/policy_loss": torch.tensor(0.5)}
         return stats if script is dsa2c_continuous else {name: value.item() for name, value in stats.items()}
 
-    monkeypatch.setattr(script, "make_env", lambda env_id: Scripted(next(numbers), log))
+    monkeypatch.setattr(script, "make_env", lambda args: Scripted(next(numbers), log))
     monkeypatch.setattr(script, "compute_gae", compute_gae)
     monkeypatch.setattr(script, "update", update)
     handlers = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
 
-    def run(**changed):
+    def run(own=None, **changed):
         settings = {"num_envs": 2, "num_steps": STEPS, "total_timesteps": 4 * STEPS, "eval_episodes": 0, "gamma": GAMMA}
         settings |= {"log_interval": 1, "gae_lambda": 0.8} if script is dsa2c_continuous else {"gae_lambda": 0.8}
+        changed |= own[script.__name__] if own else {}
         script.main(script.Args(**settings, run_dir=str(tmp_path), **changed))
         (folder,) = tmp_path.glob("*/")
         events = EventAccumulator(str(folder))
@@ -172,12 +175,15 @@ def test_logged_returns_are_raw_whole_episodes_and_seeds_are_given_once(loop):
 
 
 def test_optimiser_and_learning_rate(loop):
-    script, seen, _, scalars = loop(anneal_lr=True)
+    script, seen, _, scalars = loop(
+        {"dsppo_continuous": {"adam_eps": 1e-6}, "dsa2c_continuous": {"rmsprop_alpha": 0.9, "rmsprop_eps": 1e-3}},
+        anneal_lr=True,
+    )
     optimizer, _ = seen["update"][0]
     rate = script.Args().learning_rate
     assert [value for _, value in scalars["charts/learning_rate"]] == pytest.approx([rate, rate / 2])
     settings = optimizer.param_groups[0]
     if script is dsppo_continuous:
-        assert isinstance(optimizer, torch.optim.Adam) and settings["eps"] == 1e-5
+        assert isinstance(optimizer, torch.optim.Adam) and settings["eps"] == 1e-6
     else:
-        assert isinstance(optimizer, torch.optim.RMSprop) and (settings["alpha"], settings["eps"]) == (0.99, 1e-5)
+        assert isinstance(optimizer, torch.optim.RMSprop) and (settings["alpha"], settings["eps"]) == (0.9, 1e-3)

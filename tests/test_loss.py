@@ -7,6 +7,8 @@ import torch
 
 from sppo_atari import Args, minibatch_loss, symmetric_ppo_loss
 
+pytestmark = pytest.mark.quick
+
 LOGITS = torch.tensor([0.3, -1.2, 2.0, 0.7], dtype=torch.float64)
 OLD_LOGITS = torch.tensor([0.4, -1.1, 1.7, 0.8], dtype=torch.float64)
 

@@ -1,5 +1,6 @@
 """What sppo_atari.py keeps for its user behind the algorithm: scores again, one writer, whole files, lines that arrive."""
 
+import importlib
 import json
 import os
 import resource
@@ -16,6 +17,7 @@ import pytest
 import torch
 from helpers import ENV, ROOT, no_process_outlives_its_test, only, wait_for, wandb_run  # noqa: F401
 
+import sa2c_atari
 import sppo_atari
 
 run, start = partial(helpers.run, "sppo_atari.py"), partial(helpers.start, "sppo_atari.py")
@@ -202,3 +204,31 @@ def test_target_kl_ends_the_update_after_an_epoch_that_is_above_it(target_kl, ep
     batch = (*batch, torch.randn(16), torch.randn(16))
     sppo_atari.update(agent, optimizer, sppo_atari.minibatch_loss, args, torch.tensor(0.1), batch)
     assert optimizer.state[agent.actor.bias]["step"].item() == 2 * epochs
+
+
+@pytest.mark.parametrize("name", ["dsppo_continuous", "dsa2c_continuous"])
+def test_a_gradient_below_the_maximum_norm_is_left_as_it_is(name):
+    script = importlib.import_module(name)
+    torch.manual_seed(0)
+    agent = script.Agent(4, 2, 5)
+    args = script.Args(max_grad_norm=1e3, **({"update_epochs": 1, "minibatch_size": 16} if "ppo" in name else {}))
+    weights = script.flatten_parameters(agent)
+    old = [torch.full((16, 2), -1.6)] if "ppo" in name else []
+    batch = (torch.randn(16, 4), torch.randint(5, (16, 2)), *old, torch.randn(16), torch.randn(16))
+    loss_fn = script.minibatch_loss if "ppo" in name else script.rollout_loss
+    loss, _ = loss_fn(agent, args, *batch)
+    expected = torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, list(agent.parameters()))])
+    assert 0.1 < expected.norm() < 100
+    script.update(agent, weights, torch.optim.SGD([weights], lr=0.0), loss_fn, args, batch)
+    torch.testing.assert_close(weights.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_rmsprop_alpha_reaches_the_optimiser_of_sa2c_atari():
+    torch.manual_seed(0)
+    agent = sa2c_atari.Agent(3)
+    square_avgs = [torch.ones_like(parameter) for parameter in agent.parameters()]
+    batch = (torch.randint(0, 256, (4, 4, 84, 84), dtype=torch.uint8), torch.randint(3, (4,)), torch.randn(4), torch.randn(4))
+    sa2c_atari.update(agent, square_avgs, 1e-9, sa2c_atari.rollout_loss, sa2c_atari.Args(rmsprop_alpha=0.25), batch)
+    expected = 0.25 + 0.75 * agent.critic.bias.grad**2
+    torch.testing.assert_close(square_avgs[-1], expected)
+    assert (expected - 0.25).item() > 1e-6

@@ -18,6 +18,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
+pytestmark = pytest.mark.quick
+
 SMALL = {"net_arch": {"pi": [64, 64], "vf": [64, 64]}, "activation_fn": torch.nn.Tanh}
 COMMON = {
     "gamma": 0.99,
@@ -84,7 +86,7 @@ def test_a_run_with_the_peers_chance_ends_at_the_peers_weights(algorithm, tmp_pa
     script = importlib.import_module("dsppo_continuous" if algorithm == "ppo" else "dsa2c_continuous")
     seeds, actions, flatten = iter(range(7, 7 + num_envs)), iter(record.actions), script.flatten_parameters
 
-    def make_env(env_id):
+    def make_env(args):
         env, seed = hopper(), next(seeds)
         reset = env.reset
         env.reset = lambda **given: reset(seed=seed) if "seed" in given else reset()

@@ -13,8 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(ROOT.glob("*.py"))
 OWN = {"Args", "main", "check_args", "update"}  # what each script has in a form of its own
-NEW_FORM = "sppo_atari.py"  # the first script with its operations behind the algorithm; shares the algorithm's helpers
-ALGORITHM = {"layer_init", "Agent", "act", "games_over", "bsc_noise", "write_atomically", "git_commit"}
+CONTROL_OWN = {"Args", "update", "train", "check_env", "load_agent", "load_policy", "resolve_env"}
 FAMILY = {"Agent", "act", "evaluate", "minibatch_loss", "rollout_loss", "rollout"}  # and what those of other environments have
 # What differs between the RLHF scripts: a classifier and a trained model there, adapters on one base here
 RLHF_OWN = {"Agent", "encode", "evaluate", "load_models", "rollout", "save_model", "score"}
@@ -60,26 +59,43 @@ def test_every_pin_is_exact_and_has_its_reason():
                 assert re.fullmatch(r"[\w.-]+(\[[\w,-]+\])?==[\w.]+ +# .{8,}", line), line
 
 
-def node_name(node):
-    return getattr(node, "name", None)
-
-
-def test_helpers_of_one_name_are_identical_to_the_character():
+def helpers(scripts, own):
+    """name (for what is of one family of environments, name and family) -> its copies as (script, text)."""
     found = {}
-    for script in SCRIPTS:
+    for script in scripts:
         source = script.read_text()
         for node in ast.parse(source).body:
-            own = OWN | RLHF_OWN if "_rlhf_" in script.stem else OWN
-            if script.name == NEW_FORM and node_name(node) not in ALGORITHM:
-                continue
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in own:
                 key = (node.name, script.stem.split("_")[1]) if node.name in FAMILY else node.name
                 found.setdefault(key, []).append((script.name, ast.get_source_segment(source, node)))
-    assert len(found["compute_gae"]) == len(found["open_run"]) == len(SCRIPTS) - 1
-    assert len(found[("Agent", "atari")]) == len(found[("evaluate", "continuous")]) == 2
-    for name, copies in found.items():
+    return found
+
+
+def test_helpers_of_one_name_are_identical_to_the_character():
+    rlhf = [script for script in SCRIPTS if "_rlhf_" in script.name]
+    control = [script for script in SCRIPTS if "_rlhf_" not in script.name]
+    found = [helpers(control, CONTROL_OWN), helpers(rlhf, OWN | RLHF_OWN)]
+    assert len(found[0]["compute_gae"]) == len(found[0]["Run"]) == 4 and len(found[1]["compute_gae"]) == 2
+    assert len(found[0]["symmetric_ppo_loss"]) == len(found[0]["symmetric_a2c_loss"]) == 2
+    assert len(found[0][("Agent", "atari")]) == len(found[0][("evaluate", "continuous")]) == 2
+    # to be true of all six when the RLHF scripts have the same form
+    for name, copies in itertools.chain.from_iterable(part.items() for part in found):
         for (file, text), (other_file, other_text) in itertools.combinations(copies, 2):
             assert text == other_text, f"{name} differs between {file} and {other_file}"
+
+
+def test_operations_of_the_control_scripts_are_one_text():
+    sources = [script.read_text() for script in SCRIPTS if "_rlhf_" not in script.name]
+    assert len(sources) == 4
+    ends = [re.split(r"(?m)^# --- run: one text in the control scripts from here on -*$", source) for source in sources]
+    assert all(len(parts) == 2 for parts in ends)
+    assert len({end for _, end in ends}) == 1 and len(ends[0][1].splitlines()) > 400
+    for source in sources:  # the algorithm, with its loop, stands above the line, and main() below it
+        above, below = re.split(r"(?m)^# === Operations: nothing below changes what is learned =+$", source)
+        assert "\ndef train(args, run):" in above and "\ndef main(args):" in below and "advantages" not in below
+        (train,) = (node for node in ast.parse(source).body if getattr(node, "name", "") == "train")
+        assert train.end_lineno - train.lineno < 110
+        assert not [node for node in ast.walk(train) if isinstance(node, ast.FunctionDef | ast.Lambda) and node is not train]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)

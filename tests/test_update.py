@@ -15,6 +15,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 import sa2c_atari
 from sppo_atari import Agent, Args, compute_gae, minibatch_loss, update
 
+pytestmark = pytest.mark.quick
+
 STEPS, ENVS, ACTIONS = 16, 4, 6
 
 
@@ -100,7 +102,7 @@ def test_update_matches_stable_baselines3(monkeypatch, norm_adv):
     assert (agent.actor.weight - before).abs().max() > 1e-3  # 16 Adam steps moved it
     for module, ours in pairs:
         for name, parameter in ours.named_parameters():
-            torch.testing.assert_close(parameter, module.get_parameter(name), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(parameter, module.get_parameter(name), atol=5e-5, rtol=1e-5)
 
 
 def test_rmsprop_steps_worked_by_hand():
