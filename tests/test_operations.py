@@ -17,6 +17,7 @@ import pytest
 import torch
 from helpers import ENV, ROOT, no_process_outlives_its_test, only, wait_for, wandb_run  # noqa: F401
 
+import dsppo_continuous
 import sa2c_atari
 import sppo_atari
 
@@ -232,3 +233,15 @@ def test_rmsprop_alpha_reaches_the_optimiser_of_sa2c_atari():
     expected = 0.25 + 0.75 * agent.critic.bias.grad**2
     torch.testing.assert_close(square_avgs[-1], expected)
     assert (expected - 0.25).item() > 1e-6
+
+
+@pytest.mark.parametrize(("target_kl", "epochs"), [(1e-12, 1), (1e9, 4)])
+def test_target_kl_on_continuous_tasks(target_kl, epochs):
+    torch.manual_seed(0)
+    agent = dsppo_continuous.Agent(4, 2, 5)
+    weights = dsppo_continuous.flatten_parameters(agent)
+    optimizer = torch.optim.Adam([weights], lr=1e-2)
+    batch = (torch.randn(16, 4), torch.randint(5, (16, 2)), torch.full((16, 2), -1.6), torch.randn(16), torch.randn(16))
+    args = dsppo_continuous.Args(minibatch_size=8, update_epochs=4, target_kl=target_kl)
+    dsppo_continuous.update(agent, weights, optimizer, dsppo_continuous.minibatch_loss, args, batch)
+    assert optimizer.state[weights]["step"].item() == 2 * epochs
