@@ -40,6 +40,7 @@ import ctypes
 import difflib
 import errno
 import io
+import itertools
 import json
 import math
 import os
@@ -55,7 +56,7 @@ from collections import deque
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal, get_type_hints
+from typing import Annotated, Literal
 
 import gymnasium
 import imageio
@@ -137,7 +138,7 @@ class Args:
     eval_episodes: NonNegativeInt = 10
     """episodes that score the policy: raw rewards, no noise, greedy actions"""
     eval_interval: NonNegativeInt = 0
-    """evaluate every so many steps; 0: only at the end"""
+    """evaluate every this many steps; 0: only at the end"""
     capture_video: bool = False
     """film the first episode of each evaluation, in videos/ of the run folder"""
 
@@ -150,10 +151,10 @@ class Args:
     """user or team in W&B"""
     wandb_group: str | None = None
     """group of the run in W&B"""
-    wandb_tags: str | None = None
+    wandb_tags: Annotated[str, Field(pattern=r"^[^,]{1,64}(,[^,]{1,64})*$")] | None = None
     """tags of the run in W&B, separated by commas"""
     log_interval: PositiveInt = 100
-    """log the means of so many iterations"""
+    """log the means of this many iterations"""
 
     # run and machine
     exp_name: Annotated[str, Field(pattern=r"^[\w.-]{1,100}$")] = "dsa2c_continuous"
@@ -167,7 +168,7 @@ class Args:
     evaluate: str | None = None
     """play --eval-episodes episodes with the policy of the run in this folder, and exit"""
     checkpoint_interval: PositiveInt = 1000
-    """save a checkpoint every so many iterations, a multiple of log_interval"""
+    """save a checkpoint every this many iterations, a multiple of log_interval"""
     cuda: bool = False
     """use a GPU if there is one; networks this small gain nothing from it"""
     torch_deterministic: bool = True
@@ -203,8 +204,8 @@ TASKS = {
 def symmetric_a2c_loss(logprobs, advantages, Z=-1.0, literal_signs=False):
     """L_a2c and L_ra2c of the actions taken (Eq. 7): means over the batch. The caller weights them (Eq. 9).
 
-    Inputs are [B]. The sum over the other actions in Eq. 7 is 1 - pi_i, so L_ra2c needs nothing that L_a2c has not
-    computed. With Z = -1 its gradient is pi_i times that of L_a2c: together they weight a sample by alpha + beta pi_i.
+    Inputs are [B]. The sum over the other actions in Eq. 7 is 1 - pi_i, so L_ra2c needs only what L_a2c already
+    computes. With Z = -1 its gradient is pi_i times that of L_a2c: together they weight a sample by alpha + beta pi_i.
     """
     policy_loss = -(advantages * logprobs).mean()
 
@@ -486,7 +487,7 @@ def train(args, run):
     raw_obs = np.array([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)])
     obs_stats.update(raw_obs)
     next_obs = normalise_obs(raw_obs, obs_stats)
-    # since the last log
+    # of the iterations since the last log
     finished_returns, finished_lengths, history, fits, reward_noises, seconds = [], [], [], [], [], 0.0
 
     for iteration in range(global_step // batch_size, num_iterations):
@@ -494,7 +495,7 @@ def train(args, run):
         fraction_left = 1.0 - iteration / num_iterations if args.anneal_lr else 1.0
         optimizer.param_groups[0]["lr"] = fraction_left * args.learning_rate
 
-        # act, unless the last update broke the policy
+        # stop if the last update made the weights non-finite; else act
         run.exit_if_not_finite(global_step, {"the sum of the weights": weights.sum().item()})
         cut_steps, cut_obs = [], []
         actor = numpy_actor(agent)
@@ -518,7 +519,7 @@ def train(args, run):
                 finished_returns.append(float(episode_returns[i]))
                 finished_lengths.append(int(episode_lengths[i]))
                 discounted_returns[i], episode_returns[i], episode_lengths[i] = 0, 0, 0
-                if not terminated[i]:  # the time limit cut this episode: bootstrap from its last observation
+                if not terminated[i]:  # truncated by the time limit: bootstrap from the final observation
                     cut_steps.append((step, i))
                     cut_obs.append(normalise_obs(last_obs, obs_stats))
 
@@ -550,8 +551,8 @@ def train(args, run):
             if args.noise == "gaussian":
                 stats["charts/noise_std"] = np.std(reward_noises)
             all_returns, all_values = torch.stack(fits).unbind(1)
-            variance = all_returns.var().clamp(min=1e-30)
-            stats["losses/explained_variance"] = (1 - (all_returns - all_values).var() / variance).item()
+            unexplained = (all_returns - all_values).var() / all_returns.var().clamp(min=1e-30)
+            stats["losses/explained_variance"] = (1 - unexplained).item()
             stats["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             run.log(global_step, stats, seconds)
             finished_returns, finished_lengths, history, fits, reward_noises, seconds = [], [], [], [], [], 0.0
@@ -567,7 +568,7 @@ def train(args, run):
 
 # === Operations: nothing below changes what is learned ================================================================
 
-# What is about these environments: the packages that decide a run's numbers, evaluation, loading a policy, checks
+# Specific to these environments: the packages that decide a run's numbers, evaluation, loading a policy, checks
 PACKAGES = ("torch", "gymnasium", "mujoco", "box2d", "numpy")
 
 
@@ -601,7 +602,7 @@ def evaluate(policy, args, device, video_path=None, stop=()):
 
 
 def load_agent(args, checkpoint, device):
-    """What `evaluate` plays, from the checkpoint of a run: the agent and the statistics that normalise its observations."""
+    """The trained agent and the statistics that normalise its observations, from a run's checkpoint."""
     weights, obs_stats = checkpoint["agent"], RunningMeanStd()
     agent = Agent(weights["actor.0.weight"].shape[1], len(weights["actor.4.bias"]) // (args.num_bins or 1), args.num_bins)
     agent.load_state_dict(weights)
@@ -635,7 +636,8 @@ def check_env(args):
     require(args, "norm_adv", enough, "num_envs x num_steps of 2 or more with it")
     require(args, "num_bins", args.num_bins != 1, "0 (Gaussian) or 2 or more")
     require(args, "beta", args.num_bins or args.beta == 0, "0 with num_bins 0: a density has no sum over other actions")
-    require(args, "cuda", args.resume or torch.cuda.is_available() or not args.cuda, "a GPU that torch can use")
+    old_run = args.resume or args.evaluate  # may have had a GPU where there is none now
+    require(args, "cuda", old_run or torch.cuda.is_available() or not args.cuda, "a GPU that torch can use")
     check_task(args)
 
 
@@ -661,7 +663,7 @@ def check_task(args):
         if args.num_bins and not bounded:
             fail(f"{given}: its actions are unbounded; expected bounded ones with bins, or --num-bins 0")
         if args.eval_episodes and env.spec.max_episode_steps is None:
-            fail(f"{given}: has no time limit, so that an evaluation may never end; expected --max-episode-steps with it")
+            fail(f"{given}: has no time limit, so evaluation may never end; set --max-episode-steps or --eval-episodes 0")
         try:
             env.reset(seed=0)
             obs, reward, *_ = env.step(np.clip(np.zeros(space.shape, space.dtype), space.low, space.high))
@@ -708,14 +710,14 @@ class Run:
                 self.open(Path(args.resume).resolve())
             else:
                 self.make_folder()
+            if args.track:
+                self.track()
             (self.folder / "result.json").unlink(missing_ok=True)
             write_json(self.folder / "args.json", self.record)
         except OSError as error:
             fail(f"{f'--resume {args.resume}' if args.resume else f'--run-dir {args.run_dir}'}: {error.strerror}")
         self.start_step = self.checkpoint["global_step"] if self.checkpoint else 0
         self.seconds = self.start_seconds = self.checkpoint["seconds"] if self.checkpoint else 0.0
-        if args.track:
-            self.track()
         # purge_step hides what was logged after the checkpoint, so that no step shows twice
         self.writer = SummaryWriter(self.folder, purge_step=self.start_step + 1)
         self.cleanup.callback(self.writer.close)
@@ -729,7 +731,7 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
         threads = torch.get_num_threads()
-        say(f"--env-id {args.env_id} is {self.record['env_id']}; {self.record['device']}, {threads} threads; {self.folder}")
+        say(f"{self.record['env_id']} on {self.record['device']}, {threads} CPU threads; run folder {self.folder}")
 
     def make_folder(self):
         """runs/{env}__{exp_name}__{seed}__{unix time}/"""
@@ -746,7 +748,7 @@ class Run:
         self.lock()
 
     def open(self, folder):
-        """The run to resume: its checkpoint, its id, and what it was made with before if that has changed."""
+        """The run to resume: its checkpoint, its id, and the versions, commit and device it had before, if they changed."""
         self.folder = folder
         self.lock()
         before = json.loads((folder / "args.json").read_text())
@@ -756,7 +758,7 @@ class Run:
             self.checkpoint = load_checkpoint(folder, "--resume")
 
     def lock(self):
-        """One process a run. The operating system releases the lock of a process that is killed."""
+        """Only one process may train a run. The operating system releases the lock of a process that is killed."""
         lock = FileLock(self.folder / ".lock")
         try:
             lock.acquire(timeout=0)
@@ -786,7 +788,7 @@ class Run:
         except (wandb.errors.Error, ValueError) as error:
             if not self.args.resume:
                 shutil.rmtree(self.folder)
-            fail(f"--track: {one_line(error)}; WANDB_MODE=offline needs no account")
+            fail(f"--track: {one_line(error)}")
 
     def on_signal(self, number, frame):
         """The first signal ends the run after this iteration, the second one at once."""
@@ -820,12 +822,13 @@ class Run:
         then, first_step = self.recent_steps[0]
         speed = (global_step - first_step) / (now - then)
         left = tqdm.format_interval((self.args.total_timesteps - global_step) / speed)
-        status = ", ".join(f"{name} {value}" for name, value in self.status.items())
-        self.progress.set_postfix_str(f"{status}, {speed:,.0f} steps/s, {left} left".removeprefix(", "), refresh=False)
+        known = [f"{name} {value}" for name, value in self.status.items()]
+        status = ", ".join([*known, f"{speed:,.0f} steps/s", f"{left} left"])
+        self.progress.set_postfix_str(status, refresh=False)
         self.progress.update(global_step - self.progress.n)
         if self.progress.disable and now > self.last_line + 60:  # no terminal: one line a minute
             self.last_line = now
-            say(f"step {global_step:,}, {status}, {speed:,.0f} steps/s, {left} left")
+            say(f"step {global_step:,}, {status}")
 
     def save(self, global_step, **state):
         # the last gradient step can break the policy after its losses were finite
@@ -851,7 +854,7 @@ class Run:
         return scores
 
     def finish(self, global_step, scores):
-        """Writes result.json. After a signal says instead how to go on."""
+        """Writes result.json. After a signal, prints how to resume instead."""
         if self.signals:
             name = signal.Signals(self.signals[0]).name
             ending = f"{name} at step {global_step:,}, saved; continue with --resume {self.folder}"
@@ -913,15 +916,17 @@ def load_run(run_folder):
 
 
 def load_checkpoint(folder, argument):
-    """A run's checkpoint; a file that is none ends the script in one line."""
+    """Loads a run's checkpoint, or fails in one line."""
     try:
-        return torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+        checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+        checkpoint["global_step"], checkpoint["seconds"], checkpoint["agent"]  # KeyError if it is of something else
+        return checkpoint
     except Exception as error:  # torch has no common type for them
         fail(f"{argument} {folder}: cannot load its checkpoint.pt ({type(error).__name__})")
 
 
 def evaluate_and_film(policy, args, device, video, stop=()):
-    """`evaluate`, with a video that is there whole or not at all."""
+    """`evaluate`, with a video that is written completely or not at all."""
     if not video:
         return evaluate(policy, args, device, None, stop)
     video.parent.mkdir(exist_ok=True)
@@ -951,9 +956,12 @@ GROUPS = {
 HINTS = {
     "num-minibatches": "minibatch-size",
     "batch-size": "minibatch-size",
+    "num-updates": "total-timesteps",
+    "clip-vloss": None,  # close to --clip-coef, which is something else
     "n-steps": "num-steps",
     "n-envs": "num-envs",
     "n-epochs": "update-epochs",
+    "noptepochs": "update-epochs",
     "clip-range": "clip-coef",
     "lr": "learning-rate",
     "env": "env-id",
@@ -998,15 +1006,18 @@ def read_command_line(argv, defaults):
     for word in argv:
         name = word.split("=")[0].replace("_", "-").replace("--no-", "--")
         if word.startswith("--") and name not in names | {"--help"}:
-            close = [f"--{HINTS.get(name[2:])}", *difflib.get_close_matches(name, names, n=1)]
+            close = [f"--{HINTS[name[2:]]}"] if name[2:] in HINTS else difflib.get_close_matches(name, names, n=1)
             hint = next((f"; did you mean {other}?" for other in close if other in names), "; see --help")
-            fail(f"{word.split('=')[0]}: there is no such argument{hint}")
+            fail(f"{word.split('=')[0]}: unknown argument{hint}")
+    for name, value in itertools.pairwise(argv):
+        if value in ("True", "False"):
+            fail(f"{name} {value}: a switch takes no value; write {name} or {name.replace('--', '--no-', 1)}")
 
-    types, about = get_type_hints(Args, include_extras=True), pydantic.TypeAdapter(Args).json_schema()["properties"]
+    about = pydantic.TypeAdapter(Args).json_schema()["properties"]
     groups, title = {}, None
     for field in fields(Args):
         title = GROUPS.get(field.name, title)
-        helped = Annotated[types[field.name], tyro.conf.arg(help=about[field.name]["description"])]
+        helped = Annotated[field.type, tyro.conf.arg(help=about[field.name]["description"])]
         groups.setdefault(title, []).append((field.name, helped, getattr(defaults, field.name)))
     groups = {title.replace(" ", "_"): make_dataclass(title.replace(" ", "_"), group) for title, group in groups.items()}
     Grouped = make_dataclass("Grouped", [(title, tyro.conf.OmitArgPrefixes[group]) for title, group in groups.items()])
@@ -1027,6 +1038,8 @@ def read_command_line(argv, defaults):
 def parse_args(argv, defaults):
     """The command line as Args. With --resume or --evaluate, that run's own arguments, of which some may change."""
     args = read_command_line(argv, defaults)
+    if args.resume and args.evaluate:
+        fail("--resume and --evaluate: expected one of them")
     if not (args.resume or args.evaluate):
         return args
     name, folder, allowed = ("resume", args.resume, RESUMABLE) if args.resume else ("evaluate", args.evaluate, EVALUABLE)
@@ -1035,6 +1048,7 @@ def parse_args(argv, defaults):
         if saved["script"] != SCRIPT:
             fail(f"{flag(name)} {folder}: a run of {saved['script']}; expected a run of {SCRIPT}")
         own = replace(Args(**saved["args"]), **{name: folder})
+        own.capture_video = own.capture_video and name == "resume"
         saved["run_id"]  # KeyError for a folder without one
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{flag(name)} {folder}: not the folder of a run of this script; expected one with its args.json ({error})")
@@ -1051,7 +1065,7 @@ def parse_args(argv, defaults):
 
 
 def check_args(args):
-    """Refuses what no run can have, before anything is made."""
+    """Rejects invalid arguments before any file is written."""
     try:
         pydantic.TypeAdapter(Args).validate_python(asdict(args))
     except pydantic.ValidationError as error:
@@ -1059,10 +1073,10 @@ def check_args(args):
         fail(f"{flag(first['loc'][0])} {first['input']}: {re.sub('^(Input|String|Value) should', 'must', first['msg'])}")
     batch_size = args.num_envs * args.num_steps
     require(args, "total_timesteps", args.total_timesteps >= batch_size, f"num_envs x num_steps = {batch_size} or more")
-    require(args, "capture_video", args.eval_episodes > 0 or not args.capture_video, "eval_episodes of 1 or more with it")
-    require(args, "evaluate", args.eval_episodes > 0 or not args.evaluate, "eval_episodes of 1 or more with it")
+    require(args, "capture_video", args.eval_episodes > 0 or not args.capture_video, "--eval-episodes 1 or more with it")
+    require(args, "evaluate", args.eval_episodes > 0 or not args.evaluate, "--eval-episodes 1 or more with it")
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
-    require(args, "compile", compiler or not args.compile, "a C++ compiler on the PATH with it")
+    require(args, "compile", compiler or not args.compile, "no --compile, or a C++ compiler on the PATH")
     check_env(args)
     check_tracking(args)
 
@@ -1078,7 +1092,7 @@ def check_tracking(args):
         try:
             wandb.login()
         except wandb.errors.Error as error:
-            fail(f"--track: {str(error).splitlines()[0]} Expected that, a WANDB_API_KEY or WANDB_MODE=offline")
+            fail(f"--track: {str(error).splitlines()[0]} Log in, set WANDB_API_KEY, or use WANDB_MODE=offline")
 
 
 # --- main -------------------------------------------------------------------------------------------------------------
@@ -1111,7 +1125,7 @@ def evaluate_run(args):
         fail(f"--evaluate {args.evaluate}: has no checkpoint yet")
     checkpoint = load_checkpoint(folder, "--evaluate")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    video = folder / "videos" / f"{checkpoint['global_step']}.mp4" if args.capture_video else None
+    video = folder / "videos" / f"{checkpoint['global_step']}__seed{args.seed}.mp4" if args.capture_video else None
     scores = evaluate_and_film(load_agent(args, checkpoint, device), args, device, video)
     stderr = f" +- {np.std(scores, ddof=1) / len(scores) ** 0.5:.1f}" if len(scores) > 1 else ""
     say(f"returns {', '.join(f'{score:.1f}' for score in scores)}")
@@ -1139,6 +1153,8 @@ def main(args):
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a character that the terminal lacks does not end the run
+    for number in (signal.SIGINT, signal.SIGTERM):  # until there is a run to save; environments and videos are closed
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     arguments = parse_args(sys.argv[1:], Args())
     check_args(arguments)
     main(arguments)

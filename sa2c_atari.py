@@ -37,6 +37,7 @@ import ctypes
 import difflib
 import errno
 import io
+import itertools
 import json
 import math
 import os
@@ -51,7 +52,7 @@ from collections import deque
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal, get_type_hints
+from typing import Annotated, Literal
 
 import gymnasium
 import imageio
@@ -130,7 +131,7 @@ class Args:
     eval_episodes: NonNegativeInt = 10
     """games that score the policy: raw rewards, no noise, sampled actions"""
     eval_interval: NonNegativeInt = 0
-    """evaluate every so many steps; 0: only at the end"""
+    """evaluate every this many steps; 0: only at the end"""
     capture_video: bool = False
     """film the first game of each evaluation, in videos/ of the run folder"""
 
@@ -143,10 +144,10 @@ class Args:
     """user or team in W&B"""
     wandb_group: str | None = None
     """group of the run in W&B"""
-    wandb_tags: str | None = None
+    wandb_tags: Annotated[str, Field(pattern=r"^[^,]{1,64}(,[^,]{1,64})*$")] | None = None
     """tags of the run in W&B, separated by commas"""
     log_interval: PositiveInt = 100
-    """log the means of so many iterations"""
+    """log the means of this many iterations"""
 
     # run and machine
     exp_name: Annotated[str, Field(pattern=r"^[\w.-]{1,100}$")] = "sa2c_atari"
@@ -160,7 +161,7 @@ class Args:
     evaluate: str | None = None
     """play --eval-episodes games with the policy of the run in this folder, and exit"""
     checkpoint_interval: PositiveInt = 1000
-    """save a checkpoint every so many iterations, a multiple of log_interval"""
+    """save a checkpoint every this many iterations, a multiple of log_interval"""
     cuda: bool = True
     """use a GPU if there is one"""
     torch_deterministic: bool = True
@@ -183,8 +184,8 @@ EVALUATION, NOISE, GAMES = 1, 2, 3
 def symmetric_a2c_loss(logprobs, advantages, Z=-1.0, literal_signs=False):
     """L_a2c and L_ra2c of the actions taken (Eq. 7): means over the batch. The caller weights them (Eq. 9).
 
-    Inputs are [B]. The sum over the other actions in Eq. 7 is 1 - pi_i, so L_ra2c needs nothing that L_a2c has not
-    computed. With Z = -1 its gradient is pi_i times that of L_a2c: together they weight a sample by alpha + beta pi_i.
+    Inputs are [B]. The sum over the other actions in Eq. 7 is 1 - pi_i, so L_ra2c needs only what L_a2c already
+    computes. With Z = -1 its gradient is pi_i times that of L_a2c: together they weight a sample by alpha + beta pi_i.
     """
     policy_loss = -(advantages * logprobs).mean()
 
@@ -307,7 +308,7 @@ def games_over(dones: np.ndarray, info: dict, last_info: dict) -> np.ndarray:
 def bsc_noise(rewards: np.ndarray, noise_prob: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Binary symmetric channel: a clipped reward r of 0 or 1 becomes 1 - r with probability `noise_prob`.
 
-    A reward of -1 is no symbol of this channel and passes. rewards: [num_envs] in {-1, 0, 1}. Returns what the learner
+    Rewards of -1 pass through unchanged. rewards: [num_envs] in {-1, 0, 1}. Returns what the learner
     sees and the bool mask of flips.
     """
     flips = (rng.random(rewards.shape) < noise_prob) & (rewards >= 0)
@@ -409,11 +410,11 @@ def train(args, run):
                 rewards[step], flipped = bsc_noise(rewards[step], args.noise_prob, noise_rng)
                 flips += flipped.sum()
             dones[step] = done = terminated | truncated
-            cut_off = truncated & ~terminated  # the time limit cut these games: bootstrap from their last observation
-            if cut_off.any():
+            time_limit = truncated & ~terminated  # truncated by the time limit: bootstrap from the final observation
+            if time_limit.any():
                 with torch.no_grad():
-                    _, final_values = agent(torch.as_tensor(info["final_obs"][cut_off], device=run.device))
-                rewards[step, cut_off] += args.gamma * final_values.cpu().numpy()
+                    _, final_values = agent(torch.as_tensor(info["final_obs"][time_limit], device=run.device))
+                rewards[step, time_limit] += args.gamma * final_values.cpu().numpy()
 
             game_returns += raw_rewards
             game_lengths += 1
@@ -444,8 +445,8 @@ def train(args, run):
             if symbols:
                 stats["charts/noise_rate"] = flips / symbols
             all_returns, all_values = torch.stack(fits).unbind(1)
-            variance = all_returns.var().clamp(min=1e-30)
-            stats["losses/explained_variance"] = (1 - (all_returns - all_values).var() / variance).item()
+            unexplained = (all_returns - all_values).var() / all_returns.var().clamp(min=1e-30)
+            stats["losses/explained_variance"] = (1 - unexplained).item()
             stats["charts/learning_rate"] = learning_rate
             run.log(global_step, stats, seconds)
             finished_returns, finished_lengths, history, fits, flips, symbols, seconds = [], [], [], [], 0, 0, 0.0
@@ -461,7 +462,7 @@ def train(args, run):
 
 # === Operations: nothing below changes what is learned ================================================================
 
-# What is about these environments: the packages that decide a run's numbers, evaluation, loading a policy, checks
+# Specific to these environments: the packages that decide a run's numbers, evaluation, loading a policy, checks
 PACKAGES = ("torch", "gymnasium", "ale-py", "numpy")
 
 
@@ -498,7 +499,7 @@ def evaluate(agent, args, device, video_path=None, stop=()):
 
 
 def load_agent(args, checkpoint, device):
-    """What `evaluate` plays, from the checkpoint of a run."""
+    """The trained agent, from a run's checkpoint."""
     agent = Agent(len(checkpoint["agent"]["actor.bias"]), args.bf16)
     agent.load_state_dict(checkpoint["agent"])
     return agent.to(device)
@@ -566,14 +567,14 @@ class Run:
                 self.open(Path(args.resume).resolve())
             else:
                 self.make_folder()
+            if args.track:
+                self.track()
             (self.folder / "result.json").unlink(missing_ok=True)
             write_json(self.folder / "args.json", self.record)
         except OSError as error:
             fail(f"{f'--resume {args.resume}' if args.resume else f'--run-dir {args.run_dir}'}: {error.strerror}")
         self.start_step = self.checkpoint["global_step"] if self.checkpoint else 0
         self.seconds = self.start_seconds = self.checkpoint["seconds"] if self.checkpoint else 0.0
-        if args.track:
-            self.track()
         # purge_step hides what was logged after the checkpoint, so that no step shows twice
         self.writer = SummaryWriter(self.folder, purge_step=self.start_step + 1)
         self.cleanup.callback(self.writer.close)
@@ -587,7 +588,7 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
         threads = torch.get_num_threads()
-        say(f"--env-id {args.env_id} is {self.record['env_id']}; {self.record['device']}, {threads} threads; {self.folder}")
+        say(f"{self.record['env_id']} on {self.record['device']}, {threads} CPU threads; run folder {self.folder}")
 
     def make_folder(self):
         """runs/{env}__{exp_name}__{seed}__{unix time}/"""
@@ -604,7 +605,7 @@ class Run:
         self.lock()
 
     def open(self, folder):
-        """The run to resume: its checkpoint, its id, and what it was made with before if that has changed."""
+        """The run to resume: its checkpoint, its id, and the versions, commit and device it had before, if they changed."""
         self.folder = folder
         self.lock()
         before = json.loads((folder / "args.json").read_text())
@@ -614,7 +615,7 @@ class Run:
             self.checkpoint = load_checkpoint(folder, "--resume")
 
     def lock(self):
-        """One process a run. The operating system releases the lock of a process that is killed."""
+        """Only one process may train a run. The operating system releases the lock of a process that is killed."""
         lock = FileLock(self.folder / ".lock")
         try:
             lock.acquire(timeout=0)
@@ -644,7 +645,7 @@ class Run:
         except (wandb.errors.Error, ValueError) as error:
             if not self.args.resume:
                 shutil.rmtree(self.folder)
-            fail(f"--track: {one_line(error)}; WANDB_MODE=offline needs no account")
+            fail(f"--track: {one_line(error)}")
 
     def on_signal(self, number, frame):
         """The first signal ends the run after this iteration, the second one at once."""
@@ -678,12 +679,13 @@ class Run:
         then, first_step = self.recent_steps[0]
         speed = (global_step - first_step) / (now - then)
         left = tqdm.format_interval((self.args.total_timesteps - global_step) / speed)
-        status = ", ".join(f"{name} {value}" for name, value in self.status.items())
-        self.progress.set_postfix_str(f"{status}, {speed:,.0f} steps/s, {left} left".removeprefix(", "), refresh=False)
+        known = [f"{name} {value}" for name, value in self.status.items()]
+        status = ", ".join([*known, f"{speed:,.0f} steps/s", f"{left} left"])
+        self.progress.set_postfix_str(status, refresh=False)
         self.progress.update(global_step - self.progress.n)
         if self.progress.disable and now > self.last_line + 60:  # no terminal: one line a minute
             self.last_line = now
-            say(f"step {global_step:,}, {status}, {speed:,.0f} steps/s, {left} left")
+            say(f"step {global_step:,}, {status}")
 
     def save(self, global_step, **state):
         # the last gradient step can break the policy after its losses were finite
@@ -709,7 +711,7 @@ class Run:
         return scores
 
     def finish(self, global_step, scores):
-        """Writes result.json. After a signal says instead how to go on."""
+        """Writes result.json. After a signal, prints how to resume instead."""
         if self.signals:
             name = signal.Signals(self.signals[0]).name
             ending = f"{name} at step {global_step:,}, saved; continue with --resume {self.folder}"
@@ -771,15 +773,17 @@ def load_run(run_folder):
 
 
 def load_checkpoint(folder, argument):
-    """A run's checkpoint; a file that is none ends the script in one line."""
+    """Loads a run's checkpoint, or fails in one line."""
     try:
-        return torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+        checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+        checkpoint["global_step"], checkpoint["seconds"], checkpoint["agent"]  # KeyError if it is of something else
+        return checkpoint
     except Exception as error:  # torch has no common type for them
         fail(f"{argument} {folder}: cannot load its checkpoint.pt ({type(error).__name__})")
 
 
 def evaluate_and_film(policy, args, device, video, stop=()):
-    """`evaluate`, with a video that is there whole or not at all."""
+    """`evaluate`, with a video that is written completely or not at all."""
     if not video:
         return evaluate(policy, args, device, None, stop)
     video.parent.mkdir(exist_ok=True)
@@ -809,9 +813,12 @@ GROUPS = {
 HINTS = {
     "num-minibatches": "minibatch-size",
     "batch-size": "minibatch-size",
+    "num-updates": "total-timesteps",
+    "clip-vloss": None,  # close to --clip-coef, which is something else
     "n-steps": "num-steps",
     "n-envs": "num-envs",
     "n-epochs": "update-epochs",
+    "noptepochs": "update-epochs",
     "clip-range": "clip-coef",
     "lr": "learning-rate",
     "env": "env-id",
@@ -856,15 +863,18 @@ def read_command_line(argv, defaults):
     for word in argv:
         name = word.split("=")[0].replace("_", "-").replace("--no-", "--")
         if word.startswith("--") and name not in names | {"--help"}:
-            close = [f"--{HINTS.get(name[2:])}", *difflib.get_close_matches(name, names, n=1)]
+            close = [f"--{HINTS[name[2:]]}"] if name[2:] in HINTS else difflib.get_close_matches(name, names, n=1)
             hint = next((f"; did you mean {other}?" for other in close if other in names), "; see --help")
-            fail(f"{word.split('=')[0]}: there is no such argument{hint}")
+            fail(f"{word.split('=')[0]}: unknown argument{hint}")
+    for name, value in itertools.pairwise(argv):
+        if value in ("True", "False"):
+            fail(f"{name} {value}: a switch takes no value; write {name} or {name.replace('--', '--no-', 1)}")
 
-    types, about = get_type_hints(Args, include_extras=True), pydantic.TypeAdapter(Args).json_schema()["properties"]
+    about = pydantic.TypeAdapter(Args).json_schema()["properties"]
     groups, title = {}, None
     for field in fields(Args):
         title = GROUPS.get(field.name, title)
-        helped = Annotated[types[field.name], tyro.conf.arg(help=about[field.name]["description"])]
+        helped = Annotated[field.type, tyro.conf.arg(help=about[field.name]["description"])]
         groups.setdefault(title, []).append((field.name, helped, getattr(defaults, field.name)))
     groups = {title.replace(" ", "_"): make_dataclass(title.replace(" ", "_"), group) for title, group in groups.items()}
     Grouped = make_dataclass("Grouped", [(title, tyro.conf.OmitArgPrefixes[group]) for title, group in groups.items()])
@@ -885,6 +895,8 @@ def read_command_line(argv, defaults):
 def parse_args(argv, defaults):
     """The command line as Args. With --resume or --evaluate, that run's own arguments, of which some may change."""
     args = read_command_line(argv, defaults)
+    if args.resume and args.evaluate:
+        fail("--resume and --evaluate: expected one of them")
     if not (args.resume or args.evaluate):
         return args
     name, folder, allowed = ("resume", args.resume, RESUMABLE) if args.resume else ("evaluate", args.evaluate, EVALUABLE)
@@ -893,6 +905,7 @@ def parse_args(argv, defaults):
         if saved["script"] != SCRIPT:
             fail(f"{flag(name)} {folder}: a run of {saved['script']}; expected a run of {SCRIPT}")
         own = replace(Args(**saved["args"]), **{name: folder})
+        own.capture_video = own.capture_video and name == "resume"
         saved["run_id"]  # KeyError for a folder without one
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{flag(name)} {folder}: not the folder of a run of this script; expected one with its args.json ({error})")
@@ -909,7 +922,7 @@ def parse_args(argv, defaults):
 
 
 def check_args(args):
-    """Refuses what no run can have, before anything is made."""
+    """Rejects invalid arguments before any file is written."""
     try:
         pydantic.TypeAdapter(Args).validate_python(asdict(args))
     except pydantic.ValidationError as error:
@@ -917,10 +930,10 @@ def check_args(args):
         fail(f"{flag(first['loc'][0])} {first['input']}: {re.sub('^(Input|String|Value) should', 'must', first['msg'])}")
     batch_size = args.num_envs * args.num_steps
     require(args, "total_timesteps", args.total_timesteps >= batch_size, f"num_envs x num_steps = {batch_size} or more")
-    require(args, "capture_video", args.eval_episodes > 0 or not args.capture_video, "eval_episodes of 1 or more with it")
-    require(args, "evaluate", args.eval_episodes > 0 or not args.evaluate, "eval_episodes of 1 or more with it")
+    require(args, "capture_video", args.eval_episodes > 0 or not args.capture_video, "--eval-episodes 1 or more with it")
+    require(args, "evaluate", args.eval_episodes > 0 or not args.evaluate, "--eval-episodes 1 or more with it")
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
-    require(args, "compile", compiler or not args.compile, "a C++ compiler on the PATH with it")
+    require(args, "compile", compiler or not args.compile, "no --compile, or a C++ compiler on the PATH")
     check_env(args)
     check_tracking(args)
 
@@ -936,7 +949,7 @@ def check_tracking(args):
         try:
             wandb.login()
         except wandb.errors.Error as error:
-            fail(f"--track: {str(error).splitlines()[0]} Expected that, a WANDB_API_KEY or WANDB_MODE=offline")
+            fail(f"--track: {str(error).splitlines()[0]} Log in, set WANDB_API_KEY, or use WANDB_MODE=offline")
 
 
 # --- main -------------------------------------------------------------------------------------------------------------
@@ -969,7 +982,7 @@ def evaluate_run(args):
         fail(f"--evaluate {args.evaluate}: has no checkpoint yet")
     checkpoint = load_checkpoint(folder, "--evaluate")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    video = folder / "videos" / f"{checkpoint['global_step']}.mp4" if args.capture_video else None
+    video = folder / "videos" / f"{checkpoint['global_step']}__seed{args.seed}.mp4" if args.capture_video else None
     scores = evaluate_and_film(load_agent(args, checkpoint, device), args, device, video)
     stderr = f" +- {np.std(scores, ddof=1) / len(scores) ** 0.5:.1f}" if len(scores) > 1 else ""
     say(f"returns {', '.join(f'{score:.1f}' for score in scores)}")
@@ -997,6 +1010,8 @@ def main(args):
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a character that the terminal lacks does not end the run
+    for number in (signal.SIGINT, signal.SIGTERM):  # until there is a run to save; environments and videos are closed
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     arguments = parse_args(sys.argv[1:], Args())
     check_args(arguments)
     main(arguments)

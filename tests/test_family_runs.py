@@ -86,7 +86,7 @@ def test_a_run_leaves_what_the_readme_says(script, tmp_path):
     stem = script.name.removesuffix(".py")
     folder = only(tmp_path, f"{script.env_id}__*")
     assert re.fullmatch(rf"{script.env_id}__{stem}__3__\d+", folder.name)
-    assert f"is {script.env_id}; " in out and "score" in out.splitlines()[-1]
+    assert f"{script.env_id} on " in out and "score" in out.splitlines()[-1]
     saved = json.loads((folder / "args.json").read_text())
     assert saved["env_id"] == script.env_id and saved["args"]["noise"] == script.noise[1]
     assert {"python", "torch", "gymnasium", "numpy"} <= saved["versions"].keys()
@@ -264,7 +264,7 @@ BAD = {
         ("--checkpoint-interval 150", "--checkpoint-interval 150: expected a multiple of log_interval = 100"),
         ("--num-envs 1 --num-steps 1 --norm-adv", "--norm-adv True: expected num_envs x num_steps of 2 or more"),
         ("--total-timesteps 79", "--total-timesteps 79: expected num_envs x num_steps = 80 or more"),
-        ("--clip-coef 0.1", "--clip-coef: there is no such argument"),
+        ("--clip-coef 0.1", "--clip-coef: unknown argument"),
     ],
     "dsppo_continuous.py": [
         (

@@ -45,8 +45,8 @@ def test_evaluate_plays_the_result_again_and_writes_nothing_but_the_video(finish
     assert contents(finished) == before
     other, _ = run("--evaluate", finished, "--seed", 5, "--eval-episodes", 4, "--capture-video")
     assert len(other.splitlines()[0].split(", ")) == 4 and other.splitlines()[0] not in out
-    assert contents(finished).keys() - before.keys() == {finished / "videos" / "640.mp4"}
-    assert imageio.get_reader(finished / "videos" / "640.mp4").count_frames() > 20
+    assert contents(finished).keys() - before.keys() == {finished / "videos" / "640__seed5.mp4"}
+    assert imageio.get_reader(finished / "videos" / "640__seed5.mp4").count_frames() > 20
     shutil.rmtree(finished / "videos")
     for words, reason in (
         (["--beta", 3], "--beta 3.0: with --evaluate the run keeps its own, 1.0; only --seed, "),
@@ -94,7 +94,7 @@ def test_a_second_writer_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
     process.kill()
     process.wait()
     process = start("--resume", folder)
-    assert process.stdout.readline().startswith("sppo_atari.py: --env-id Breakout is Breakout")  # at once, also into a pipe
+    assert process.stdout.readline().startswith("sppo_atari.py: Breakout on ")  # at once, also into a pipe
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert process.returncode == 130 and "finishing this iteration, then saving; Ctrl-C again quits now" in err
