@@ -1,0 +1,274 @@
+"""SPPO is PPO with four settings divided by w = alpha + beta |Z|: vf_coef, ent_coef, max_grad_norm and Adam's eps.
+
+w L_ppo + v L_value - e H, norm clip c, eps   has the updates of   L_ppo + (v/w) L_value - (e/w) H, norm clip c/w, eps/w:
+Adam and the norm clip do not see a common factor. In float64, through the scripts' own loss and update; and Stable-Baselines3's
+PPO, untouched, with the four settings alone.
+"""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import dsppo_continuous
+import sa2c_atari
+import sppo_atari
+
+pytestmark = pytest.mark.quick
+
+ARGS = sppo_atari.Args(minibatch_size=16, update_epochs=4, clip_coef=0.1, max_grad_norm=0.5, ent_coef=0.01, vf_coef=0.5)
+
+
+class Shared(nn.Module):
+    """A policy head and a value head on one trunk, as NatureCNN's, small and in float64."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Linear(6, 16)
+        self.actor, self.critic = nn.Linear(16, 4), nn.Linear(16, 1)
+        self.double()
+
+    def forward(self, obs):
+        hidden = torch.tanh(self.trunk(obs))
+        return F.log_softmax(self.actor(hidden), dim=-1), self.critic(hidden).squeeze(-1)
+
+
+class RMSpropTF(torch.optim.Optimizer):
+    """sa2c_atari's RMSprop as an optimizer; `first` is where the square averages start."""
+
+    def __init__(self, parameters, lr, eps, first=1.0):
+        super().__init__(parameters, {"lr": lr, "eps": eps})
+        self.square_avgs = [torch.full_like(p, first) for p in self.param_groups[0]["params"]]
+
+    def step(self):
+        group = self.param_groups[0]
+        sa2c_atari.rmsprop_tf(group["params"], self.square_avgs, group["lr"], 0.99, group["eps"])
+
+
+def rollout(seed):
+    rng = torch.Generator().manual_seed(seed)
+    obs = torch.randn(128, 6, generator=rng, dtype=torch.float64)
+    advantages = 3 * torch.randn(128, generator=rng, dtype=torch.float64) + 0.5
+    returns = 2 * torch.randn(128, generator=rng, dtype=torch.float64)
+    return obs, torch.randint(4, (128,), generator=rng), advantages, returns
+
+
+def exact_clip(parameters, max_norm):
+    """clip_grad_norm_ without its 1e-6 in the denominator, which is not divided by w."""
+    grads = [parameter.grad for parameter in parameters]
+    norm = torch.cat([grad.flatten() for grad in grads]).norm()
+    for grad in grads:
+        grad.mul_(min(1.0, max_norm / norm.item()))
+
+
+def train(args, make_optimizer):
+    """128 gradient steps on four rollouts, each acted by the policy of its time. Returns the movement of all weights."""
+    torch.manual_seed(0)
+    agent = Shared()
+    first = torch.cat([parameter.detach().flatten() for parameter in agent.parameters()])
+    optimizer = make_optimizer(agent.parameters(), args)
+    torch.manual_seed(1)
+    for seed in range(4):
+        obs, actions, advantages, returns = rollout(seed)
+        with torch.no_grad():
+            logprobs = agent(obs)[0].gather(-1, actions[:, None]).squeeze(-1)
+        batch = (obs, actions, logprobs, advantages, returns)
+        clip_coef = torch.tensor(args.clip_coef, dtype=torch.float64)
+        sppo_atari.update(agent, optimizer, sppo_atari.minibatch_loss, args, clip_coef, batch)
+    return torch.cat([parameter.detach().flatten() for parameter in agent.parameters()]) - first
+
+
+def adam(parameters, args):
+    return torch.optim.Adam(parameters, lr=1e-3, eps=args.adam_eps)
+
+
+def divided(args, names="vf_coef ent_coef max_grad_norm adam_eps"):
+    """PPO with these settings divided by SPPO's w."""
+    w = args.alpha + args.beta * -args.Z
+    return replace(args, alpha=1.0, beta=0.0, **{name: getattr(args, name) / w for name in names.split()})
+
+
+def difference(movement, other):
+    return ((movement - other).norm() / other.norm()).item()
+
+
+WEIGHTS = [(0.5, 1.0, -1.0), (0.5, 10.0, -1.0), (0.5, 20.0, -1.0), (0.5, 10.0, -2.5), (0.2, 0.3, -0.1)]
+
+
+@pytest.mark.parametrize(("alpha", "beta", "Z"), WEIGHTS)
+def test_sppo_is_ppo_with_four_settings_divided(alpha, beta, Z, monkeypatch):
+    sppo = replace(ARGS, alpha=alpha, beta=beta, Z=Z)
+    movement = train(sppo, adam)
+    assert movement.abs().max() > 1e-2
+    torch.testing.assert_close(train(divided(sppo), adam), movement, rtol=0, atol=2e-8)
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", exact_clip)
+    torch.testing.assert_close(train(divided(sppo), adam), train(sppo, adam), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("left_out", ["vf_coef", "ent_coef", "max_grad_norm", "adam_eps"])
+def test_each_of_the_four_settings_is_needed(left_out, monkeypatch):
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", exact_clip)
+    sppo = replace(ARGS, alpha=0.5, beta=10.0, ent_coef=0.1, adam_eps=1e-3)
+    movement = train(sppo, adam)
+    three = " ".join(name for name in ("vf_coef", "ent_coef", "max_grad_norm", "adam_eps") if name != left_out)
+    assert difference(train(divided(sppo), adam), movement) < 1e-12
+    assert difference(train(divided(sppo, three), adam), movement) > 0.02
+    assert difference(train(replace(sppo, alpha=1.0, beta=0.0), adam), movement) > 0.02
+
+
+def test_adamw_and_both_forms_of_rmsprop(monkeypatch):
+    """AdamW's decoupled decay stays; torch's RMSprop wants eps / w, TensorFlow's eps / w^2 and first squares of 1 / w^2."""
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", exact_clip)
+    sppo = replace(ARGS, alpha=0.5, beta=10.0)
+    ppo, w = divided(sppo), 10.5
+
+    def adamw(parameters, args):
+        return torch.optim.AdamW(parameters, lr=1e-3, eps=args.adam_eps, weight_decay=0.1)
+
+    def rmsprop(parameters, args):
+        return torch.optim.RMSprop(parameters, lr=1e-3, eps=args.adam_eps)
+
+    for optimizer in (adamw, rmsprop):
+        assert difference(train(ppo, optimizer), train(sppo, optimizer)) < 1e-12
+    theirs = train(sppo, lambda parameters, _: RMSpropTF(parameters, 1e-3, 1e-5))
+    ours = train(ppo, lambda parameters, _: RMSpropTF(parameters, 1e-3, 1e-5 / w**2, 1 / w**2))
+    assert difference(ours, theirs) < 1e-12
+    for eps, first in ((1e-5 / w, 1 / w**2), (1e-5 / w**2, 1.0)):
+        wrong = train(ppo, lambda parameters, _, eps=eps, first=first: RMSpropTF(parameters, 1e-3, eps, first))
+        assert difference(wrong, theirs) > 1e-5
+
+
+def test_cleanrl_halves_its_value_loss():
+    """CleanRL's 0.5 ((v - R)^2).mean() with vf_coef 2 v / w is ours with v / w."""
+    torch.manual_seed(0)
+    agent = Shared()
+    obs, actions, advantages, returns = rollout(0)
+    args = divided(replace(ARGS, alpha=0.5, beta=10.0))
+    old = torch.full((128,), -1.4, dtype=torch.float64)
+    loss, stats = sppo_atari.minibatch_loss(agent, args, torch.tensor(0.1), obs, actions, old, advantages, returns)
+    values = agent(obs)[1]
+    cleanrl = loss - args.vf_coef * stats["losses/value_loss"] + (2 * 0.5 / 10.5) * 0.5 * ((values - returns) ** 2).mean()
+    torch.testing.assert_close(cleanrl, loss, rtol=1e-14, atol=0)
+
+
+def dsppo_weights(alpha, beta, max_grad_norm, eps):
+    torch.manual_seed(0)
+    agent = dsppo_continuous.Agent(6, 2, 5).double()
+    weights = dsppo_continuous.flatten_parameters(agent)
+    args = dsppo_continuous.Args(alpha=alpha, beta=beta, minibatch_size=16, update_epochs=4, max_grad_norm=max_grad_norm)
+    optimizer = torch.optim.Adam([weights], lr=1e-3, eps=eps)
+    torch.manual_seed(1)
+    for seed in range(3):
+        obs, _, advantages, returns = rollout(seed)
+        actions = torch.randint(5, (128, 2))
+        with torch.no_grad():
+            logprobs = agent(obs, actions)[0]
+        batch = (obs, actions, logprobs, advantages, returns)
+        dsppo_continuous.update(agent, weights, optimizer, dsppo_continuous.minibatch_loss, args, batch)
+    return weights.detach().clone()
+
+
+def test_with_separate_networks_only_the_clip_and_eps_can_tell_dsppo_from_dppo():
+    dppo = dsppo_weights(1.0, 0.0, 1e12, 1e-30)
+    for beta in (0.2, 20.0, 50.0):
+        torch.testing.assert_close(dsppo_weights(0.5, beta, 1e12, 1e-30), dppo, rtol=0, atol=1e-9)
+    assert (dsppo_weights(0.5, 20.0, 0.5, 1e-30) - dppo).abs().max() > 1e-4
+    assert (dsppo_weights(0.5, 20.0, 1e12, 1e-2) - dsppo_weights(1.0, 0.0, 1e12, 1e-2)).abs().max() > 1e-4
+
+
+def test_raw_advantages_let_the_reward_level_into_the_gradient():
+    """The released Atari baseline is PPO with --no-norm-adv: a shift of all advantages changes its gradient, not SPPO's."""
+    torch.manual_seed(0)
+    agent = Shared()
+    obs, actions, advantages, returns = rollout(0)
+    with torch.no_grad():
+        old = agent(obs)[0].gather(-1, actions[:, None]).squeeze(-1)
+
+    def gradient(norm_adv, shift):
+        args = replace(ARGS, alpha=1.0, beta=0.0, norm_adv=norm_adv)
+        loss, _ = sppo_atari.minibatch_loss(agent, args, torch.tensor(0.1), obs, actions, old, advantages + shift, returns)
+        return torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, list(agent.parameters()))])
+
+    torch.testing.assert_close(gradient(True, 2.0), gradient(True, 0.0), rtol=0, atol=1e-12)
+    logprobs = agent(obs)[0].gather(-1, actions[:, None]).squeeze(-1)
+    shifted = torch.cat(
+        [grad.flatten() for grad in torch.autograd.grad(-2.0 * logprobs.mean(), list(agent.trunk.parameters()))]
+    )
+    found = (gradient(False, 2.0) - gradient(False, 0.0))[: len(shifted)]
+    torch.testing.assert_close(found, shifted, rtol=0, atol=1e-10)
+    assert found.norm() > 1e-2
+
+
+def test_stable_baselines3_with_the_four_settings_is_sppo(monkeypatch):
+    """Three rollouts of a real game and three updates by SB3's own PPO.learn(), against SPPO(0.5, 10) on these rollouts."""
+    import gymnasium as gym
+    from stable_baselines3 import PPO
+
+    class Game(gym.Env):
+        observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+
+        def __init__(self):
+            self.envs = sppo_atari.make_envs("alien", 1, sppo_atari.Args(num_threads=1))
+            self.action_space = gym.spaces.Discrete(int(self.envs.single_action_space.n))
+
+        def reset(self, seed=None, options=None):
+            return self.envs.reset(seed=np.array([3]))[0][0], {}
+
+        def step(self, action):
+            obs, rewards, terminated, truncated, _ = self.envs.step(np.array([action]))
+            return obs[0], float(np.sign(rewards[0])) + 0.1, bool(terminated[0]), bool(truncated[0]), {}
+
+        def close(self):
+            self.envs.close()
+
+    alpha, beta, w = 0.5, 10.0, 10.5
+    settings = {"vf_coef": 0.5 / w, "ent_coef": 0.01 / w, "max_grad_norm": 0.5 / w}
+    policy = {"optimizer_kwargs": {"eps": 1e-5 / w}}
+    sizes = {"n_steps": 64, "batch_size": 16, "n_epochs": 2, "clip_range": 0.1, "learning_rate": 2.5e-4}
+    sb3 = PPO("CnnPolicy", Game(), **settings, **sizes, policy_kwargs=policy, seed=1, device="cpu")
+    theirs = sb3.policy
+    agent = sppo_atari.Agent(sb3.action_space.n)
+    pairs = [
+        *((theirs.features_extractor.cnn[i], agent.network[i]) for i in (0, 2, 4)),
+        (theirs.features_extractor.linear[0], agent.network[7]),
+        (theirs.action_net, agent.actor),
+        (theirs.value_net, agent.critic),
+    ]
+    for module, ours in pairs:
+        ours.load_state_dict(module.state_dict())
+    before = copy.deepcopy(agent)
+    rollouts, orders, permutation, sb3_train = [], [], np.random.permutation, sb3.train
+
+    def recording_train():
+        buffer = sb3.rollout_buffer
+        parts = (buffer.observations, buffer.actions, buffer.log_probs, buffer.advantages, buffer.returns)
+        obs, *rest = (torch.from_numpy(part.copy()).flatten(0, 1) for part in parts)
+        rollouts.append((obs, *(part.flatten() for part in rest)))
+        sb3_train()
+
+    def recorded(count):
+        orders.append(permutation(count))
+        return orders[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np.random, "permutation", recorded)
+        sb3.train = recording_train
+        sb3.learn(3 * 64)
+    sb3.env.close()
+
+    args = sppo_atari.Args(alpha=alpha, beta=beta, minibatch_size=16, update_epochs=2)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=2.5e-4, eps=1e-5)
+    ordered = iter(orders)
+    monkeypatch.setattr(torch, "randperm", lambda count, **_: torch.from_numpy(next(ordered)))
+    assert len(rollouts) == 3 and len(orders) == 6
+    for obs, actions, *rest in rollouts:
+        batch = (obs, actions.long(), *rest)
+        sppo_atari.update(agent, optimizer, sppo_atari.minibatch_loss, args, torch.tensor(0.1), batch)
+    for module, ours in pairs:
+        for name, parameter in ours.named_parameters():
+            torch.testing.assert_close(parameter, module.get_parameter(name), atol=1e-6, rtol=0)
+    assert (agent.actor.weight - before.actor.weight).abs().max() > 1e-3
