@@ -6,6 +6,8 @@ PPO, untouched, with the four settings alone.
 """
 
 import copy
+import functools
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from helpers import ROOT
 
 import dsppo_continuous
 import sa2c_atari
@@ -225,11 +228,14 @@ def test_stable_baselines3_with_the_four_settings_is_sppo(monkeypatch):
         def close(self):
             self.envs.close()
 
-    alpha, beta, w = 0.5, 10.0, 10.5
-    settings = {"vf_coef": 0.5 / w, "ent_coef": 0.01 / w, "max_grad_norm": 0.5 / w}
-    policy = {"optimizer_kwargs": {"eps": 1e-5 / w}}
     sizes = {"n_steps": 64, "batch_size": 16, "n_epochs": 2, "clip_range": 0.1, "learning_rate": 2.5e-4}
-    sb3 = PPO("CnnPolicy", Game(), **settings, **sizes, policy_kwargs=policy, seed=1, device="cpu")
+    recipe = re.search(r"(?s)```python\n(from stable_baselines3 .*?)```", (ROOT / "README.md").read_text()).group(1)
+    names = {"env": Game()}
+    with monkeypatch.context() as patch:  # the README's text, with a small rollout
+        patch.setattr("stable_baselines3.PPO", functools.partial(PPO, **sizes, seed=1, device="cpu"))
+        exec(recipe, names)
+    sb3, alpha, beta = names["model"], names["alpha"], names["beta"]
+    assert (alpha, beta) == (0.5, 10.0)
     theirs = sb3.policy
     agent = sppo_atari.Agent(sb3.action_space.n)
     pairs = [
