@@ -497,8 +497,7 @@ def train(args, run):
 
         # stop if the last update made the weights non-finite; else act
         run.exit_if_not_finite(global_step, {"the sum of the weights": weights.sum().item()})
-        cut_steps, cut_obs = [], []
-        actor = numpy_actor(agent)
+        actor, cut_steps, cut_obs = numpy_actor(agent), [], []
         exploration = exploration_noise(action_rng, actions.shape, args.num_bins)
         reward_noise = args.noise_std * noise_rng.standard_normal(shape) if args.noise == "gaussian" else np.zeros(shape)
         for step in range(args.num_steps):

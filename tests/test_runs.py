@@ -136,7 +136,7 @@ BAD = [  # command line, what the one line must hold
     ("--beta -1", "--beta -1.0: must be greater than or equal to 0"),
     ("--alpha inf", "--alpha inf: must be a finite number"),
     ("--clip-coef 0", "--clip-coef 0.0: must be greater than 0"),
-    ("--capture-video --eval-episodes 0", "--capture-video True: expected eval_episodes of 1 or more"),
+    ("--capture-video --eval-episodes 0", "--capture-video True: expected --eval-episodes 1 or more"),
     ("--resume /no/such/run", "--resume /no/such/run: not the folder of a run"),
     ("--evaluate /no/such/run", "--evaluate /no/such/run: not the folder of a run"),
     ("--exp-name a/b", "--exp-name a/b: must match pattern"),
