@@ -245,3 +245,25 @@ def test_target_kl_on_continuous_tasks(target_kl, epochs):
     args = dsppo_continuous.Args(minibatch_size=8, update_epochs=4, target_kl=target_kl)
     dsppo_continuous.update(agent, weights, optimizer, dsppo_continuous.minibatch_loss, args, batch)
     assert optimizer.state[weights]["step"].item() == 2 * epochs
+
+
+def test_ctrl_c_during_evaluate_is_quiet_and_leaves_nothing(finished):
+    process = start("--evaluate", finished, "--eval-episodes", 100, "--capture-video")
+    wait_for(lambda: (finished / "videos" / "unfinished.mp4").exists())
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode == 130 and "Traceback" not in err and out == ""
+    assert list((finished / "videos").iterdir()) == []
+
+
+def test_arguments_that_wandb_refuses_and_foreign_checkpoints_lose_nothing(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    torch.save({"a": 1}, folder / "checkpoint.pt")
+    before = contents(folder)
+    for words, reason in (
+        (["--track", "--wandb-tags", "a,,b"], "--wandb-tags a,,b: must match pattern"),
+        (["--track", "True"], "--track True: a switch takes no value; write --track or --no-track"),
+        ([], f"--resume {folder}: cannot load its checkpoint.pt (KeyError)"),
+    ):
+        _, err = run("--resume", folder, "--total-timesteps", 1280, *words, code=2, env={**ENV, "WANDB_MODE": "offline"})
+        assert reason in err and err.count("\n") == 1 and contents(folder) == before
