@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -267,3 +268,22 @@ def test_arguments_that_wandb_refuses_and_foreign_checkpoints_lose_nothing(finis
     ):
         _, err = run("--resume", folder, "--total-timesteps", 1280, *words, code=2, env={**ENV, "WANDB_MODE": "offline"})
         assert reason in err and err.count("\n") == 1 and contents(folder) == before
+
+
+def test_without_a_terminal_one_line_a_minute(tmp_path, capsys):
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    held = sppo_atari.Run(sppo_atari.Args(env_id="Breakout", total_timesteps=1024, run_dir=str(tmp_path)))
+    with held.cleanup:
+        capsys.readouterr()
+        held.log(128, {}, 1.0)
+        assert capsys.readouterr().out == ""
+        held.last_line -= 61
+        held.log(256, {}, 1.0)
+        assert re.fullmatch(r"sppo_atari.py: step 256, [\d,]+ steps/s, [\d:]+ left\n", capsys.readouterr().out)
+        held.log(384, {}, 1.0)
+        assert capsys.readouterr().out == ""
+        held.last_line -= 61
+        held.log(512, {"charts/episodic_return_100": 7.25}, 1.0)
+        assert ": step 512, return 7.2, " in capsys.readouterr().out
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+        signal.signal(number, handler)
