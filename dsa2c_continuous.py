@@ -448,9 +448,30 @@ def update(agent, weights, optimizer, loss_fn, args, batch):
     loss, stats = loss_fn(agent, args, *batch)
     loss.backward()
     # clip_grad_norm_, which takes three times as long for one small tensor
-    weights.grad.mul_((args.max_grad_norm / (weights.grad.norm() + 1e-6)).clamp_(max=1.0))
+    norm = weights.grad.norm()
+    weights.grad.mul_((args.max_grad_norm / (norm + 1e-6)).clamp_(max=1.0))
     optimizer.step()
-    return stats
+    return stats | {"losses/grad_norm": norm, "losses/grad_clipped": (norm > args.max_grad_norm).float()}
+
+
+def grad_shares(agent, args, loss_fn, batch):
+    """How the squared norm of the gradient g divides among its parts: policy, value and entropy.
+
+    g = sum_i g_i, so |g|^2 = sum_i <g_i, g>. The shares <g_i, g> / |g|^2 sum to 1; a part that opposes the sum has a
+    negative one. batch: the inputs of `loss_fn` after `args`.
+    """
+    parts = {
+        "policy": replace(args, vf_coef=0.0, ent_coef=0.0),
+        "value": replace(args, alpha=0.0, beta=0.0, ent_coef=0.0),
+        "entropy": replace(args, alpha=0.0, beta=0.0, vf_coef=0.0),
+    }
+    grads = {}
+    for name, only in parts.items():
+        loss, _ = loss_fn(agent, only, *batch)
+        grads[name] = torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, list(agent.parameters()))]).double()
+    total = sum(grads.values())
+    square = total.dot(total).clamp(min=1e-300)
+    return {f"losses/grad_share_{name}": (grad.dot(total) / square).item() for name, grad in grads.items()}
 
 
 def train(args, run):
@@ -481,8 +502,7 @@ def train(args, run):
     obs = np.zeros((*shape, obs_dim), dtype=np.float32)
     actions = np.zeros((*shape, *space.shape), dtype=np.int64 if args.num_bins else np.float32)
     rewards, dones = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
-    discounted_returns = np.zeros(args.num_envs)
-    episode_returns, episode_lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=int)
+    discounted_returns, episode_returns, episode_lengths = np.zeros((3, args.num_envs))
     seeds = env_rng.integers(2**31, size=args.num_envs).tolist()
     raw_obs = np.array([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)])
     obs_stats.update(raw_obs)
@@ -533,6 +553,7 @@ def train(args, run):
             rewards_t, dones_t = torch.as_tensor(np.stack([rewards, dones]), device=run.device)
             advantages, returns = compute_gae(rewards_t, values, dones_t, next_values, args.gamma, args.gae_lambda)
         batch += [advantages.flatten(), returns.flatten()]
+        shares = grad_shares(agent, args, rollout_loss, batch) if (iteration + 1) % args.log_interval == 0 else {}
         history.append(update(agent, weights, optimizer, loss_fn, args, batch))
         fits.append(torch.stack([returns, values]))
         reward_noises.append(reward_noise)
@@ -541,7 +562,7 @@ def train(args, run):
         # log
         stopping, last = bool(run.signals), iteration + 1 == num_iterations
         if last or stopping or (iteration + 1) % args.log_interval == 0:
-            stats = {name: torch.stack([each[name] for each in history]).mean().item() for name in history[0]}
+            stats = {name: torch.stack([each[name] for each in history]).mean().item() for name in history[0]} | shares
             recent_returns.extend(finished_returns)
             if finished_returns:
                 stats["charts/episodic_return"] = np.mean(finished_returns)

@@ -209,13 +209,12 @@ TASKS = {
 def symmetric_ppo_loss(logprobs, old_logprobs, advantages, clip_coef, Z=-1.0, literal_signs=False):
     """L_ppo and L_rppo of the actions taken (Eq. 3 and 8): means over the batch. The caller weights them (Eq. 9).
 
-    Inputs are [B]. The sum over the other actions in Eq. 8 is 1 - pi_i, so L_rppo needs only what L_ppo already
-    computes. With Z = -1 both have the same gradient. Returns policy_loss, reverse_loss and statistics, all scalars.
+    Inputs are [B]. sum_{j != i} pi_j / pi_old_i = 1 / pi_old_i - r in Eq. 8. The first term is left out: it has no
+    gradient and overflows float32. With Z = -1 both losses have the same gradient, sample by sample. Returns
+    policy_loss, reverse_loss and statistics, all scalars.
     """
     logratio = logprobs - old_logprobs
     ratio = logratio.clamp(-20, 20).exp()  # finite; changes no gradient while |log r| < 20
-    # sum_{j != i} pi_j / pi_old_i = 1 / pi_old_i - r. The first term has no gradient; its clamp keeps it finite in float32.
-    others = (-old_logprobs).clamp(max=60).exp() - ratio
 
     surrogate = advantages * ratio
     clipped = advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef)
@@ -223,7 +222,7 @@ def symmetric_ppo_loss(logprobs, old_logprobs, advantages, clip_coef, Z=-1.0, li
 
     signed = advantages.abs() if literal_signs else advantages
     weights = torch.where(surrogate <= clipped, -signed * Z, 0.0)  # 0 where the clip cuts PPO's gradient
-    reverse_loss = (weights * others).mean()
+    reverse_loss = -(weights * ratio).mean()
 
     with torch.no_grad():
         stats = {
@@ -239,16 +238,17 @@ def factored_ppo_reverse(logprobs, old_logprobs, advantages, clip_coef, Z=-1.0, 
 
         L = -A Z sum_d (1 - pi_d) / pi_old_d      where A r <= A clip(r), else 0;   r = prod_d pi_d / pi_old_d
 
-    logprobs, old_logprobs: [B, D], of each dimension's own bin; advantages: [B]. A scalar, the mean over the batch.
+    logprobs, old_logprobs: [B, D], of each dimension's own bin; advantages: [B]. A scalar, the mean over the batch,
+    without the constants 1 / pi_old_d.
     """
     logratios = logprobs - old_logprobs
-    others = ((-old_logprobs).clamp(max=60).exp() - logratios.clamp(-20, 20).exp()).sum(-1)
+    ratios = logratios.clamp(-20, 20).exp()
     with torch.no_grad():
         ratio = logratios.sum(-1).clamp(-20, 20).exp()
         kept = advantages * ratio <= advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef)
         signed = advantages.abs() if literal_signs else advantages
         weights = torch.where(kept, -signed * Z, 0.0)
-    return (weights * others).mean()
+    return -(weights * ratios.sum(-1)).mean()
 
 
 def minibatch_loss(agent, args, obs, actions, old_logprobs, advantages, returns):
@@ -482,12 +482,34 @@ def update(agent, weights, optimizer, loss_fn, args, batch):
             loss, stats = loss_fn(agent, args, *minibatch)
             loss.backward()
             # clip_grad_norm_, which takes three times as long for one small tensor
-            weights.grad.mul_((args.max_grad_norm / (weights.grad.norm() + 1e-6)).clamp_(max=1.0))
+            norm = weights.grad.norm()
+            weights.grad.mul_((args.max_grad_norm / (norm + 1e-6)).clamp_(max=1.0))
             optimizer.step()
+            stats |= {"losses/grad_norm": norm, "losses/grad_clipped": (norm > args.max_grad_norm).float()}
             history.append(torch.stack(list(stats.values())))
         if args.target_kl is not None and stats["losses/approx_kl"] > args.target_kl:
             break
     return dict(zip(stats, torch.stack(history).mean(dim=0).tolist(), strict=True))
+
+
+def grad_shares(agent, args, loss_fn, batch):
+    """How the squared norm of the gradient g divides among its parts: policy, value and entropy.
+
+    g = sum_i g_i, so |g|^2 = sum_i <g_i, g>. The shares <g_i, g> / |g|^2 sum to 1; a part that opposes the sum has a
+    negative one. batch: the inputs of `loss_fn` after `args`.
+    """
+    parts = {
+        "policy": replace(args, vf_coef=0.0, ent_coef=0.0),
+        "value": replace(args, alpha=0.0, beta=0.0, ent_coef=0.0),
+        "entropy": replace(args, alpha=0.0, beta=0.0, vf_coef=0.0),
+    }
+    grads = {}
+    for name, only in parts.items():
+        loss, _ = loss_fn(agent, only, *batch)
+        grads[name] = torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, list(agent.parameters()))]).double()
+    total = sum(grads.values())
+    square = total.dot(total).clamp(min=1e-300)
+    return {f"losses/grad_share_{name}": (grad.dot(total) / square).item() for name, grad in grads.items()}
 
 
 def train(args, run):
@@ -518,8 +540,8 @@ def train(args, run):
     obs = np.zeros((*shape, obs_dim), dtype=np.float32)
     actions = np.zeros((*shape, *space.shape), dtype=np.int64 if args.num_bins else np.float32)
     rewards, dones = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
-    discounted_returns = np.zeros(args.num_envs)
-    episode_returns, episode_lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=int)
+    sample = torch.randperm(batch_size, generator=torch.Generator())[: args.minibatch_size]  # the minibatch of `grad_shares`
+    discounted_returns, episode_returns, episode_lengths = np.zeros((3, args.num_envs))
     seeds = env_rng.integers(2**31, size=args.num_envs).tolist()
     raw_obs = np.array([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)])
     obs_stats.update(raw_obs)
@@ -570,7 +592,8 @@ def train(args, run):
             rewards_t, dones_t = torch.as_tensor(np.stack([rewards, dones]), device=run.device)
             advantages, returns = compute_gae(rewards_t, values, dones_t, next_values, args.gamma, args.gae_lambda)
         batch += [logprobs, advantages.flatten(), returns.flatten()]
-        stats = update(agent, weights, optimizer, loss_fn, args, batch)
+        shares = grad_shares(agent, args, minibatch_loss, [tensor[sample] for tensor in batch])
+        stats = update(agent, weights, optimizer, loss_fn, args, batch) | shares
 
         # log
         recent_returns.extend(finished_returns)

@@ -189,13 +189,12 @@ EVALUATION, NOISE, GAMES = 1, 2, 3
 def symmetric_ppo_loss(logprobs, old_logprobs, advantages, clip_coef, Z=-1.0, literal_signs=False):
     """L_ppo and L_rppo of the actions taken (Eq. 3 and 8): means over the batch. The caller weights them (Eq. 9).
 
-    Inputs are [B]. The sum over the other actions in Eq. 8 is 1 - pi_i, so L_rppo needs only what L_ppo already
-    computes. With Z = -1 both have the same gradient. Returns policy_loss, reverse_loss and statistics, all scalars.
+    Inputs are [B]. sum_{j != i} pi_j / pi_old_i = 1 / pi_old_i - r in Eq. 8. The first term is left out: it has no
+    gradient and overflows float32. With Z = -1 both losses have the same gradient, sample by sample. Returns
+    policy_loss, reverse_loss and statistics, all scalars.
     """
     logratio = logprobs - old_logprobs
     ratio = logratio.clamp(-20, 20).exp()  # finite; changes no gradient while |log r| < 20
-    # sum_{j != i} pi_j / pi_old_i = 1 / pi_old_i - r. The first term has no gradient; its clamp keeps it finite in float32.
-    others = (-old_logprobs).clamp(max=60).exp() - ratio
 
     surrogate = advantages * ratio
     clipped = advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef)
@@ -203,7 +202,7 @@ def symmetric_ppo_loss(logprobs, old_logprobs, advantages, clip_coef, Z=-1.0, li
 
     signed = advantages.abs() if literal_signs else advantages
     weights = torch.where(surrogate <= clipped, -signed * Z, 0.0)  # 0 where the clip cuts PPO's gradient
-    reverse_loss = (weights * others).mean()
+    reverse_loss = -(weights * ratio).mean()
 
     with torch.no_grad():
         stats = {
@@ -363,12 +362,33 @@ def update(agent, optimizer, loss_fn, args, clip_coef, batch):
             optimizer.zero_grad()
             loss, stats = loss_fn(agent, args, clip_coef, *(tensor[indices] for tensor in batch))
             loss.backward()
-            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
+            stats |= {"losses/grad_norm": norm, "losses/grad_clipped": (norm > args.max_grad_norm).float()}
             history.append(torch.stack(list(stats.values())))  # no .item(), which would wait for the GPU
         if args.target_kl is not None and stats["losses/approx_kl"] > args.target_kl:
             break
     return dict(zip(stats, torch.stack(history).mean(dim=0).tolist(), strict=True))
+
+
+def grad_shares(agent, args, loss_fn, batch):
+    """How the squared norm of the gradient g divides among its parts: policy, value and entropy.
+
+    g = sum_i g_i, so |g|^2 = sum_i <g_i, g>. The shares <g_i, g> / |g|^2 sum to 1; a part that opposes the sum has a
+    negative one. batch: the inputs of `loss_fn` after `args`.
+    """
+    parts = {
+        "policy": replace(args, vf_coef=0.0, ent_coef=0.0),
+        "value": replace(args, alpha=0.0, beta=0.0, ent_coef=0.0),
+        "entropy": replace(args, alpha=0.0, beta=0.0, vf_coef=0.0),
+    }
+    grads = {}
+    for name, only in parts.items():
+        loss, _ = loss_fn(agent, only, *batch)
+        grads[name] = torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, list(agent.parameters()))]).double()
+    total = sum(grads.values())
+    square = total.dot(total).clamp(min=1e-300)
+    return {f"losses/grad_share_{name}": (grad.dot(total) / square).item() for name, grad in grads.items()}
 
 
 def train(args, run):
@@ -398,6 +418,7 @@ def train(args, run):
     logprobs, values = torch.zeros(shape, device=run.device), torch.zeros(shape, device=run.device)
     rewards, dones = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
     clip_coef = torch.tensor(args.clip_coef, device=run.device)  # a tensor, so that compiled code sees it change
+    sample = torch.randperm(batch_size, generator=torch.Generator())[: args.minibatch_size]  # the minibatch of `grad_shares`
     game_returns, game_lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=int)
     next_obs, info = envs.reset(seed=game_seeds)
 
@@ -442,7 +463,10 @@ def train(args, run):
             rewards_t, dones_t = torch.as_tensor(np.stack([rewards, dones]), device=run.device)  # one transfer
             advantages, returns = compute_gae(rewards_t, values, dones_t, next_values, args.gamma, args.gae_lambda)
         batch = tuple(tensor.flatten(0, 1) for tensor in (obs, actions, logprobs, advantages, returns))
-        stats = update(agent, optimizer, loss_fn, args, clip_coef, batch)
+        shares = {}
+        if iteration % 20 == 0:  # three more backward passes, in all under 1 % of the time
+            shares = grad_shares(agent, args, minibatch_loss, (clip_coef, *(tensor[sample] for tensor in batch)))
+        stats = update(agent, optimizer, loss_fn, args, clip_coef, batch) | shares
 
         # log
         recent_returns.extend(finished_returns)

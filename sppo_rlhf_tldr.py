@@ -576,9 +576,7 @@ def symmetric_ppo_loss(
         signed = advantages.abs() if literal_signs else advantages
         weights = torch.where(kept, -signed * Z, 0.0)
     policy_loss = -torch.where(kept, surrogate, clipped).mean()
-    # 1 / pi_old_i is a constant: no gradient hangs on its clamp, which keeps it from overflowing float32
-    others = (-old_logprobs).clamp(max=60).exp() - ratio  # sum_{j != i} pi_j / pi_old_i
-    reverse_loss = (weights * others).mean()
+    reverse_loss = -(weights * ratio).mean()  # without the constant 1 / pi_old_i, which has no gradient
 
     with torch.no_grad():
         stats = {

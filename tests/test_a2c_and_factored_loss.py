@@ -155,7 +155,8 @@ def test_factored_values_and_gradients_by_dimension(count, literal_signs):
             others = sum(pi[b, d, j] for j in range(11) if j != actions[b, d, 0])
             a2c = a2c + signs[b] * 0.5 * others / 40
             if not is_cut:
-                ppo = ppo + signs[b] * 0.5 * others / old_logprobs[b, d].exp() / 40
+                constant = 1 / old_logprobs[b, d].exp()  # has no gradient, and is left out
+                ppo = ppo + signs[b] * 0.5 * (others / old_logprobs[b, d].exp() - constant) / 40
     assert 5 < kept < 40
     for ours, expected in (
         (factored_ppo_reverse(logprobs, old_logprobs, advantages, 0.2, -0.5, literal_signs), ppo),

@@ -17,6 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from helpers import ROOT
 
+import dsa2c_continuous
 import dsppo_continuous
 import sa2c_atari
 import sppo_atari
@@ -66,6 +67,7 @@ def exact_clip(parameters, max_norm):
     norm = torch.cat([grad.flatten() for grad in grads]).norm()
     for grad in grads:
         grad.mul_(min(1.0, max_norm / norm.item()))
+    return norm
 
 
 def train(args, make_optimizer):
@@ -159,6 +161,78 @@ def test_cleanrl_halves_its_value_loss():
     values = agent(obs)[1]
     cleanrl = loss - args.vf_coef * stats["losses/value_loss"] + (2 * 0.5 / 10.5) * 0.5 * ((values - returns) ** 2).mean()
     torch.testing.assert_close(cleanrl, loss, rtol=1e-14, atol=0)
+
+
+def grads_by_hand(agent, logprobs, entropy, values, advantages, returns, args, ratio):
+    """The gradients of the three parts of a loss before any update, where every ratio is 1 and no sample is cut."""
+    used = (advantages - advantages.mean()) / (advantages.std() + 1e-8) if args.norm_adv else advantages
+    weights = args.alpha + args.beta * (1.0 if ratio else logprobs.detach().exp())  # facts 2 and 3
+    policy = -(weights * used * logprobs).mean()
+    parts = (policy, args.vf_coef * ((values - returns) ** 2).mean(), -args.ent_coef * entropy)
+    parameters = list(agent.parameters())
+    for part in parts:
+        grads = torch.autograd.grad(part, parameters, retain_graph=True, allow_unused=True)
+        yield torch.cat(
+            [torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in zip(grads, parameters, strict=True)]
+        )
+
+
+@pytest.mark.parametrize("script", [sppo_atari, sa2c_atari, dsppo_continuous, dsa2c_continuous], ids=lambda m: m.__name__)
+def test_shares_of_the_gradient_by_hand(script):
+    """Each part's own gradient by autograd; |g|^2 = sum <g_i, g>. Logging them leaves the training as it is."""
+    torch.manual_seed(0)
+    obs, actions, advantages, returns = rollout(0)
+    ratio, atari = "ppo" in script.__name__, "atari" in script.__name__
+    args = script.Args(alpha=0.5, beta=3.0, ent_coef=0.3, **({"minibatch_size": 128} if ratio else {}))
+    if atari:
+        agent = Shared()
+        all_logprobs, values = agent(obs)
+        logprobs = old = all_logprobs.gather(-1, actions[:, None]).squeeze(-1)
+        entropy = -(all_logprobs.exp() * all_logprobs).sum(-1).mean()
+    else:
+        agent, actions = script.Agent(6, 2, 4).double(), torch.stack([actions, actions.flip(0)], dim=-1)
+        nn.init.normal_(agent.actor[4].weight)  # away from equal probabilities, where the entropy has no gradient
+        old, entropies, values = agent(obs, actions)
+        logprobs, entropy = old.sum(-1), entropies.mean()
+    grads = list(grads_by_hand(agent, logprobs, entropy, values, advantages, returns, args, ratio))
+    total = sum(grads)
+    expected = [((grad @ total) / (total @ total)).item() for grad in grads]
+    assert sum(expected) == pytest.approx(1) and all(abs(share) > 1e-3 for share in expected)
+
+    state = torch.get_rng_state()
+    clip_coef = (torch.tensor(0.1, dtype=torch.float64),) if script is sppo_atari else ()
+    batch = (obs, actions, old.detach(), advantages, returns) if ratio else (obs, actions, advantages, returns)
+    loss_fn = script.minibatch_loss if ratio else script.rollout_loss
+    shares = script.grad_shares(agent, args, loss_fn, (*clip_coef, *batch))
+    names = [f"losses/grad_share_{name}" for name in ("policy", "value", "entropy")]
+    assert list(shares) == names and list(shares.values()) == pytest.approx(expected, rel=1e-6)
+    assert (torch.get_rng_state() == state).all() and all(parameter.grad is None for parameter in agent.parameters())
+
+
+@pytest.mark.parametrize("script", [sppo_atari, sa2c_atari, dsppo_continuous, dsa2c_continuous], ids=lambda m: m.__name__)
+def test_norm_and_share_of_the_clip(script):
+    """The norm before the clip, worked out on a copy, and whether it is above the limit."""
+    obs, actions, advantages, returns = rollout(0)
+    ratio, atari = "ppo" in script.__name__, "atari" in script.__name__
+    torch.manual_seed(0)
+    first = Shared() if atari else script.Agent(6, 1, 4).double()
+    actions = actions if atari else actions[:, None]
+    old = torch.full(actions.shape, -1.4, dtype=torch.float64)
+    batch = (obs, actions, old, advantages, returns) if ratio else (obs, actions, advantages, returns)
+    loss_fn = script.minibatch_loss if ratio else script.rollout_loss
+    clip_coef = (torch.tensor(0.1, dtype=torch.float64),) if script is sppo_atari else ()
+    args = script.Args(**({"minibatch_size": 128, "update_epochs": 1} if ratio else {}))
+    grads = torch.autograd.grad(loss_fn(first, args, *clip_coef, *batch)[0], list(first.parameters()))
+    norm = torch.cat([grad.flatten() for grad in grads]).norm().item()
+    for limit, clipped in ((0.99 * norm, 1.0), (1.01 * norm, 0.0)):
+        agent, args = copy.deepcopy(first), replace(args, max_grad_norm=limit)
+        weights = [] if atari else [script.flatten_parameters(agent)]
+        if script is sa2c_atari:
+            optimizer = [[torch.ones_like(p) for p in agent.parameters()], 1e-3]
+        else:
+            optimizer = [torch.optim.SGD(weights or agent.parameters(), lr=0.0)]
+        stats = script.update(agent, *weights, *optimizer, loss_fn, args, *clip_coef, batch)
+        assert float(stats["losses/grad_norm"]) == pytest.approx(norm) and float(stats["losses/grad_clipped"]) == clipped
 
 
 def dsppo_weights(alpha, beta, max_grad_norm, eps):

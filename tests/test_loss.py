@@ -36,7 +36,8 @@ def test_values_worked_by_hand():
         torch.tensor([0.5, 0.2]).log(), torch.tensor([0.4, 0.25]).log(), torch.tensor([2.0, 1.0]), 0.1, Z=-3.0
     )
     assert policy_loss.item() == pytest.approx(-(2.2 + 0.8) / 2, rel=1e-6)
-    assert reverse_loss.item() == pytest.approx((0 + 3 * (1 - 0.2) / 0.25) / 2, rel=1e-6)  # the mean is over both
+    # Eq. 8 is 0 and 3 (1 - 0.2) / 0.25; the second without its constant 3 / 0.25 is -3 * 0.8; the mean is over both
+    assert reverse_loss.item() == pytest.approx((0 - 3 * 0.2 / 0.25) / 2, rel=1e-6)
     assert stats["clipfrac"].item() == 1.0
     assert stats["old_approx_kl"].item() == pytest.approx(-(math.log(1.25) + math.log(0.8)) / 2, abs=1e-6)
     assert stats["approx_kl"].item() == pytest.approx((0.25 - math.log(1.25) - 0.2 - math.log(0.8)) / 2, rel=1e-5)
@@ -82,12 +83,13 @@ def test_reverse_gradient_with_pi_old_1_is_ra2c_and_fact_3(action, advantage):
     torch.testing.assert_close(grad, pi[action] * a2c_grad)
 
 
-def test_reverse_value_is_the_sum_over_the_other_actions():
+def test_reverse_value_is_the_sum_over_the_other_actions_without_its_constant():
     pi, old = LOGITS.softmax(-1), OLD_LOGITS.softmax(-1)
     for action in range(4):
         expected = sum(-1.7 * -0.5 * pi[j] / old[action] for j in range(4) if j != action)  # Eq. 7 over pi_old
         reverse_loss = losses(LOGITS, OLD_LOGITS, action, 1.7, 10.0, Z=-0.5)[REVERSE]
-        torch.testing.assert_close(reverse_loss, expected)
+        constant = -1.7 * -0.5 / old[action]  # has no gradient
+        torch.testing.assert_close(reverse_loss + constant, expected)
 
 
 def test_fact_1_printed_signs_point_against_ppo_where_a_is_negative():
@@ -121,7 +123,7 @@ def test_mask_at_and_around_the_clip_edges(advantage, ratio):
     for loss in (policy_loss, reverse_loss):
         (grad,) = torch.autograd.grad(loss, logprob, retain_graph=True)
         assert grad.item() == pytest.approx(0.0 if is_cut else -advantage * ratio, abs=1e-12)
-    expected = 0.0 if is_cut else advantage * (1 - 0.3 * ratio) / 0.3
+    expected = 0.0 if is_cut else advantage * ((1 - 0.3 * ratio) / 0.3 - 1 / 0.3)
     assert reverse_loss.item() == pytest.approx(expected, abs=1e-9)
 
 
@@ -152,7 +154,7 @@ def test_finite_for_any_logprob_in_float32(logprob, old_logprob, advantage):
 
 
 def test_gradient_is_exact_for_a_logprob_of_minus_200():
-    """1 / pi_old overflows float32 beyond -88; the gradient -A r does not depend on it."""
+    """1 / pi_old overflows float32 beyond -88; the loss -A r and its gradient do not depend on it."""
     logprob = torch.tensor([-200.05], requires_grad=True)
     for loss in symmetric_ppo_loss(logprob, torch.tensor([-200.0]), torch.tensor([2.0]), 0.1)[:2]:
         (grad,) = torch.autograd.grad(loss, logprob, retain_graph=True)

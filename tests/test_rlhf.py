@@ -333,7 +333,7 @@ def test_loss_and_its_parts_by_hand():
             r = p / old
             cut = min(max(r, 0.8), 1.2)
             ppo -= min(a * r, a * cut)
-            rppo += a * (1 - p) / old if a * r <= a * cut else 0
+            rppo += a * ((1 - p) / old - 1 / old) if a * r <= a * cut else 0  # without the constant, which has no gradient
             v, old_v, target = values[t].item(), old_values[i, t].item(), returns[i, t].item()
             near = old_v + min(max(v - old_v, -0.2), 0.2)
             value += 0.5 * max((v - target) ** 2, (near - target) ** 2)
