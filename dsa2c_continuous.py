@@ -89,6 +89,8 @@ class Args:
     """the constant that stands for log 0 in the reverse loss (Eq. 7)"""
     literal_signs: bool = False
     """use the sign that Eq. 7 prints for A < 0; its gradient opposes A2C's"""
+    mean_weight: bool = False
+    """a control: weight all samples of a rollout alike, by the mean of alpha + beta |Z| pi_i"""
     reverse_prob: Literal["joint", "factored"] = "joint"
     """probability in the reverse loss: joint over dimensions, as released; factored: a sum with one term per dimension"""
 
@@ -237,6 +239,8 @@ def rollout_loss(agent, args, obs, actions, advantages, returns):
     policy_loss, reverse_loss = symmetric_a2c_loss(logprobs.sum(-1), advantages, args.Z, args.literal_signs)
     if args.reverse_prob == "factored":
         reverse_loss = factored_a2c_reverse(logprobs, advantages, args.Z, args.literal_signs)
+    if args.mean_weight:  # in place of each sample's own pi_i (its weight in the gradient) their mean
+        reverse_loss = -args.Z * logprobs.detach().sum(-1).exp().mean() * policy_loss
     value_loss = F.mse_loss(values, returns)
     entropy = entropies.mean()
     loss = args.alpha * policy_loss + args.beta * reverse_loss + args.vf_coef * value_loss
@@ -654,6 +658,8 @@ def check_env(args):
     require(args, "checkpoint_interval", multiple, f"a multiple of log_interval = {args.log_interval}")
     enough = args.num_envs * args.num_steps > 1 or not args.norm_adv
     require(args, "norm_adv", enough, "num_envs x num_steps of 2 or more with it")
+    plain = args.beta > 0 and not args.literal_signs and args.reverse_prob == "joint"
+    require(args, "mean_weight", plain or not args.mean_weight, "off, or beta above 0, reverse_prob joint, no literal_signs")
     require(args, "num_bins", args.num_bins != 1, "0 (Gaussian) or 2 or more")
     require(args, "beta", args.num_bins or args.beta == 0, "0 with num_bins 0: a density has no sum over other actions")
     old_run = args.resume or args.evaluate  # may have had a GPU where there is none now

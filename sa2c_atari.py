@@ -86,6 +86,8 @@ class Args:
     """the constant that stands for log 0 in the reverse loss (Eq. 7)"""
     literal_signs: bool = False
     """use the sign that Eq. 7 prints for A < 0; its gradient opposes A2C's"""
+    mean_weight: bool = False
+    """a control: weight all samples of a rollout alike, by the mean of alpha + beta |Z| pi_i"""
 
     # noise
     noise: Literal["none", "bsc"] = "none"
@@ -205,6 +207,8 @@ def rollout_loss(agent, args, obs, actions, advantages, returns):
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
     policy_loss, reverse_loss = symmetric_a2c_loss(logprobs, advantages, args.Z, args.literal_signs)
+    if args.mean_weight:  # in place of each sample's own pi_i (its weight in the gradient) their mean
+        reverse_loss = -args.Z * logprobs.detach().exp().mean() * policy_loss
     value_loss = F.mse_loss(values, returns)
     entropy = -(all_logprobs.exp() * all_logprobs).sum(-1).mean()
     loss = args.alpha * policy_loss + args.beta * reverse_loss + args.vf_coef * value_loss - args.ent_coef * entropy
@@ -550,6 +554,8 @@ def check_env(args):
     require(args, "checkpoint_interval", multiple, f"a multiple of log_interval = {args.log_interval}")
     enough = args.num_envs * args.num_steps > 1 or not args.norm_adv
     require(args, "norm_adv", enough, "num_envs x num_steps of 2 or more with it")
+    plain = args.beta > 0 and not args.literal_signs
+    require(args, "mean_weight", plain or not args.mean_weight, "off, or beta above 0, no literal_signs")
     try:
         resolve_game(args.env_id)
     except gymnasium.error.Error as error:

@@ -1,12 +1,19 @@
 """Runs the paper's tables, or a grid of your own, on one machine or on a Ray cluster.
 
-    python benchmark/run.py atari-ppo --dry-run                                   # 660 commands, as you would type them
+    python benchmark/run.py atari-ppo --dry-run                                   # 1,100 commands, as you would type them
     python benchmark/run.py continuous-ppo --filter env=Hopper-v4,seed=1,seed=2 --total-timesteps 200000
     python benchmark/run.py my_grid.toml --address auto                           # on the cluster that this machine belongs to
 
-Tables: atari-ppo, atari-a2c, continuous-ppo, continuous-a2c, imdb, tldr, sensitivity, adv-norm; settings, seeds and steps are
-those of benchmark/paper/hyperparameters.toml. Every comparison with PPO has its control, --alpha (alpha + beta |Z|) --beta 0.
-A grid of your own is a TOML file:
+Tables: atari-ppo, atari-a2c, continuous-ppo, continuous-a2c, imdb, tldr, sensitivity, adv-norm, which-setting; settings, seeds
+and steps are those of benchmark/paper/hyperparameters.toml. Their arms beside the baseline and the symmetric loss:
+
+    control         PPO: --alpha (alpha + beta |Z|) --beta 0, the symmetric loss's gradient; A2C: --mean-weight
+    ppo_raw         Atari: PPO without normalised advantages, as the released script runs its baseline
+    reweighted      Atari: PPO with vf_coef, ent_coef, max_grad_norm and adam_eps divided by w = alpha + beta |Z|: SPPO
+                    (which-setting has reweighted_vf, reweighted_ent and reweighted_clip_eps, too: only these are divided)
+    a2c_half ...    A2C: the symmetric loss's alpha without its reverse term
+
+An arm's name is its runs' --exp-name. A grid of your own is a TOML file:
 
     script = "sppo_atari.py"
     envs = ["Gopher", "StarGunner"]
@@ -48,7 +55,17 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = Path(__file__).parent / "paper/hyperparameters.toml"
-TABLES = ("atari-ppo", "atari-a2c", "continuous-ppo", "continuous-a2c", "imdb", "tldr", "sensitivity", "adv-norm")
+TABLES = (
+    "atari-ppo",
+    "atari-a2c",
+    "continuous-ppo",
+    "continuous-a2c",
+    "imdb",
+    "tldr",
+    "sensitivity",
+    "adv-norm",
+    "which-setting",
+)
 SCRIPTS = {  # script: its argument for a run's length
     "sppo_atari.py": "total_timesteps",
     "sa2c_atari.py": "total_timesteps",
@@ -60,6 +77,7 @@ SCRIPTS = {  # script: its argument for a run's length
 LOST = 10  # times that a run may lose its machine
 HELD = 75  # exit status of a run that someone else is running (sysexits' EX_TEMPFAIL)
 OURS = {"--env-id", "--noise", "--seed", "--total-timesteps", "--iterations", "--num-threads", "--run-dir", "--resume"}
+OURS |= {"--exp-name"}
 
 
 @dataclass
@@ -109,7 +127,7 @@ class Run:
         task = [] if self.script.startswith("sppo_rlhf") else ["--env-id", self.env]
         noise = [] if self.noise == "none" else ["--noise", self.noise]
         length = [f"--{SCRIPTS[self.script].replace('_', '-')}", str(self.length)]
-        rest = ["--seed", str(self.seed), "--num-threads", str(args.cpus), *shlex.split(args.args)]
+        rest = ["--seed", str(self.seed), "--exp-name", self.arm, "--num-threads", str(args.cpus), *shlex.split(args.args)]
         return [
             self.script,
             *task,
@@ -146,10 +164,23 @@ def fail(message: str):
 # --- grids ------------------------------------------------------------------------------------------------------------
 
 
-def symmetric(alpha: float, beta: float, control: bool = True) -> dict[str, str]:
-    """The options of the baseline, of the symmetric loss and of its control, whose weight of the policy loss is the same."""
-    arms = {"base": "--alpha 1 --beta 0", "symmetric": f"--alpha {alpha:g} --beta {beta:g}"}
-    return arms | ({"control": f"--alpha {alpha + beta:g} --beta 0"} if control else {})
+def symmetric(names: tuple[str, str], alpha: float, beta: float) -> dict[str, str]:
+    """The options of the baseline and of the symmetric loss, by their names, and of the control; Z is -1.
+
+    PPO's control weighs the policy loss as much, A2C's weighs all samples alike, by the symmetric loss's mean weight.
+    """
+    base, treated = names
+    arms = {base: "--alpha 1 --beta 0", treated: f"--alpha {alpha:g} --beta {beta:g}"}
+    if "ppo" in base:
+        return arms | {"control": f"--alpha {alpha + beta:g} --beta 0"}
+    return arms | {f"{base}_half": f"--alpha {alpha:g} --beta 0", "control": f"{arms[treated]} --mean-weight"}
+
+
+def reweighted(settings: dict, w: float, names: str) -> str:
+    """The options of PPO with the settings `names` divided by w."""
+    values = {**settings, "adam_eps": 1e-5}
+    options = (f"--{name.replace('_', '-')} {values[name] / w:.9g}" for name in names.split())
+    return " ".join(["--alpha 1 --beta 0", *options])
 
 
 def named_grid(name: str) -> list[Run]:
@@ -157,29 +188,16 @@ def named_grid(name: str) -> list[Run]:
     paper = tomllib.loads(PAPER.read_text())
     if name in ("imdb", "tldr"):
         settings = paper["rlhf"][name]
-        arms = symmetric(settings["alpha"], settings["beta"])
-        names = {"base": "ppo", "symmetric": "sppo"}
+        arms = symmetric(("ppo", "sppo"), settings["alpha"], settings["beta"])
         script, length = f"sppo_rlhf_{name}.py", settings["iterations"]
         return [
-            Run(name, name, "none", names.get(arm, arm), seed, length, script, options)
-            for arm, options in arms.items()
-            for seed in range(1, 5)
+            Run(name, name, "none", arm, seed, length, script, options) for arm, options in arms.items() for seed in range(1, 5)
         ]
-    if name == "sensitivity":  # Table 4: does the choice of beta matter? These values are ours
-        family, algorithm, betas = "atari", "ppo", (1.0, 2.0, 5.0, 10.0, 20.0)
-    else:
-        family, algorithm = name.split("-") if name != "adv-norm" else ("atari", "ppo")
-        betas = None
+    family, algorithm = name.split("-") if name in TABLES[:4] else ("atari", "ppo")
     settings = paper[family]
     own = settings[algorithm]
-    script = {
-        ("atari", "ppo"): "sppo_atari.py",
-        ("atari", "a2c"): "sa2c_atari.py",
-        ("continuous", "ppo"): "dsppo_continuous.py",
-        ("continuous", "a2c"): "dsa2c_continuous.py",
-    }[family, algorithm]
-    prefix = {"atari": "s", "continuous": "ds"}[family]
-    names = {"base": algorithm if family == "atari" else f"d{algorithm}", "symmetric": prefix + algorithm}
+    prefix = {"atari": "", "continuous": "d"}[family]
+    names = (f"{prefix}{algorithm}", f"{prefix}s{algorithm}")
     runs = []
     noises = ("none", settings["noise"]["kind"])
     for env, noise in itertools.product(settings.get("games") or settings["tasks"], noises):
@@ -188,18 +206,26 @@ def named_grid(name: str) -> list[Run]:
         length = own.get("total_timesteps", settings.get("total_timesteps"))
         length = length[env] if isinstance(length, dict) else length
         alpha = settings["alpha"]
-        arms = {names.get(arm, arm): options for arm, options in symmetric(alpha, beta, algorithm == "ppo").items()}
+        arms = symmetric(names, alpha, beta)
         if family == "continuous":
             arms = {algorithm: "--num-bins 0 --alpha 1 --beta 0"} | arms
         if (algorithm, env) == ("a2c", "Swimmer-v4"):  # the released configuration's
             arms = {arm: f"{options} --gamma 0.9999" for arm, options in arms.items()}
-        if betas:
-            pairs = [(f"sppo-beta-{value:g}", f"control-beta-{value:g}", symmetric(alpha, value)) for value in betas]
+        if name == "sensitivity":  # Table 4: does the choice of beta matter? These values are ours
             arms = {"ppo": arms["ppo"]}
-            for treated, control, options in pairs:
-                arms |= {treated: options["symmetric"], control: options["control"]}
-        if name == "adv-norm":
-            arms = {**arms, **{f"{arm}-raw": f"{options} --no-norm-adv" for arm, options in arms.items()}}
+            for value in (1.0, 2.0, 5.0, 10.0, 20.0):
+                swept = symmetric(names, alpha, value)
+                arms |= {f"sppo-beta-{value:g}": swept["sppo"], f"control-beta-{value:g}": swept["control"]}
+        if (family, algorithm) == ("atari", "ppo"):
+            arms |= {f"{arm}_raw": f"{arms[arm]} --no-norm-adv" for arm in (arms if name == "adv-norm" else ["ppo"])}
+        if name in ("atari-ppo", "which-setting"):
+            w = alpha + beta
+            arms["reweighted"] = reweighted(own, w, "vf_coef ent_coef max_grad_norm adam_eps")
+        if name == "which-setting":
+            arms["reweighted_vf"] = reweighted(own, w, "vf_coef")
+            arms["reweighted_ent"] = reweighted(own, w, "ent_coef")
+            arms["reweighted_clip_eps"] = reweighted(own, w, "max_grad_norm adam_eps")
+        script = {"atari": f"s{algorithm}_atari.py", "continuous": f"ds{algorithm}_continuous.py"}[family]
         runs += [
             Run(name, env, noise, arm, seed, length, script, options)
             for arm, options in arms.items()
@@ -238,9 +264,11 @@ def toml_grid(path: Path) -> list[Run]:
     if not (isinstance(arms, dict) and arms and all(isinstance(options, str) for options in arms.values())):
         fail(f"{path}: arms = {arms!r}; expected a table of texts, the options of each arm")
     for arm, options in arms.items():
-        if not re.fullmatch(r"[\w.+-]+", arm):
-            fail(f"{path}: arm {arm!r}; expected a name of letters, digits, '_', '.', '+' or '-'")
+        if not re.fullmatch(r"[\w.-]{1,100}", arm):
+            fail(f"{path}: arm {arm!r}; expected a name of up to 100 letters, digits, '_', '.' or '-'")
         check_options(f"{path}: arm {arm}", options, OURS)
+        if "a2c" in script and "--no-norm-adv" in options.replace("_", "-").split():
+            fail(f"{path}: arm {arm}: --no-norm-adv; expected another option, as {script} normalises no advantages")
     return [
         Run(path.stem, env, noise, arm, seed, length, script, arms[arm])
         for env, noise, arm, seed in itertools.product(envs, noises, arms, grid["seeds"])
@@ -291,7 +319,8 @@ def essence(command: list[str]) -> list[str]:
     """The command without the options that make no other experiment."""
     kept, skip = [], False
     for word in command:
-        skip = word in ("--run-dir", "--num-threads", "--track", "--no-track") or (skip and not word.startswith("--"))
+        ours = ("--run-dir", "--exp-name", "--num-threads", "--track", "--no-track")
+        skip = word in ours or (skip and not word.startswith("--"))
         kept += [] if skip else [word]
     return kept
 

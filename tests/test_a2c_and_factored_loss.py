@@ -1,7 +1,9 @@
 """The A2C losses and the losses over several action dimensions: worked by hand, the paper's gradients, float64 autograd."""
 
 import math
+from dataclasses import replace
 
+import helpers
 import pytest
 import torch
 
@@ -217,6 +219,47 @@ def test_dsa2c_rollout_loss_is_the_sum_of_its_parts(norm_adv):
         expected = 0.7 * -(used * logprobs.sum(-1)).mean() + 3.0 * expected_reverse + 0.4 * 9.0 - 0.05 * entropies.mean()
         torch.testing.assert_close(loss, expected)
         assert stats["losses/reverse_loss"].item() == pytest.approx(expected_reverse.item())
+
+
+@pytest.mark.parametrize("script", [sa2c_atari, dsa2c_continuous], ids=lambda module: module.__name__)
+def test_mean_weight_is_sa2c_with_one_weight_for_all_samples(script):
+    """Its gradient is (alpha + beta |Z| mean pi) grad L_a2c, with the mean of SA2C's own weights (fact 3)."""
+    torch.manual_seed(0)
+    logits = torch.randn(64, 3, 5, dtype=torch.float64, requires_grad=True)
+    actions = torch.randint(5, (64, 3))
+    all_logprobs = torch.log_softmax(logits, -1)
+    logprobs = all_logprobs.gather(-1, actions[..., None]).squeeze(-1)
+    advantages, zeros = torch.randn(64).double(), torch.zeros(64).double()
+    if script is sa2c_atari:
+        actions, logprobs = actions[:, 0], logprobs[:, :1]
+        agent = lambda obs: (all_logprobs[:, 0], zeros)  # noqa: E731
+    else:
+        agent = lambda obs, actions: (logprobs, zeros, zeros)  # noqa: E731
+    args = script.Args(alpha=0.5, beta=3.0, Z=-0.4, ent_coef=0.0, mean_weight=True)
+    loss, _ = script.rollout_loss(agent, args, None, actions, advantages, zeros)
+    joint = logprobs.sum(-1)
+    a2c = -(advantages * joint).mean()
+    weight = 0.5 + 3.0 * 0.4 * joint.detach().exp().mean()
+    ours, expected = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (loss, weight * a2c))
+    torch.testing.assert_close(ours, expected)
+    own, _ = script.rollout_loss(agent, replace(args, mean_weight=False), None, actions, advantages, zeros)
+    assert (torch.autograd.grad(own, logits)[0] - expected).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("script", "argv"),
+    [
+        ("sa2c_atari.py", ["--beta", "0"]),
+        ("sa2c_atari.py", ["--literal-signs"]),
+        ("dsa2c_continuous.py", ["--beta", "0"]),
+        ("dsa2c_continuous.py", ["--reverse-prob", "factored"]),
+    ],
+)
+def test_mean_weight_needs_the_reverse_term_that_it_averages(script, argv, tmp_path):
+    env = ["--env-id", "Pendulum-v1", "--max-episode-steps", "200"] if "continuous" in script else []
+    _, err = helpers.run(script, *env, *argv, "--mean-weight", "--run-dir", tmp_path / "runs", code=2)
+    assert "--mean-weight True: expected off, or beta above 0" in err and err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
 
 
 def test_densities_above_1_leave_a_gaussian_a2c_finite():

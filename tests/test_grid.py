@@ -30,14 +30,15 @@ PAPER = tomllib.loads((ROOT / "benchmark/paper/hyperparameters.toml").read_text(
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        ("atari-ppo", 22 * 5 * 2 * 3),
-        ("atari-a2c", 22 * 5 * 2 * 2),
+        ("atari-ppo", 22 * 5 * 2 * 5),
+        ("atari-a2c", 22 * 5 * 2 * 4),
         ("continuous-ppo", 9 * 30 * 2 * 4),
-        ("continuous-a2c", 9 * 30 * 2 * 3),
+        ("continuous-a2c", 9 * 30 * 2 * 5),
         ("imdb", 4 * 3),
         ("tldr", 4 * 3),
-        ("sensitivity", 22 * 5 * 2 * (1 + 2 * 5)),
+        ("sensitivity", 22 * 5 * 2 * (2 + 2 * 5)),
         ("adv-norm", 22 * 5 * 2 * 3 * 2),
+        ("which-setting", 22 * 5 * 2 * 8),
     ],
 )
 def test_every_cell_is_there_once(name, count):
@@ -127,8 +128,20 @@ def test_every_cell_has_the_papers_alpha_beta_and_steps(name):
          "dsa2c_continuous.py --env-id Ant-v4 --alpha 0.5 --beta 0.2 --total-timesteps 2000000"),
         ("imdb", "imdb", "none", "control", "sppo_rlhf_imdb.py --alpha 0.9 --beta 0 --iterations 60"),
         ("tldr", "tldr", "none", "sppo", "sppo_rlhf_tldr.py --alpha 0.5 --beta 0.2 --iterations 100"),
-        ("adv-norm", "Alien", "none", "sppo-raw",
+        ("adv-norm", "Alien", "none", "sppo_raw",
          "sppo_atari.py --env-id Alien --alpha 0.5 --beta 1 --no-norm-adv --total-timesteps 5000000"),
+        ("atari-ppo", "Alien", "bsc", "ppo_raw",
+         "sppo_atari.py --env-id Alien --noise bsc --alpha 1 --beta 0 --no-norm-adv --total-timesteps 5000000"),
+        ("atari-ppo", "Alien", "bsc", "reweighted",  # 0.5 / 10.5, 0.01 / 10.5, 0.5 / 10.5, 1e-5 / 10.5
+         "sppo_atari.py --env-id Alien --noise bsc --alpha 1 --beta 0 --vf-coef 0.0476190476 --ent-coef 0.000952380952 "
+         "--max-grad-norm 0.0476190476 --adam-eps 9.52380952e-07 --total-timesteps 5000000"),
+        ("which-setting", "Alien", "none", "reweighted_clip_eps",  # divided by 1.5
+         "sppo_atari.py --env-id Alien --alpha 1 --beta 0 --max-grad-norm 0.333333333 --adam-eps 6.66666667e-06 "
+         "--total-timesteps 5000000"),
+        ("atari-a2c", "Qbert", "none", "control",
+         "sa2c_atari.py --env-id Qbert --alpha 0.5 --beta 5 --mean-weight --total-timesteps 5000000"),
+        ("continuous-a2c", "Ant-v4", "none", "da2c_half",
+         "dsa2c_continuous.py --env-id Ant-v4 --alpha 0.5 --beta 0 --total-timesteps 2000000"),
     ],
 )  # fmt: skip
 def test_commands_are_the_papers(name, env, noise, arm, expected):
@@ -136,7 +149,7 @@ def test_commands_are_the_papers(name, env, noise, arm, expected):
     command = run.command(grid.Args(name))
     length = command[command.index("--seed") - 1]
     folder = f"runs/grid/{name}/{length}/{env}__{noise}__{arm}__2"
-    assert shlex.join(command) == f"{expected} --seed 2 --num-threads 1 --run-dir {folder}"
+    assert shlex.join(command) == f"{expected} --seed 2 --exp-name {arm} --num-threads 1 --run-dir {folder}"
 
 
 @pytest.mark.parametrize("name", grid.TABLES)
