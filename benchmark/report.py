@@ -20,7 +20,8 @@ report; an arm of two runs with one seed is told apart by the settings in which 
 are named. What an earlier report left in --out is replaced. An interquartile mean is given in
 units of the first baseline's (PPO's or A2C's), after each score was divided by the baseline's mean in the same environment;
 where that mean is not above two standard errors, the environment is left out, which the report says. An arm with beta 0 is
-called a control only where its alpha is a symmetric arm's alpha + beta |Z|.
+called a control only where its alpha is a symmetric arm's alpha + beta |Z|; A2C's control is SA2C with --mean-weight. An arm
+`reweighted...` of run.py keeps its name. On Atari the paper's PPO stands beside both PPO and PPO raw.
 """
 
 import ast
@@ -49,7 +50,8 @@ PUBLISHED = Path(__file__).parent / "paper/scores.csv"
 RETURNS = ("charts/episodic_return", "objective/scores")
 CURVES = (*RETURNS, "charts/adv_sign_change")
 # Arguments that runs of one row may differ in: what makes an arm, what names a run, and what is no other experiment
-ARM = ("alpha", "beta", "Z", "num_bins", "reverse_prob", "norm_adv", "literal_signs")
+ARM = ("alpha", "beta", "Z", "num_bins", "reverse_prob", "norm_adv", "literal_signs", "mean_weight")
+DIVIDED = {"vf_coef", "ent_coef", "max_grad_norm", "adam_eps"}  # in which run.py's reweighted arms differ from PPO
 FREE = (
     *("seed", "env_id", "noise", "exp_name", "run_dir", "resume", "track", "wandb_project_name", "wandb_entity"),
     *("capture_video", "save_model", "checkpoint_interval", "log_interval", "eval_interval", "eval_every", "num_threads"),
@@ -184,7 +186,9 @@ def label(run: dict) -> str:
     algorithm = "A2C" if "a2c" in run["script"] else "PPO"
     continuous = "continuous" in run["script"]
     discrete = "D" if continuous and run.get("num_bins", 11) else ""
-    if run["beta"]:
+    if run.get("mean_weight") in (True, "True", 1):
+        name = f"control {discrete}{algorithm}"
+    elif run["beta"]:
         name = f"{discrete}S{algorithm}"
         name += " factored" if run.get("reverse_prob") == "factored" else ""
         name += " literal" if run.get("literal_signs") in (True, "True") else ""
@@ -194,11 +198,18 @@ def label(run: dict) -> str:
     raw = run.get("norm_adv") in (False, "False", 0) if default else run.get("norm_adv") in (True, "True", 1)
     name += " raw" if raw and default else " normalised" if raw else ""
     name += f" Z {run['Z']:g}" if run.get("Z", -1) != -1 and run["beta"] else ""
-    return name + (f" {run['num_bins']:g} bins" if discrete and run.get("num_bins", 11) != 11 else "")
+    name += f" {run['num_bins']:g} bins" if discrete and run.get("num_bins", 11) != 11 else ""
+    exp_name = str(run.get("exp_name"))
+    return name + (f" {exp_name}" if exp_name.startswith("reweighted") else "")
 
 
 def is_control(runs: pd.DataFrame, run: pd.Series) -> bool:
-    """Whether the run's alpha is alpha + beta |Z| of symmetric runs in its environment, or if none is there, in another."""
+    """Whether the run's alpha is alpha + beta |Z| of symmetric runs in its environment, or if none is there, in another.
+
+    With --mean-weight it is one by itself.
+    """
+    if run.beta > 0:
+        return True
     alike = runs[(runs.script == run.script) & (runs.noise == run.noise) & (runs.beta > 0)]
     here = alike[alike.env == run.env]
     alike = here if len(here) else alike
@@ -215,11 +226,12 @@ def find_mixture(runs: pd.DataFrame) -> list[str]:
         for (arm, seed), count in row.groupby(["arm", "seed"]).size().items():
             if count > 1:
                 found.append(f"{env}, noise {noise}, {script}: {count} runs of {arm} with seed {seed}")
-        for name, values in differences(row, arguments() - {*ARM, *FREE} - runs.attrs["telling"]).items():
+        names, plain = arguments() - {*ARM, *FREE} - runs.attrs["telling"], row[~row.arm.str.contains("reweighted")]
+        for name, values in (differences(row, names - DIVIDED) | differences(plain, names & DIVIDED)).items():
             if noise != "none" or not name.startswith("noise_"):
                 found.append(f"{env}, noise {noise}, {script}: {name} {', '.join(values)}")
         for arm, same in row.groupby("arm"):
-            for name, values in differences(same, runs.attrs["telling"]).items():
+            for name, values in differences(same, runs.attrs["telling"] | (DIVIDED if "reweighted" in arm else set())).items():
                 found.append(f"{env}, noise {noise}, {script}, {arm}: {name} {', '.join(values)}")
     for script, same in runs.groupby("script"):
         versions = {name for name in runs.columns if name.startswith("versions.")}
@@ -254,6 +266,8 @@ def cells(runs: pd.DataFrame) -> pd.DataFrame:
     published = pd.read_csv(PUBLISHED).rename(
         columns={"algo": "arm", "env": "task", "mean": "paper_mean", "stderr": "paper_stderr"}
     )
+    atari_ppo = published[(published.family == "atari") & (published.arm == "PPO")]
+    published = pd.concat([published, atari_ppo.assign(arm="PPO raw")])
     return table.merge(
         published[["task", "noise", "arm", "paper_mean", "paper_stderr"]], how="left", on=["task", "noise", "arm"]
     )
@@ -277,7 +291,8 @@ def wins(table: pd.DataFrame, column: str = "mean") -> dict[tuple[str, str], tup
     for arm in wide.columns:
         for other in wide.columns:
             both = wide[[arm, other]].dropna() if arm != other else wide.iloc[:0]
-            if len(both):
+            one = column == "paper_mean" and (both[arm] == both[other]).all()  # the paper has one PPO on Atari
+            if len(both) and not one:
                 found[arm, other] = (int((both[arm] > both[other]).sum()), len(both))
     return found
 
@@ -634,13 +649,13 @@ def sweep(plain: pd.DataFrame) -> pd.DataFrame:
     if alphas.nunique() != 1:
         return swept.iloc[:0].assign(weight=[], kind=[])
     swept["weight"] = swept.beta.where(swept.beta > 0, swept.alpha - alphas.iloc[0])
-    swept["kind"] = np.where(swept.beta > 0, "symmetric", "control")
+    swept["kind"] = np.where(swept.arm.str.startswith("control"), "control", "symmetric")
     return swept
 
 
 def draw_betas(runs: pd.DataFrame, path: Path) -> None:
     """Scores by beta, or by the beta that a control stands for, where there are three or more; beta 0 as a line."""
-    plain = runs[~runs.arm.str.contains("raw|factored|literal|normalised|bins")]
+    plain = runs[~runs.arm.str.contains("raw|factored|literal|normalised|bins|reweighted")]
     swept = sweep(plain)
     groups = [group for group in swept.groupby(["script", "env", "noise"]) if group[1].weight.nunique() >= 3]
     if not groups:
@@ -736,6 +751,12 @@ def main(args: Args) -> None:
         unit = "iterations" if script.startswith("sppo_rlhf") else "steps"
         lines += [f"### {script}, {'without noise' if noise == 'none' else f'noise {noise}'}; {lengths} {unit}", ""]
         lines += [*markdown(part), ""]
+        if script == "sppo_atari.py" and part.arm.isin(["PPO", "PPO raw"]).any() and part.paper_mean.notna().any():
+            lines += [
+                "The paper's PPO stands beside PPO and PPO raw: its released script does not normalise its advantages; "
+                "whether its table was made so is not known (README, fact 7).",
+                "",
+            ]
         mine = runs[(runs.script == script) & (runs.noise == noise)]
         lines += training(mine, curves)
         lines += measures(mine)

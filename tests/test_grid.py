@@ -94,15 +94,23 @@ def test_every_cell_has_the_papers_alpha_beta_and_steps(name):
         assert run.length == (steps if isinstance(steps, int) else steps[run.env])
         options = words(run)
         pair = (options["alpha"], options["beta"])
-        if run.arm in ("sppo", "sa2c", "dsppo", "dsa2c"):
+        if run.arm in ("sppo", "sa2c", "dsppo", "dsa2c") or (run.arm == "control" and algorithm == "a2c"):
             assert pair == (settings["alpha"], beta)
         elif run.arm == "control":
             assert pair == (pytest.approx(settings["alpha"] + beta * abs(settings["Z"])), 0)
+        elif run.arm in ("a2c_half", "da2c_half"):
+            assert pair == (settings["alpha"], 0)
         else:
-            assert pair == (1, 0) and run.arm in ("ppo", "a2c", "dppo", "da2c")
+            assert pair == (1, 0) and run.arm in ("ppo", "a2c", "dppo", "da2c", "ppo_raw", "reweighted")
         assert (options.get("num-bins") == 0) == (family == "continuous" and run.arm == algorithm)
         assert options.get("gamma") == (0.9999 if (name, run.env) == ("continuous-a2c", "Swimmer-v4") else None)
-        assert set(options) <= {"alpha", "beta", "num-bins", "gamma"}
+        assert ("no-norm-adv" in options) == (run.arm == "ppo_raw")
+        assert ("mean-weight" in options) == (run.arm == "control" and algorithm == "a2c")
+        divided = {"vf-coef": 0.5, "ent-coef": 0.01, "max-grad-norm": 0.5, "adam-eps": 1e-5}
+        for option, value in divided.items():
+            w = settings["alpha"] + beta
+            assert options.get(option) == (pytest.approx(value / w) if run.arm == "reweighted" else None)
+        assert set(options) <= {"alpha", "beta", "num-bins", "gamma", "no-norm-adv", "mean-weight", *divided}
         seen.add((run.env, run.noise, run.arm))
     assert {env for env, *_ in seen} == set(settings.get("games") or settings["tasks"])
     assert {noise for _, noise, _ in seen} == noises
@@ -179,7 +187,7 @@ def test_filter_and_length(capsys):
     grid.main(args)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and all(line.startswith("python dsppo_continuous.py --env-id ") for line in lines)
-    assert all("--total-timesteps 1000 --seed 3 --num-threads 1 --track" in line for line in lines)
+    assert all("--total-timesteps 1000 --seed 3 --exp-name ppo --num-threads 1 --track" in line for line in lines)
     assert all("/continuous-ppo/1000/" in line for line in lines)
 
 
@@ -194,6 +202,7 @@ def test_the_committed_grid_has_the_papers_settings():
     table = grid.named_grid("continuous-a2c")
     options = {run.arm: run.options for run in table if (run.env, run.noise) == ("Hopper-v4", "gaussian")}
     options["dsa2c-factored"] = options["dsa2c"] + " --reverse-prob factored"
+    del options["da2c_half"], options["control"]
     assert {(run.arm, run.options) for run in found} == set(options.items())
     seeds = {("Hopper-v4", noise, seed): 4 for noise in ("none", "gaussian") for seed in range(1, 6)}
     assert Counter((run.env, run.noise, run.seed) for run in found) == seeds
@@ -227,8 +236,14 @@ BAD = [
     ("seed", GOOD.replace("[1, 2]", '["1"]'), "seeds = ['1']; expected a list of whole numbers"),
     ("length", GOOD.replace("2000", "0"), "total_timesteps = 0; expected a whole number of 1 or more"),
     ("arms", GOOD.replace('"--alpha 1 --beta 0"', "1"), "expected a table of texts"),
-    ("slash", GOOD.replace("ppo =", '"a/b" ='), "arm 'a/b'; expected a name of letters"),
+    ("slash", GOOD.replace("ppo =", '"a/b" ='), "arm 'a/b'; expected a name of up to 100 letters"),
     ("quote", GOOD.replace("--beta 0", "--beta '0"), "expected options as a shell would take them (No closing quotation)"),
+    ("plus", GOOD.replace("ppo =", '"a+b" ='), "arm 'a+b'; expected a name of up to 100 letters"),
+    (
+        "raw",
+        GOOD.replace("sppo_atari", "sa2c_atari").replace("ppo =", "ppo_raw =").replace("--beta 0", "--beta 0 --no_norm_adv"),
+        "arm ppo_raw: --no-norm-adv; expected another option, as sa2c_atari.py normalises no advantages",
+    ),
     ("taken", GOOD.replace("--beta 0", "--beta 0 --seed=3"), "expected options other than --seed, which the grid sets"),
 ]
 

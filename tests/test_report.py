@@ -31,7 +31,7 @@ def result(env="Hopper", noise="none", arm="DPPO", seed=1, score=1.0, **changed)
     alpha, beta = OPTIONS[arm]
     args = {"seed": seed, "alpha": alpha, "beta": beta, "Z": -1.0, "noise": noise, "num_bins": 0 if arm == "PPO" else 11}
     args |= {"env_id": f"{env}-v4", "norm_adv": True, "total_timesteps": 1000, "learning_rate": 3e-4, "run_dir": f"x{seed}"}
-    args |= {"reverse_prob": "joint", "literal_signs": False, "target_kl": None}
+    args |= {"reverse_prob": "joint", "literal_signs": False, "target_kl": None, "exp_name": "x", "mean_weight": False}
     about = {"script": "dsppo_continuous.py", "run_id": f"{env}{noise}{arm}{seed}", "env_id": f"{env}-v4", "seconds": 36.0}
     versions = {"torch": "2.13.0", "mujoco": "4.0.0"}
     for key, value in changed.items():
@@ -410,10 +410,91 @@ def test_runs_that_normalise_nothing_have_no_sign_changes(tmp_path):
         ({"script": "dsa2c_continuous.py", "arm": "DSPPO", "norm_adv": False}, "DSA2C"),
         ({"script": "sa2c_atari.py", "norm_adv": True}, "A2C normalised"),
         ({"script": "sppo_rlhf_imdb.py", "arm": "control DPPO"}, "control PPO"),
+        ({"script": "sppo_atari.py", "norm_adv": False}, "PPO raw"),
+        ({"script": "sppo_atari.py", "exp_name": "reweighted_vf"}, "PPO reweighted_vf"),
+        ({"script": "sppo_atari.py", "exp_name": "ppo"}, "PPO"),
+        ({"script": "dsa2c_continuous.py", "arm": "DSPPO", "norm_adv": False, "mean_weight": True}, "control DA2C"),
     ],
 )
 def test_labels(changed, expected):
     assert report.label(report.flatten(result(**changed))) == expected
+
+
+def write_atari(folder, arms, env="Alien", **changed):
+    """Runs of sppo_atari.py with bsc noise: arm -> (alpha, beta, other settings, scores)."""
+    for arm, (alpha, beta, settings, scores) in arms.items():
+        for seed, score in enumerate(scores, 1):
+            one = result(
+                arm="DPPO", seed=seed, score=score, script="sppo_atari.py", noise="bsc", exp_name=arm, run_id=f"{arm}{seed}"
+            )
+            one["env_id"] = one["args"]["env_id"] = env
+            one["args"] |= {
+                "alpha": alpha,
+                "beta": beta,
+                "vf_coef": 0.5,
+                "ent_coef": 0.01,
+                "max_grad_norm": 0.5,
+                "adam_eps": 1e-5,
+            }
+            one["args"] |= settings | changed
+            (folder / f"{arm}{seed}").mkdir(parents=True)
+            (folder / f"{arm}{seed}/result.json").write_text(json.dumps(one))
+    return folder
+
+
+FOUR = {"vf_coef": 0.5 / 10.5, "ent_coef": 0.01 / 10.5, "max_grad_norm": 0.5 / 10.5, "adam_eps": 1e-5 / 10.5}
+ATARI = {
+    "ppo": (1.0, 0.0, {}, [100.0, 110.0]),
+    "ppo_raw": (1.0, 0.0, {"norm_adv": False}, [90.0, 80.0]),
+    "sppo": (0.5, 10.0, {}, [120.0, 130.0]),
+    "control": (10.5, 0.0, {}, [125.0, 127.0]),
+    "reweighted": (1.0, 0.0, FOUR, [121.0, 129.0]),
+    "reweighted_vf": (1.0, 0.0, {"vf_coef": 0.5 / 10.5}, [115.0, 118.0]),
+}
+
+
+def test_the_arms_of_the_atari_grids(tmp_path):
+    """Each has its name, none is mixed with another; the paper's PPO (Alien, bsc: 1,042 +- 73) stands beside both baselines."""
+    text = make([write_atari(tmp_path / "runs", ATARI)], tmp_path / "out")
+    header = next(line for line in text.splitlines() if line.startswith("| | "))
+    assert header == "| | PPO | PPO raw | PPO reweighted | PPO reweighted_vf | SPPO | control PPO |"
+    published = pd.read_csv(ROOT / "benchmark/paper/scores.csv")
+    (paper,) = published[(published.env == "Alien") & (published.noise == "bsc") & (published.algo == "PPO")]["mean"]
+    cell = next(line for line in text.splitlines() if line.startswith("| Alien |")).split(" | ")
+    shown = [f"[{report.number(paper)} ± " in part for part in cell]
+    assert shown == [False, True, True, False, False, False, False] and "[" in cell[5] and "[" not in cell[6]
+    assert "The paper's PPO stands beside PPO and PPO raw" in text
+    # ours alone: the paper has one PPO, which is neither above nor below itself
+    above = next(line for line in text.splitlines() if line.startswith("| above PPO raw |")).split(" | ")
+    assert above[1] == "1 of 1" and above[5] == "1 of 1 [1 of 1]"
+    assert "Mixed" not in text and "No control" not in text
+
+
+def test_a_divided_setting_is_mixed_in_every_other_arm(tmp_path, capsys):
+    for i, (arm, settings) in enumerate((("sppo", {"vf_coef": 0.1}), ("reweighted", {**FOUR, "vf_coef": 0.5}))):
+        folder = write_atari(tmp_path / f"{i}", ATARI)
+        path = folder / f"{arm}2/result.json"
+        one = json.loads(path.read_text())
+        one["args"] |= settings
+        path.write_text(json.dumps(one))
+        with pytest.raises(SystemExit):
+            make([folder], tmp_path / "out")
+        assert "vf_coef 0." in capsys.readouterr().err
+
+
+def test_a2c_has_its_controls(tmp_path):
+    arms = {
+        "a2c": (1.0, 0.0, {}, [1.0, 2.0]),
+        "sa2c": (0.5, 1.0, {}, [3.0, 4.0]),
+        "a2c_half": (0.5, 0.0, {}, [2.0, 3.0]),
+        "control": (0.5, 1.0, {"mean_weight": True}, [3.0, 5.0]),
+    }
+    folder = write_atari(tmp_path / "runs", arms, norm_adv=False)
+    for path in folder.glob("*/result.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"script": "sa2c_atari.py"}))
+    text = make([folder], tmp_path / "out")
+    header = next(line for line in text.splitlines() if line.startswith("| | "))
+    assert header == "| | A2C | A2C α 0.5 | SA2C | control A2C |" and "The paper's PPO" not in text
 
 
 def test_controls_have_the_colours_of_their_symmetric_arms():
