@@ -176,6 +176,8 @@ class Args:
     """CPU threads of torch and of the games; 0: all cores"""
 
 
+# Parts of the loss, each with the arguments that weight it
+PARTS = {"policy": ("alpha", "beta"), "value": ("vf_coef",), "entropy": ("ent_coef",)}
 # Random generators beside torch's: each is seeded with [seed, its number, step], so that none disturbs another
 EVALUATION, NOISE, GAMES = 1, 2, 3
 
@@ -363,20 +365,17 @@ def update(agent, square_avgs, learning_rate, loss_fn, args, batch):
 
 
 def grad_shares(agent, args, loss_fn, batch):
-    """How the squared norm of the gradient g divides among its parts: policy, value and entropy.
+    """How the squared norm of the gradient g divides among its PARTS.
 
     g = sum_i g_i, so |g|^2 = sum_i <g_i, g>. The shares <g_i, g> / |g|^2 sum to 1; a part that opposes the sum has a
     negative one. batch: the inputs of `loss_fn` after `args`.
     """
-    parts = {
-        "policy": replace(args, vf_coef=0.0, ent_coef=0.0),
-        "value": replace(args, alpha=0.0, beta=0.0, ent_coef=0.0),
-        "entropy": replace(args, alpha=0.0, beta=0.0, vf_coef=0.0),
-    }
+    parameters = [parameter for parameter in agent.parameters() if parameter.requires_grad]
+    weights = {weight for own in PARTS.values() for weight in own}
     grads = {}
-    for name, only in parts.items():
-        loss, _ = loss_fn(agent, only, *batch)
-        grads[name] = torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, list(agent.parameters()))]).double()
+    for name, own in PARTS.items():
+        loss, _ = loss_fn(agent, replace(args, **dict.fromkeys(weights - set(own), 0.0)), *batch)
+        grads[name] = torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, parameters)]).double()
     total = sum(grads.values())
     square = total.dot(total).clamp(min=1e-300)
     return {f"losses/grad_share_{name}": (grad.dot(total) / square).item() for name, grad in grads.items()}

@@ -26,8 +26,12 @@ What differs from the paper and its released code:
   weight of what was sampled, and the mean of grad log pi is not 0 but grad log m, with m the probability of the top k: an
   advantage common to all tokens moves probability into or out of the top k. Whitened advantages have mean 0, which takes
   most of this away; `--top-k 0 --min-response-length 0` samples from the whole vocabulary and is exact.
-* The value is a linear head on the policy's own last hidden states, which it trains too: one forward pass for both.
-  Advantages are whitened over the whole batch. Dropout is off. Each token, EOS included, counts the same in every mean.
+* The value is a linear head on the policy's last hidden states: one forward pass for both. It begins at 0. There the critic is
+  a language model of its own with a random head. So here the value loss trains the policy's layers, too; there it does not.
+* `reference_nll_coef` trains on how the review really goes on behind the prompt. There the target is the whole review, so that
+  behind the first half of a review stands the beginning of the same review.
+* Advantages are whitened over the whole rollout's real tokens; there over each part of a minibatch, padding included. Dropout
+  is off. Each token, EOS included, counts the same in every mean.
 """
 
 # /// script
@@ -65,7 +69,7 @@ import time
 import uuid
 import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import datasets
@@ -145,19 +149,20 @@ class Args:
     gradient_accumulation: int = 1
     """parts in which a process computes its share of a minibatch, one after another, to need less memory"""
     norm_adv: bool = True
-    """whiten the advantages over all tokens of a rollout"""
+    """whiten the advantages over all tokens of a rollout; the released code: over each part of a minibatch, with its padding"""
     clip_coef: float = 0.2
     """PPO's eps: the ratio's clip range is [1 - eps, 1 + eps]"""
     clip_coef_value: float = 0.2
     """how far from its old value a value may go before its loss stops falling"""
     vf_coef: float = 0.5
-    """weight of the value loss, half a mean square"""
+    """weight of the value loss, half a mean square; it trains the policy's layers, too (the released critic has its own)"""
     ent_coef: float = 0.0
     """weight of the entropy bonus, over the whole vocabulary"""
     max_grad_norm: float = 1.0
     """norm to which the gradient is clipped"""
     reference_nll_coef: float = 0.1
-    """weight of the next-token loss on how the review really goes on, from the paper's released code; 0 saves half an update"""
+    """weight of the next-token loss on how the review really goes on (in the released code: on the review's beginning); 0 saves
+    half an update"""
     lora_r: int = 0
     """rank of LoRA adapters on all linear layers, trained in place of the weights; 0 trains the weights"""
 
@@ -215,6 +220,8 @@ OFFLINE = Args(
 )
 TASK = "imdb"  # in the names of assets and run folders
 LENGTH = "iterations"  # the argument that a resumed run may raise
+# Parts of the loss, each with the arguments that weight it
+PARTS = {"policy": ("alpha", "beta"), "value": ("vf_coef",), "entropy": ("ent_coef",), "reference": ("reference_nll_coef",)}
 # Generators beside torch's own, so that none disturbs another: each is seeded with [seed, its number, ...]
 EVALUATION, SPLIT, ORDER, SAMPLES, MINIBATCHES = 1, 2, 3, 4, 5
 # What else decides a run's numbers; args.json and result.json hold their versions
@@ -665,6 +672,23 @@ def advantages_and_returns(batch: dict, args: Args) -> tuple[torch.Tensor, torch
     return advantages.T * real, returns.T * real
 
 
+def grad_shares(agent, args, loss_fn, batch):
+    """How the squared norm of the gradient g divides among its PARTS.
+
+    g = sum_i g_i, so |g|^2 = sum_i <g_i, g>. The shares <g_i, g> / |g|^2 sum to 1; a part that opposes the sum has a
+    negative one. batch: the inputs of `loss_fn` after `args`.
+    """
+    parameters = [parameter for parameter in agent.parameters() if parameter.requires_grad]
+    weights = {weight for own in PARTS.values() for weight in own}
+    grads = {}
+    for name, own in PARTS.items():
+        loss, _ = loss_fn(agent, replace(args, **dict.fromkeys(weights - set(own), 0.0)), *batch)
+        grads[name] = torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, parameters)]).double()
+    total = sum(grads.values())
+    square = total.dot(total).clamp(min=1e-300)
+    return {f"losses/grad_share_{name}": (grad.dot(total) / square).item() for name, grad in grads.items()}
+
+
 def update(agent, optimizer, accelerator, args, batch: tuple[torch.Tensor, ...], iteration: int) -> dict[str, float]:
     """`update_epochs` passes over the rollout in shuffled minibatches of trajectories; the mean of each statistic.
 
@@ -676,7 +700,7 @@ def update(agent, optimizer, accelerator, args, batch: tuple[torch.Tensor, ...],
     real = (batch[0][:, -args.response_length :] != PAD).sum(-1)
     reference_real = (batch[-1] != PAD).sum(-1)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    names, collected = [], []
+    names, collected, shares = [], [], {}
     for _ in range(args.update_epochs):
         for minibatch in torch.randperm(len(real), generator=rng).to(real.device).split(args.minibatch_size):
             optimizer.zero_grad()
@@ -685,7 +709,10 @@ def update(agent, optimizer, accelerator, args, batch: tuple[torch.Tensor, ...],
             for rows in mine.split(len(mine) // args.gradient_accumulation):
                 share = real[rows].sum() / real[minibatch].sum()
                 reference_share = reference_real[rows].sum() / reference_real[minibatch].sum()
-                loss, stats = minibatch_loss(agent, args, share, reference_share, *(x[rows] for x in batch))
+                part = (share, reference_share, *(x[rows] for x in batch))
+                if iteration % 10 == 0 and not shares:  # of this process's first part; in all under 1 % of the time
+                    shares = grad_shares(agent, args, minibatch_loss, part)
+                loss, stats = minibatch_loss(agent, args, *part)
                 loss.backward()
                 for name, value in stats.items():
                     sums[name] += value
@@ -693,10 +720,11 @@ def update(agent, optimizer, accelerator, args, batch: tuple[torch.Tensor, ...],
             if accelerator.num_processes > 1:
                 for tensor in (sums, *(parameter.grad for parameter in parameters)):
                     tensor.copy_(accelerator.reduce(tensor, "sum"))
-            nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
-            collected.append(sums)
-    return dict(zip(names, torch.stack(collected).mean(dim=0).tolist(), strict=True))
+            collected.append(torch.cat([sums, torch.stack([norm, (norm > args.max_grad_norm).float()])]))
+    names += ["losses/grad_norm", "losses/grad_clipped"]
+    return shares | dict(zip(names, torch.stack(collected).mean(dim=0).tolist(), strict=True))
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------

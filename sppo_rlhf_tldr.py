@@ -29,8 +29,15 @@ What differs from the paper and its released code:
 * The base is in bfloat16, or in 4 bits, as the paper has it, with `--load-in-4bit`; adapters, heads and logits are float32.
 * Of a text too long for the reward model the end is read, not the beginning, so that the summary is.
 * Adapters sit where peft puts them unasked: on the projections to queries and values.
-* LoRA's dropout is on in updates and off elsewhere, so that the ratio of an update's first step is not quite 1; the base's own
-  dropout is off. Advantages are whitened over the whole batch. Each token, EOS included, counts the same in every mean.
+* Dropout is off, as there: it calls eval() before each forward pass, so that the configuration's 0.1 is never in force.
+  `--lora-dropout 0.1` switches LoRA's on in updates; the ratio of an update's first step is then not quite 1.
+* EOS is an action like any other. There the padding token is EOS, so that EOS is masked out and never trained, and a summary
+  that begins with EOS gets no score.
+* Advantages are whitened over the whole rollout's real tokens; there over each part of a minibatch, padding included. Each
+  token counts the same in every mean.
+* Tokens are sampled from the 50 likeliest, as there (it sets no top_k, and 50 was its library's default), while log pi is that
+  of the whole vocabulary: see the docstring of sppo_rlhf_imdb.py.
+* 100 iterations, from the paper's Table 7, which is a picture; the released configuration has 200.
 """
 
 # /// script
@@ -131,7 +138,7 @@ class Args:
     """quantise the base models to 4 bits (NF4); needs a CUDA GPU and the package bitsandbytes"""
 
     iterations: int = 100
-    """rollouts, each followed by one update"""
+    """rollouts, each followed by one update; the paper's table has 100, its released configuration 200"""
     trajectories_per_update: int = 64
     """prompts of a rollout, one summary each, over all processes"""
     max_prompt_length: int = 500
@@ -139,11 +146,11 @@ class Args:
     response_length: int = 50
     """new tokens at most"""
     min_response_length: int = 0
-    """new tokens before which EOS is not sampled"""
+    """new tokens before which EOS is not sampled; EOS itself is trained, which the released code takes for padding"""
     temperature: float = 1.0
     """of sampling, and of log pi everywhere; evaluations are greedy"""
-    top_k: int = 0
-    """tokens are sampled from the so many likeliest; 0 for all"""
+    top_k: int = 50
+    """tokens are sampled from the so many likeliest; 0 for all. The released code sets none, so its library's 50 held"""
     gamma: float = 1.0
     """discount factor for each token, 0 to 1"""
     gae_lambda: float = 0.95
@@ -163,7 +170,7 @@ class Args:
     gradient_checkpointing: bool = True
     """keep only each layer's input for the backward pass and compute the rest again: less memory, half more time"""
     norm_adv: bool = True
-    """whiten the advantages over all tokens of a rollout"""
+    """whiten the advantages over all tokens of a rollout; the released code: over each part of a minibatch, with its padding"""
     clip_coef: float = 0.2
     """PPO's eps: the ratio's clip range is [1 - eps, 1 + eps]"""
     clip_coef_value: float = 0.2
@@ -180,8 +187,9 @@ class Args:
     """rank of the policy's and the value's adapter"""
     lora_alpha: float = 64.0
     """what these adapters add is multiplied by lora_alpha / lora_r"""
-    lora_dropout: float = 0.1
-    """share of these adapters' inputs that is dropped in updates, 0 to below 1"""
+    lora_dropout: float = 0.0
+    """share of these adapters' inputs that is dropped in updates, 0 to below 1. The paper's configuration says 0.1, but its
+    code switches dropout off before each forward pass"""
 
     alpha: float = 0.5
     """weight of the PPO loss (Eq. 9)"""
@@ -221,6 +229,7 @@ OFFLINE = Args(
     reward_text="{text}<|endoftext|>",
     reward_max_length=96,
     dataset="assets/tldr/posts",
+    top_k=0,
     dtype="float32",
     iterations=20,
     trajectories_per_update=16,
@@ -231,7 +240,6 @@ OFFLINE = Args(
     minibatch_size=8,
     gradient_accumulation=1,
     gradient_checkpointing=False,
-    lora_dropout=0.0,
     eval_episodes=32,
     eval_every=0,
     test_episodes=64,
@@ -760,7 +768,9 @@ def update(agent, optimizer, accelerator, args, batch: dict[str, torch.Tensor], 
     torch.manual_seed(int(seeds[accelerator.process_index]))  # LoRA's dropout
     real = (batch["tokens"][:, -args.response_length :] != PAD).sum(-1)
     reference_real = (batch["references"] != PAD).sum(-1)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    trained = trained_parameters(agent)
+    parameters = list(trained.values())
+    of_policy = [parameter for name, parameter in trained.items() if re.search(r"lora_[AB]\.policy\.", name)]
     names, collected = [], []
     agent.train()  # LoRA's dropout and gradient checkpointing
     for _ in range(args.update_epochs):
@@ -787,10 +797,13 @@ def update(agent, optimizer, accelerator, args, batch: dict[str, torch.Tensor], 
             if accelerator.num_processes > 1:
                 for tensor in (totals, *(parameter.grad for parameter in parameters)):
                     tensor.copy_(accelerator.reduce(tensor, "sum"))
-            nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            policy_norm = torch.stack([parameter.grad.norm() for parameter in of_policy]).norm()
+            norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
-            collected.append(totals)
+            share = (policy_norm / norm.clamp(min=1e-30)) ** 2  # policy and value train different weights: squares add up
+            collected.append(torch.cat([totals, torch.stack([share, 1 - share, norm, (norm > args.max_grad_norm).float()])]))
     agent.eval()
+    names += [f"losses/{name}" for name in ("grad_share_policy", "grad_share_value", "grad_norm", "grad_clipped")]
     return dict(zip(names, torch.stack(collected).mean(dim=0).tolist(), strict=True))
 
 

@@ -404,7 +404,54 @@ def test_an_update_does_not_depend_on_how_its_minibatches_are_cut(parts):
     torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
     assert (one - torch.cat([p.detach().flatten() for p in make_agent().parameters()])).abs().max() > 1e-3
     for name, value in stats.items():
-        assert other_stats[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+        if "grad_share" not in name:  # of the first part
+            assert other_stats[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+
+
+def test_shares_of_the_gradient_in_every_tenth_iteration():
+    """By hand: each part's own gradient at the first minibatch, its inner product with the sum over the sum's square."""
+    shares = {}
+    for iteration in (0, 1, 10):
+        agent = make_agent()
+        batch = make_minibatch(agent)
+        args = make_args(update_epochs=1, minibatch_size=8, ent_coef=0.3, max_grad_norm=1e-3)
+        optimizer = torch.optim.SGD(agent.parameters(), lr=0.0)
+        stats = imdb.update(agent, optimizer, Accelerator(cpu=True), args, batch, iteration)
+        shares[iteration] = {name: value for name, value in stats.items() if "grad_share" in name}
+        assert stats["losses/grad_clipped"] == 1.0 and stats["losses/grad_norm"] > 1e-3
+    assert not shares[1] and shares[0] == pytest.approx(shares[10]) and len(shares[0]) == 4
+
+    def grad(**weights):
+        only = make_args(**{**dict.fromkeys(("alpha", "beta", "vf_coef", "ent_coef", "reference_nll_coef"), 0.0), **weights})
+        loss, _ = imdb.minibatch_loss(agent, only, 1.0, 1.0, *batch)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(agent.parameters()))]).double()
+
+    parts = [grad(alpha=args.alpha, beta=args.beta), grad(vf_coef=args.vf_coef), grad(ent_coef=0.3)]
+    parts.append(grad(reference_nll_coef=args.reference_nll_coef))
+    total = sum(parts)
+    expected = [(part @ total / (total @ total)).item() for part in parts]
+    assert list(shares[0].values()) == pytest.approx(expected, rel=1e-3) and sum(expected) == pytest.approx(1)
+    assert stats["losses/grad_norm"] == pytest.approx(total.norm().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "parts", [("vf_coef", "ent_coef", "reference_nll_coef", "max_grad_norm"), ("vf_coef", "ent_coef", "max_grad_norm")]
+)
+def test_the_recipe_divides_the_reference_loss_too(parts):
+    """README: SPPO(0.5, 0.4) is PPO with these divided by w = 0.9, eps too; without the reference loss's weight it is not."""
+    weights = []
+    first = torch.cat([p.detach().flatten() for p in make_agent().parameters()])
+    for alpha, beta, w in ((0.5, 0.4, 1.0), (1.0, 0.0, 0.9)):
+        agent = make_agent()
+        batch = make_minibatch(agent)
+        settings = {"vf_coef": 0.5, "ent_coef": 0.03, "reference_nll_coef": 0.1, "max_grad_norm": 0.5}
+        settings = {name: value / w if name in parts else value for name, value in settings.items()}
+        optimizer = torch.optim.AdamW(agent.parameters(), lr=1e-3, eps=1e-5 / w, weight_decay=0.1)
+        args = make_args(alpha=alpha, beta=beta, update_epochs=3, minibatch_size=4, **settings)
+        imdb.update(agent, optimizer, Accelerator(cpu=True), args, batch, 0)
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in agent.parameters()]) - first)
+    difference = ((weights[0] - weights[1]).norm() / weights[0].norm()).item()
+    assert difference < 2e-3 if len(parts) == 4 else difference > 1e-2, difference
 
 
 # --- LoRA -------------------------------------------------------------------------------------------------------------

@@ -472,6 +472,21 @@ def test_finite_for_tokens_that_were_all_but_impossible():
     assert torch.isfinite(found).all() and torch.isfinite(loss) and all(torch.isfinite(value) for value in stats.values())
 
 
+def test_shares_of_the_gradient_are_of_the_two_adapters():
+    agent = make_agent()
+    trained = tldr.trained_parameters(agent)
+    args, batch = make_args(update_epochs=1, minibatch_size=8, max_grad_norm=1e9), make_batch(agent)
+    stats = tldr.update(agent, torch.optim.SGD(trained.values(), lr=0.0), Accelerator(cpu=True), args, batch, 0)
+    squares = {True: 0.0, False: 0.0}
+    for name, parameter in trained.items():
+        squares[".policy." in name] += parameter.grad.square().sum().item()
+    total = sum(squares.values())
+    assert min(squares.values()) > 1e-6 * total
+    assert stats["losses/grad_share_policy"] == pytest.approx(squares[True] / total, rel=1e-4)
+    assert stats["losses/grad_share_value"] == pytest.approx(squares[False] / total, rel=1e-4)
+    assert stats["losses/grad_norm"] == pytest.approx(total**0.5, rel=1e-4) and stats["losses/grad_clipped"] == 0.0
+
+
 @pytest.mark.parametrize("parts", [2, 4])
 def test_an_update_does_not_depend_on_how_its_minibatches_are_cut(parts):
     weights = []

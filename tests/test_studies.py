@@ -1,0 +1,45 @@
+"""The scripts behind the README's first picture and fact 5's numbers: by hand, and small."""
+
+import sys
+
+import pandas as pd
+import pytest
+from helpers import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+import four_settings
+import one_gradient
+
+import sppo_atari
+
+pytestmark = pytest.mark.quick
+
+
+def test_the_last_step_to_which_two_curves_are_equal():
+    one = pd.Series({100: 1.0, 200: 2.0, 300: 3.0, 400: 4.0})
+    assert one_gradient.last_equal(one, one) == 400
+    assert one_gradient.last_equal(one, pd.Series({100: 1.0, 200: 2.0000001, 300: 3.1, 400: 4.0})) == 200  # not again at 400
+    assert one_gradient.last_equal(one, pd.Series({100: 1.0, 300: 3.0, 400: 4.0})) == 100  # no point at 200
+    assert one_gradient.last_equal(one, one + 1) == 0
+
+
+def test_the_picture_is_of_the_three_runs_that_it_names():
+    folder = ROOT / "benchmark/results/continuous-ppo-lunarlander"
+    curves, run = one_gradient.load(one_gradient.Args(folder))
+    assert (run["alpha"], run["beta"], run["seed"], run["noise"]) == (0.5, 20.0, 1, "gaussian")
+    runs = pd.read_csv(folder / "runs.csv").set_index("run_id")
+    points = pd.read_csv(folder / "curves.csv").query("tag == 'charts/episodic_return'")
+    for name, alpha in (("symmetric", 0.5), ("control", 20.5), ("baseline", 1.0)):
+        ids = runs[(runs.alpha == alpha) & (runs.seed == 1) & (runs.noise == "gaussian") & (runs.num_bins == 11)].index
+        expected = points[points.run_id == ids[0]].set_index("step").value
+        assert len(ids) == 1 and curves[name].equals(expected)
+    assert one_gradient.last_equal(curves["symmetric"], curves["control"]) == 18_432
+    assert one_gradient.last_equal(curves["symmetric"], curves["baseline"]) == 2_048
+
+
+def test_fewer_than_four_settings_are_further_from_sppo():
+    args = sppo_atari.Args(alpha=0.5, beta=10.0, noise="bsc", num_envs=2, num_steps=32, minibatch_size=16, num_threads=1)
+    found = four_settings.differences(args)
+    assert found["all four"] < 0.01 and len(found) == 9
+    for name in ("all but `vf_coef`", "all but `max_grad_norm`", "all but `adam_eps`", "none: PPO"):
+        assert found[name] > 5 * found["all four"] and found[name] > 0.05, name
