@@ -539,7 +539,7 @@ def train(args, run):
     obs = np.zeros((*shape, obs_dim), dtype=np.float32)
     actions = np.zeros((*shape, *space.shape), dtype=np.int64 if args.num_bins else np.float32)
     rewards, dones = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
-    sample = torch.randperm(batch_size, generator=torch.Generator())[: args.minibatch_size]  # the minibatch of `grad_shares`
+    sample = torch.from_numpy(np.random.default_rng(0).permutation(batch_size)[: args.minibatch_size])  # for `grad_shares`
     discounted_returns, episode_returns, episode_lengths = np.zeros((3, args.num_envs))
     seeds = env_rng.integers(2**31, size=args.num_envs).tolist()
     raw_obs = np.array([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)])

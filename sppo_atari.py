@@ -417,7 +417,7 @@ def train(args, run):
     logprobs, values = torch.zeros(shape, device=run.device), torch.zeros(shape, device=run.device)
     rewards, dones = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
     clip_coef = torch.tensor(args.clip_coef, device=run.device)  # a tensor, so that compiled code sees it change
-    sample = torch.randperm(batch_size, generator=torch.Generator())[: args.minibatch_size]  # the minibatch of `grad_shares`
+    sample = torch.from_numpy(np.random.default_rng(0).permutation(batch_size)[: args.minibatch_size])  # for `grad_shares`
     game_returns, game_lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=int)
     next_obs, info = envs.reset(seed=game_seeds)
 
