@@ -42,6 +42,7 @@ What differs from the paper and its released code:
 #     "datasets==5.2.0",
 #     "accelerate==1.15.0",
 #     "peft==0.21.2",
+#     "huggingface_hub==2.4.0",
 #     "numpy==2.4.6",
 #     "tyro==1.0.17",
 #     "tensorboard==2.21.0",
@@ -57,7 +58,6 @@ import importlib.metadata
 import io
 import itertools
 import json
-import logging
 import math
 import os
 import re
@@ -71,8 +71,11 @@ import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import datasets
+import huggingface_hub
 import numpy as np
 import torch
 import torch.nn as nn
@@ -84,6 +87,7 @@ from accelerate.utils import broadcast_object_list
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from transformers.utils.peft_utils import find_adapter_config_file
 
 
 @dataclass
@@ -117,6 +121,9 @@ class Args:
     """reviews: Hub id (its train split), folder, or file of JSON lines; with a column `text`"""
     judge: str | None = None
     """a second classifier, for evaluation only: JSON file of a TF-IDF logistic regression (benchmark/make_rlhf_assets.py)"""
+
+    allow_pickle: bool = False
+    """load pickled weights (.bin) where a repository has no safetensors, by torch.load with weights_only"""
 
     iterations: int = 60
     """rollouts, each followed by one update"""
@@ -164,7 +171,9 @@ class Args:
     """weight of the next-token loss on how the review really goes on (in the released code: on the review's beginning); 0 saves
     half an update"""
     lora_r: int = 0
-    """rank of LoRA adapters on all linear layers, trained in place of the weights; 0 trains the weights"""
+    """rank of LoRA adapters, trained in place of the weights; 0 trains the weights"""
+    lora_target_modules: str | None = None
+    """layers that get adapters, as names with commas between them; default: all linear layers"""
 
     alpha: float = 0.5
     """weight of the PPO loss (Eq. 9)"""
@@ -233,11 +242,102 @@ STRIDE = 512  # tokens by which the window of the perplexity moves
 # --- environment: prompts, models, scores -----------------------------------------------------------------------------
 
 
+def prepare_hub(args: Args, *names: str) -> None:
+    """With --offline nothing leaves this machine. If the Hub does not answer within five seconds, only its cache is used.
+
+    names: the arguments that may be Hub ids.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")  # between peft and transformers
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # else an outside service is asked for a pull request with safetensors
+    offline = args.offline or huggingface_hub.constants.HF_HUB_OFFLINE
+    if not offline and not all(Path(getattr(args, name)).exists() for name in names):
+        try:
+            urlopen(Request(huggingface_hub.constants.ENDPOINT, method="HEAD"), timeout=5).close()
+        except HTTPError:
+            pass  # an answer
+        except OSError:
+            offline = True
+    if offline:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
+
+
 def cannot_load(args: Args, name: str, error: Exception, expected: str) -> None:
     """Ends in one line: what of the argument `name` could not be loaded, why, and what there is instead."""
+    source = getattr(args, name)
     reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
     hint = f"python benchmark/make_rlhf_assets.py {TASK} builds what --offline takes"
+    if huggingface_hub.constants.HF_HUB_OFFLINE and not args.offline and not Path(source).exists():
+        reason = f"not in the cache, and {huggingface_hub.constants.ENDPOINT} does not answer or HF_HUB_OFFLINE is set"
+    elif "safetensors" in str(error) and not args.allow_pickle:
+        reason = "it has no safetensors"
+        hint = f"--allow-pickle takes its pickled weights, or: model = AutoModel....from_pretrained({source!r}); "
+        hint += "model.save_pretrained(FOLDER)"
     require(args, name, False, f"{expected} ({reason}); {hint}")
+
+
+def check_weights(args: Args, name: str, info: dict) -> None:
+    """Refuses a model some of whose weights were not in its files, or had another shape there."""
+    missing = ", ".join(sorted(info["missing_keys"]))
+    require(args, name, not missing, f"a model with all its weights; {missing} are missing")
+    wrong = ", ".join(f"{key} {tuple(found)}, not {tuple(wanted)}" for key, found, wanted in sorted(info["mismatched_keys"]))
+    require(args, name, not wrong, f"weights of its configuration's shapes; {wrong}")
+
+
+def is_adapter(args: Args, name: str) -> bool:
+    """Whether the argument names an adapter, which transformers would load, frozen, onto its base."""
+    return find_adapter_config_file(getattr(args, name), local_files_only=huggingface_hub.constants.HF_HUB_OFFLINE) is not None
+
+
+def check_lm(args: Args, name: str, lm: transformers.PreTrainedModel, backbone) -> None:
+    """Refuses a model that would compute wrong numbers here: two texts of different length through `backbone` and the model's
+    head, padded on the left and cached token by token, against the plain model, each text alone and in one pass.
+
+    backbone: `Agent.backbone` without adapters.
+    """
+    short, long = (torch.arange(length, device=lm.device) * 7919 % lm.config.vocab_size for length in (5, 9))
+    batch = torch.stack([F.pad(short, (4, 0), value=PAD), long])
+    real = batch != PAD
+    head, reason = lm.get_output_embeddings(), ""
+    with torch.no_grad():
+        plain = [lm(ids[None]).logits[0].float() for ids in (short, long)]
+        # rounding: float32 has 24 bits, bfloat16 8; a model that is wrong here is off by about its logits' spread
+        tolerance = plain[1].std() * (1e-3 if lm.dtype == torch.float32 else 0.1)
+
+        def differs(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+            return not bool(((head(found).float() - wanted).abs() <= tolerance).all())
+
+        try:
+            alone = backbone(long[None], real[1:]).last_hidden_state[0]
+            padded = backbone(batch, real).last_hidden_state
+            cache = transformers.DynamicCache(config=lm.config)
+            first = backbone(batch[:, :6], real[:, :6], past_key_values=cache).last_hidden_state
+            rest = [backbone(batch[:, t : t + 1], real[:, : t + 1], past_key_values=cache).last_hidden_state for t in (6, 7, 8)]
+            cached = torch.cat([first, *rest], dim=1)
+            for hidden, wanted, what in (
+                (alone, plain[1], "its logits are not its head applied to its last hidden states"),
+                (padded[0, 4:], plain[0], "padding on the left changes its numbers"),
+                (cached[1], plain[1], "a cache of keys and values changes its numbers"),
+                (cached[0, 4:], plain[0], "a cache behind padding changes its numbers"),
+            ):
+                if not reason and differs(hidden, wanted):
+                    reason = what
+        except Exception as error:  # arguments or a cache that it does not take, shapes, ...
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+    require(args, name, not reason, f"a causal model that takes padding, positions and a cache ({reason})")
+
+
+def tokenize_behind(tokenizer, before: str, text: str) -> tuple[list[int], list[int]]:
+    """Tokens of `before`, and those of `text` behind it: together the tokens of the joint text.
+
+    Tokenizers of Llama's kind put a space before a text of its own.
+    """
+    joint, alone = tokenizer([before + text, before], add_special_tokens=False).input_ids
+    shared = sum(itertools.takewhile(bool, (a == b for a, b in zip(joint, alone, strict=False))))
+    return joint[:shared], joint[shared:]
 
 
 def from_pretrained(args: Args, name: str, loader):
@@ -247,12 +347,13 @@ def from_pretrained(args: Args, name: str, loader):
     try:
         if loader is transformers.AutoTokenizer:
             return loader.from_pretrained(source, **options)
-        options |= {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
-        model, info = loader.from_pretrained(source, **options)
+        if is_adapter(args, name):
+            raise ValueError("an adapter; merge it into its base first, with peft's merge_and_unload")
+        options |= {"dtype": torch.float32, "use_safetensors": None if args.allow_pickle else True}
+        model, info = loader.from_pretrained(source, **options, output_loading_info=True, ignore_mismatched_sizes=True)
     except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, ...
         cannot_load(args, name, error, "a Hub id or a folder that can be loaded")
-    missing = ", ".join(sorted(info["missing_keys"]))
-    require(args, name, not missing, f"a model with all its weights; {missing} are missing")
+    check_weights(args, name, info)
     return model.eval()
 
 
@@ -261,10 +362,6 @@ def load_models(args: Args, device: torch.device):
 
     With LoRA the reference is the agent itself, whose adapters are switched off for it; without, a copy.
     """
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")  # between peft and transformers
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, when there is no network
     tokenizer = from_pretrained(args, "tokenizer", transformers.AutoTokenizer)
     lm = from_pretrained(args, "policy", transformers.AutoModelForCausalLM)
     context = getattr(lm.config, "max_position_embeddings", None)
@@ -277,43 +374,62 @@ def load_models(args: Args, device: torch.device):
     matches = tokenizer.eos_token_id is not None and len(tokenizer) <= vocabulary and tokenizer("a film").input_ids
     require(args, "tokenizer", matches, f"one with an EOS token, and tokens at all, at most the policy's {vocabulary}")
     require(args, "top_k", args.top_k <= vocabulary, f"the policy's vocabulary, {vocabulary}, or less")
-    tokens, probe = torch.tensor([tokenizer("a film").input_ids]), Agent(lm)
-    with torch.no_grad():  # some families scale or cap the logits behind the head, which Agent.logits would miss
-        ours = probe.logits(probe.backbone(tokens, tokens >= 0).last_hidden_state, 1.0)
-        plain = torch.allclose(ours, lm(tokens).logits, atol=1e-3, rtol=1e-3)
-    require(args, "policy", plain, "a model whose logits are its head applied to its last hidden states")
+    check_lm(args, "policy", lm, Agent(lm).backbone)
     torch.manual_seed(args.seed)  # LoRA's first weights
     bf16 = args.bf16 and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    agent = Agent(lm, args.lora_r, bf16).to(device)
+    targets = args.lora_target_modules.split(",") if args.lora_target_modules else "all-linear"
+    try:
+        agent = Agent(lm, args.lora_r, bf16, targets).to(device)
+    except ValueError as error:  # peft's
+        require(args, "lora_target_modules", False, f"layers of the policy ({str(error).splitlines()[0][:160]})")
     reference = agent if args.lora_r else copy.deepcopy(agent).requires_grad_(False)
 
     reward_model = from_pretrained(args, "reward_model", transformers.AutoModelForSequenceClassification).to(device)
-    labels = {str(number): number for number in range(reward_model.config.num_labels)} | reward_model.config.label2id
+    config = reward_model.config
+    labels = {str(number): number for number in range(config.num_labels)}
+    labels |= {str(label): int(number) for number, label in (config.id2label or {}).items()} | (config.label2id or {})
     require(args, "reward_model", len(set(labels.values())) > 1, "a classifier with two labels or more")
     require(args, "reward_label", args.reward_label in labels, f"one of the reward model's {', '.join(labels)}")
     reward_tokenizer = from_pretrained(args, "reward_model", transformers.AutoTokenizer)
     reward_tokenizer.truncation_side = "left"  # of a text that is too long the response stays
+    # classifiers on causal models look for the last token before the padding, and count positions from the left
+    reward_tokenizer.padding_side, reward_model.config.pad_token_id = "right", reward_tokenizer.pad_token_id
     reward = (reward_model, reward_tokenizer, labels[args.reward_label])
+    texts = ["a film", "a film that is longer than the other one", "a film " * reward_positions(reward_model)]
     try:
-        score(["a film", "film"], *reward, args)
-    except Exception as error:  # ValueError: no token to pad with
+        together, alone = score(texts, *reward, args), torch.cat([score([text], *reward, args) for text in texts])
+    except Exception as error:  # no token to pad with, not a classifier of texts, ...
         cannot_load(args, "reward_model", error, "a classifier with a tokenizer that pads")
+    same = torch.allclose(together, alone, atol=1e-3, rtol=0)
+    require(args, "reward_model", same, "a classifier whose scores do not depend on what else is in the batch")
     return tokenizer, agent, reference, reward
+
+
+def read_json_lines(path: str) -> datasets.Dataset:
+    """A file of JSON lines in UTF-8; errors name the line."""
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+    return datasets.Dataset.from_list(rows)
 
 
 def load_reviews(args: Args) -> tuple[list[str], list[str]]:
     """Training and validation reviews, 80 % and 20 % of the train split, shuffled by the seed."""
-    datasets.disable_progress_bars()
     try:
         if Path(args.dataset).is_file():
-            reviews = datasets.load_dataset("json", data_files=args.dataset, split="train")
+            reviews = read_json_lines(args.dataset)
         else:
             reviews = datasets.load_dataset(args.dataset, split="train")
+        columns = reviews.column_names
+        texts = reviews["text"][:] if "text" in columns else []
     except Exception as error:  # datasets names no common type
+        error = error.__cause__ or error  # what it was while "generating the dataset"
         cannot_load(args, "dataset", error, "a Hub id, a folder or a file of JSON lines that can be loaded")
-    columns = ", ".join(reviews.column_names)
-    require(args, "dataset", "text" in reviews.column_names, f"a column named text; its columns are {columns}")
-    texts = reviews["text"][:]
+    require(args, "dataset", "text" in columns, f"a column named text; its columns are {', '.join(columns)}")
     require(args, "dataset", all(isinstance(text, str) for text in texts), "a column text that holds texts alone")
     order = np.random.default_rng([args.seed, SPLIT]).permutation(len(texts))
     texts = [texts[i] for i in order.tolist()]
@@ -346,11 +462,10 @@ def encode(texts: list[str], tokenizer, args: Args) -> tuple[torch.Tensor, torch
     for row, text in enumerate(texts):
         words = text.split()
         half = len(words) // 2
-        ids = tokenizer(" ".join(words[:half]), add_special_tokens=False).input_ids[-args.max_prompt_length :]
-        ids = ids or [tokenizer.eos_token_id]  # a review of one word
+        ids, rest = tokenize_behind(tokenizer, " ".join(words[:half]), " " + " ".join(words[half:]))
+        ids = ids[-args.max_prompt_length :] or [tokenizer.eos_token_id]  # a review of one word
         prompts[row, args.max_prompt_length - len(ids) :] = torch.tensor(ids)
-        ids = tokenizer(" " + " ".join(words[half:]), add_special_tokens=False).input_ids
-        ids = [*ids, tokenizer.eos_token_id][: args.response_length]
+        ids = [*rest, tokenizer.eos_token_id][: args.response_length]
         references[row, : len(ids)] = torch.tensor(ids)
     return prompts, references
 
@@ -366,11 +481,23 @@ def score(texts: list[str], reward_model, reward_tokenizer, label: int, args: Ar
     scores = []
     for start in range(0, len(texts), args.reward_batch_size):
         batch = texts[start : start + args.reward_batch_size]
-        length = min(reward_tokenizer.model_max_length, reward_model.config.max_position_embeddings)
+        length = min(reward_tokenizer.model_max_length, reward_positions(reward_model))
         inputs = reward_tokenizer(batch, padding=True, truncation=True, max_length=length, return_tensors="pt")
         logits = reward_model(**inputs.to(reward_model.device)).logits
         scores.append(logits.float().softmax(-1)[:, label])
     return torch.cat(scores)
+
+
+def reward_positions(reward_model: transformers.PreTrainedModel) -> int:
+    """Tokens of the longest text that the classifier can read, 1,024 if it has no limit.
+
+    RoBERTa's kind counts positions from the number of its padding token on.
+    """
+    positions = getattr(reward_model.config, "max_position_embeddings", None) or 1024
+    for name, module in reward_model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            positions = module.num_embeddings - module.padding_idx - 1
+    return positions
 
 
 def judge_scores(texts: list[str], judge: dict) -> list[float]:
@@ -396,15 +523,15 @@ def judge_scores(texts: list[str], judge: dict) -> list[float]:
 class Agent(nn.Module):
     """A causal language model, the policy, with a value head on its last hidden states."""
 
-    def __init__(self, lm: transformers.PreTrainedModel, lora_r: int = 0, bf16: bool = False):
+    def __init__(self, lm: transformers.PreTrainedModel, lora_r: int = 0, bf16: bool = False, lora_targets="all-linear"):
         super().__init__()
         self.bf16 = bf16
         if lora_r:
             transposed = lm.config.model_type == "gpt2"  # its layers hold their weights so
-            config = LoraConfig(r=lora_r, lora_alpha=2 * lora_r, target_modules="all-linear", fan_in_fan_out=transposed)
+            config = LoraConfig(r=lora_r, lora_alpha=2 * lora_r, target_modules=lora_targets, fan_in_fan_out=transposed)
             lm = get_peft_model(lm, config)
         self.lm = lm
-        self.value_head = nn.Linear(lm.config.hidden_size, 1)
+        self.value_head = nn.Linear(lm.get_output_embeddings().weight.shape[1], 1)
         nn.init.zeros_(self.value_head.weight)  # no value, and no gradient into the policy, before it has learned one
         nn.init.zeros_(self.value_head.bias)
         self.eval()  # for good: dropout would make the ratio of the first minibatch other than 1
@@ -459,6 +586,7 @@ def generate(agent: Agent, prompts: torch.Tensor, uniforms: torch.Tensor, eos: i
     """
     responses = torch.full((len(prompts), args.response_length), PAD, device=prompts.device)
     running = torch.ones(len(prompts), dtype=torch.bool, device=prompts.device)
+    may_end = args.min_response_length < args.response_length  # else no step waits for the GPU to say whether all have ended
     tokens, real, cache = prompts, prompts != PAD, transformers.DynamicCache(config=agent.lm.config)
     for t in range(args.response_length):
         hidden = agent.backbone(tokens, real, past_key_values=cache).last_hidden_state[:, -1]
@@ -468,7 +596,7 @@ def generate(agent: Agent, prompts: torch.Tensor, uniforms: torch.Tensor, eos: i
         chosen = sample(logits, uniforms[:, t], args.top_k)
         responses[running, t] = chosen[running]
         running &= chosen != eos
-        if not running.any():
+        if may_end and not running.any():
             break
         tokens = chosen.unsqueeze(-1)
         real = torch.cat([real, torch.ones_like(tokens, dtype=torch.bool)], dim=1)
@@ -689,6 +817,20 @@ def grad_shares(agent, args, loss_fn, batch):
     return {f"losses/grad_share_{name}": (grad.dot(total) / square).item() for name, grad in grads.items()}
 
 
+def sum_over_processes(accelerator: Accelerator, tensors: list[torch.Tensor]) -> None:
+    """Sums each tensor over all processes, in place, in buckets of up to 16 million numbers: a call for each bucket."""
+    while tensors:
+        bucket = [tensors[0]]
+        for tensor in tensors[1:]:
+            if sum(other.numel() for other in bucket) + tensor.numel() > 2**24:
+                break
+            bucket.append(tensor)
+        total = accelerator.reduce(torch.cat([tensor.flatten() for tensor in bucket]), "sum")
+        for tensor, part in zip(bucket, total.split([tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+        tensors = tensors[len(bucket) :]
+
+
 def update(agent, optimizer, accelerator, args, batch: tuple[torch.Tensor, ...], iteration: int) -> dict[str, float]:
     """`update_epochs` passes over the rollout in shuffled minibatches of trajectories; the mean of each statistic.
 
@@ -718,8 +860,7 @@ def update(agent, optimizer, accelerator, args, batch: tuple[torch.Tensor, ...],
                     sums[name] += value
             names, sums = list(sums), torch.stack(list(sums.values()))
             if accelerator.num_processes > 1:
-                for tensor in (sums, *(parameter.grad for parameter in parameters)):
-                    tensor.copy_(accelerator.reduce(tensor, "sum"))
+                sum_over_processes(accelerator, [sums, *(parameter.grad for parameter in parameters)])
             norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             collected.append(torch.cat([sums, torch.stack([norm, (norm > args.max_grad_norm).float()])]))
@@ -1058,6 +1199,9 @@ def main(args: Args) -> None:
         torch.set_num_threads(args.num_threads)
     accelerator = Accelerator(cpu=not (args.cuda and torch.cuda.is_available()))
     device, leads = accelerator.device, accelerator.is_main_process  # one process leads: it writes and talks
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    prepare_hub(args, "policy", "tokenizer", "reward_model", "dataset")
     tokenizer, agent, reference, reward = load_models(args, device)
     train_reviews, eval_reviews = load_reviews(args)
     judge = load_judge(args)

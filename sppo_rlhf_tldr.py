@@ -50,6 +50,7 @@ What differs from the paper and its released code:
 #     "peft==0.21.2",
 #     "rouge-score==0.1.2",
 #     "safetensors==0.8.0",
+#     "huggingface_hub==2.4.0",
 #     "numpy==2.4.6",
 #     "tyro==1.0.17",
 #     "tensorboard==2.21.0",
@@ -64,8 +65,8 @@ import ctypes
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
-import logging
 import math
 import os
 import re
@@ -80,8 +81,11 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import datasets
+import huggingface_hub
 import numpy as np
 import torch
 import torch.nn as nn
@@ -91,11 +95,13 @@ import tyro
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils import load_peft_weights
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, load_peft_weights
 from rouge_score.rouge_scorer import RougeScorer
 from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from transformers.utils import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 
 @dataclass
@@ -136,6 +142,9 @@ class Args:
     """of the base models' weights (float16 would round the value adapter's small gradients to 0)"""
     load_in_4bit: bool = False
     """quantise the base models to 4 bits (NF4); needs a CUDA GPU and the package bitsandbytes"""
+
+    allow_pickle: bool = False
+    """load pickled weights (.bin) where a repository has no safetensors, by torch.load with weights_only"""
 
     iterations: int = 100
     """rollouts, each followed by one update; the paper's table has 100, its released configuration 200"""
@@ -187,6 +196,8 @@ class Args:
     """rank of the policy's and the value's adapter"""
     lora_alpha: float = 64.0
     """what these adapters add is multiplied by lora_alpha / lora_r"""
+    lora_target_modules: str | None = None
+    """layers that get adapters, as names with commas between them; default: peft's for the family, or else all linear layers"""
     lora_dropout: float = 0.0
     """share of these adapters' inputs that is dropped in updates, 0 to below 1. The paper's configuration says 0.1, but its
     code switches dropout off before each forward pass"""
@@ -257,11 +268,102 @@ ENDING = "TL;DR:"  # of every prompt
 # --- environment: posts, models, scores -------------------------------------------------------------------------------
 
 
+def prepare_hub(args: Args, *names: str) -> None:
+    """With --offline nothing leaves this machine. If the Hub does not answer within five seconds, only its cache is used.
+
+    names: the arguments that may be Hub ids.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")  # between peft and transformers
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # else an outside service is asked for a pull request with safetensors
+    offline = args.offline or huggingface_hub.constants.HF_HUB_OFFLINE
+    if not offline and not all(Path(getattr(args, name)).exists() for name in names):
+        try:
+            urlopen(Request(huggingface_hub.constants.ENDPOINT, method="HEAD"), timeout=5).close()
+        except HTTPError:
+            pass  # an answer
+        except OSError:
+            offline = True
+    if offline:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
+
+
 def cannot_load(args: Args, name: str, error: Exception, expected: str) -> None:
     """Ends in one line: what of the argument `name` could not be loaded, why, and what there is instead."""
+    source = getattr(args, name)
     reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
     hint = f"python benchmark/make_rlhf_assets.py {TASK} builds what --offline takes"
+    if huggingface_hub.constants.HF_HUB_OFFLINE and not args.offline and not Path(source).exists():
+        reason = f"not in the cache, and {huggingface_hub.constants.ENDPOINT} does not answer or HF_HUB_OFFLINE is set"
+    elif "safetensors" in str(error) and not args.allow_pickle:
+        reason = "it has no safetensors"
+        hint = f"--allow-pickle takes its pickled weights, or: model = AutoModel....from_pretrained({source!r}); "
+        hint += "model.save_pretrained(FOLDER)"
     require(args, name, False, f"{expected} ({reason}); {hint}")
+
+
+def check_weights(args: Args, name: str, info: dict) -> None:
+    """Refuses a model some of whose weights were not in its files, or had another shape there."""
+    missing = ", ".join(sorted(info["missing_keys"]))
+    require(args, name, not missing, f"a model with all its weights; {missing} are missing")
+    wrong = ", ".join(f"{key} {tuple(found)}, not {tuple(wanted)}" for key, found, wanted in sorted(info["mismatched_keys"]))
+    require(args, name, not wrong, f"weights of its configuration's shapes; {wrong}")
+
+
+def is_adapter(args: Args, name: str) -> bool:
+    """Whether the argument names an adapter, which transformers would load, frozen, onto its base."""
+    return find_adapter_config_file(getattr(args, name), local_files_only=huggingface_hub.constants.HF_HUB_OFFLINE) is not None
+
+
+def check_lm(args: Args, name: str, lm: transformers.PreTrainedModel, backbone) -> None:
+    """Refuses a model that would compute wrong numbers here: two texts of different length through `backbone` and the model's
+    head, padded on the left and cached token by token, against the plain model, each text alone and in one pass.
+
+    backbone: `Agent.backbone` without adapters.
+    """
+    short, long = (torch.arange(length, device=lm.device) * 7919 % lm.config.vocab_size for length in (5, 9))
+    batch = torch.stack([F.pad(short, (4, 0), value=PAD), long])
+    real = batch != PAD
+    head, reason = lm.get_output_embeddings(), ""
+    with torch.no_grad():
+        plain = [lm(ids[None]).logits[0].float() for ids in (short, long)]
+        # rounding: float32 has 24 bits, bfloat16 8; a model that is wrong here is off by about its logits' spread
+        tolerance = plain[1].std() * (1e-3 if lm.dtype == torch.float32 else 0.1)
+
+        def differs(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+            return not bool(((head(found).float() - wanted).abs() <= tolerance).all())
+
+        try:
+            alone = backbone(long[None], real[1:]).last_hidden_state[0]
+            padded = backbone(batch, real).last_hidden_state
+            cache = transformers.DynamicCache(config=lm.config)
+            first = backbone(batch[:, :6], real[:, :6], past_key_values=cache).last_hidden_state
+            rest = [backbone(batch[:, t : t + 1], real[:, : t + 1], past_key_values=cache).last_hidden_state for t in (6, 7, 8)]
+            cached = torch.cat([first, *rest], dim=1)
+            for hidden, wanted, what in (
+                (alone, plain[1], "its logits are not its head applied to its last hidden states"),
+                (padded[0, 4:], plain[0], "padding on the left changes its numbers"),
+                (cached[1], plain[1], "a cache of keys and values changes its numbers"),
+                (cached[0, 4:], plain[0], "a cache behind padding changes its numbers"),
+            ):
+                if not reason and differs(hidden, wanted):
+                    reason = what
+        except Exception as error:  # arguments or a cache that it does not take, shapes, ...
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+    require(args, name, not reason, f"a causal model that takes padding, positions and a cache ({reason})")
+
+
+def tokenize_behind(tokenizer, before: str, text: str) -> tuple[list[int], list[int]]:
+    """Tokens of `before`, and those of `text` behind it: together the tokens of the joint text.
+
+    Tokenizers of Llama's kind put a space before a text of its own.
+    """
+    joint, alone = tokenizer([before + text, before], add_special_tokens=False).input_ids
+    shared = sum(itertools.takewhile(bool, (a == b for a, b in zip(joint, alone, strict=False))))
+    return joint[:shared], joint[shared:]
 
 
 def load_lm(args: Args, name: str, device: torch.device) -> transformers.PreTrainedModel:
@@ -269,21 +371,23 @@ def load_lm(args: Args, name: str, device: torch.device) -> transformers.PreTrai
     source, options = getattr(args, name), {"local_files_only": args.offline, "trust_remote_code": False}
     dtype = getattr(torch, args.dtype)
     try:
+        if is_adapter(args, name):
+            raise ValueError("an adapter; merge it into its base first, with peft's merge_and_unload")
         config = transformers.AutoConfig.from_pretrained(source, **options)
         for setting, value in config.to_dict().items():
             if "drop" in setting and isinstance(value, float):
                 setattr(config, setting, 0.0)  # dropout of the base, also where updates switch LoRA's on
-        options |= {"config": config, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+        options |= {"config": config, "dtype": dtype, "use_safetensors": None if args.allow_pickle else True}
         if args.load_in_4bit:
             options["quantization_config"] = transformers.BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
             )
             options["device_map"] = {"": device}
-        lm, info = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
+        loader = transformers.AutoModelForCausalLM
+        lm, info = loader.from_pretrained(source, **options, output_loading_info=True, ignore_mismatched_sizes=True)
     except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, ...
         cannot_load(args, name, error, "a Hub id or a folder that can be loaded")
-    missing = ", ".join(sorted(info["missing_keys"]))
-    require(args, name, not missing, f"a model with all its weights; {missing} are missing")
+    check_weights(args, name, info)
     lm = lm if args.load_in_4bit else lm.to(device)
     return lm.requires_grad_(False).eval()
 
@@ -299,8 +403,12 @@ def load_reward(args: Args, agent: "Agent", tokenizer, device: torch.device) -> 
         fits = getattr(lm.config, "max_position_embeddings", 0) >= args.reward_max_length
         require(args, "reward_base", fits and lm.config.vocab_size >= len(tokenizer), wanted)
         model = Agent(lm, writes=False).to(device)
+        check_lm(args, "reward_base", lm, lambda *tokens, **cache: model.backbone(*tokens, None, **cache))
     try:
         config = LoraConfig.from_pretrained(args.reward_adapter, local_files_only=args.offline)
+        options = {"local_files_only": args.offline, "_raise_exceptions_for_missing_entries": False}
+        if not args.allow_pickle and not cached_file(args.reward_adapter, "adapter_model.safetensors", **options):
+            raise ValueError("no adapter_model.safetensors")
         weights = load_peft_weights(args.reward_adapter, device="cpu")
         head = {name.rsplit(".", 1)[1]: weights.pop(name) for name in list(weights) if "score." in name}
         # peft would look for the head in a model that has none; here it is one of the agent's
@@ -320,10 +428,6 @@ def load_reward(args: Args, agent: "Agent", tokenizer, device: torch.device) -> 
 
 def load_models(args: Args, device: torch.device):
     """The tokenizer, the agent with new adapters `policy` and `value`, and the agent that scores, which may be the same."""
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")  # between peft and transformers
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, when there is no network
     try:
         options = {"local_files_only": args.offline, "trust_remote_code": False}
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer, **options)
@@ -340,50 +444,66 @@ def load_models(args: Args, device: torch.device):
     vocabulary = lm.config.vocab_size
     matches = tokenizer.eos_token_id is not None and len(tokenizer) <= vocabulary and tokenizer(ENDING).input_ids
     require(args, "tokenizer", matches, f"one with an EOS token, and tokens at all, at most the policy's {vocabulary}")
-    ending = len(tokenizer("\n" + ENDING, add_special_tokens=False).input_ids)
+    ending = len(tokenize_behind(tokenizer, "a post", "\n" + ENDING)[1])
     require(args, "max_prompt_length", args.max_prompt_length > ending, f"more than the {ending} tokens of the ending {ENDING}")
     require(args, "top_k", args.top_k <= vocabulary, f"the policy's vocabulary, {vocabulary}, or less")
-    agent, tokens = Agent(lm), torch.tensor([tokenizer(ENDING).input_ids], device=device)
-    with torch.no_grad():  # some families scale or cap the logits behind the head, which Agent.logits would miss
-        bare = lm.get_output_embeddings()(agent.backbone(tokens, tokens >= 0, None).last_hidden_state)
-        plain = torch.allclose(bare.float(), lm(tokens).logits.float(), atol=1e-3, rtol=1e-3)
-    require(args, "policy", plain, "a model whose logits are its head applied to its last hidden states")
+    agent = Agent(lm)
+    check_lm(args, "policy", lm, lambda *tokens, **cache: agent.backbone(*tokens, None, **cache))
     torch.manual_seed(args.seed)  # the adapters' first weights
     transposed = lm.config.model_type == "gpt2"  # its layers hold their weights so
-    for name in ("policy", "value"):
-        config = LoraConfig(
-            r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, fan_in_fan_out=transposed
-        )
-        agent.add(name, config, head=name == "value")
+    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(lm.config.model_type, "all-linear")
+    targets = args.lora_target_modules.split(",") if args.lora_target_modules else known
+    lora = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout, "target_modules": targets}
+    try:
+        for name in ("policy", "value"):
+            agent.add(name, LoraConfig(**lora, fan_in_fan_out=transposed), head=name == "value")
+    except ValueError as error:  # peft's
+        require(args, "lora_target_modules", False, f"layers of the policy ({str(error).splitlines()[0][:160]})")
     if args.gradient_checkpointing:
         agent.lm.activation_checkpointing_enable({"use_reentrant": False})
     reward = load_reward(args, agent, tokenizer, device)
     return tokenizer, agent.to(device).eval(), reward.to(device).eval()
 
 
+def read_json_lines(path: str) -> datasets.Dataset:
+    """A file of JSON lines in UTF-8; errors name the line."""
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+    return datasets.Dataset.from_list(rows)
+
+
 def load_posts(args: Args) -> dict[str, list[tuple[str, str]]]:
     """Pairs of prompt and reference summary by split: train, validation and test."""
-    datasets.disable_progress_bars()
     try:
         if Path(args.dataset).is_file():
-            whole = datasets.load_dataset("json", data_files=args.dataset, split="train")
+            whole = read_json_lines(args.dataset)
             order = np.random.default_rng([args.seed, SPLIT]).permutation(len(whole))
             cuts = np.split(order, [len(whole) * 8 // 10, len(whole) * 9 // 10])
             splits = {name: whole.select(rows) for name, rows in zip(("train", "validation", "test"), cuts, strict=True)}
         else:
             splits = dict(datasets.load_dataset(args.dataset))
+        if "valid" in splits:
+            splits["validation"] = splits.pop("valid")
+        columns = {name: split.column_names for name, split in splits.items()}
+        whole = {
+            name: {column: split[column][:] for column in ("prompt", "label") if column in columns[name]}
+            for name, split in splits.items()
+        }
     except Exception as error:  # datasets names no common type
+        error = error.__cause__ or error  # what it was while "generating the dataset"
         cannot_load(args, "dataset", error, "a Hub id, a folder or a file of JSON lines that can be loaded")
-    if "valid" in splits:
-        splits["validation"] = splits.pop("valid")
     posts = {}
     wanted = {"train": args.trajectories_per_update, "validation": args.eval_episodes, "test": args.test_episodes}
     for name, count in wanted.items():
         require(args, "dataset", name in splits, f"the splits train, valid(ation) and test; it has {', '.join(splits)}")
-        columns = splits[name].column_names
-        named = {"prompt", "label"} <= set(columns)
-        require(args, "dataset", named, f"columns named prompt and label; its columns are {', '.join(columns)}")
-        posts[name] = list(zip(splits[name]["prompt"][:], splits[name]["label"][:], strict=True))
+        named = whole[name].keys() == {"prompt", "label"}
+        require(args, "dataset", named, f"columns named prompt and label; its columns are {', '.join(columns[name])}")
+        posts[name] = list(zip(whole[name]["prompt"], whole[name]["label"], strict=True))
         texts = all(isinstance(text, str) for post in posts[name] for text in post)
         require(args, "dataset", texts, "columns prompt and label that hold texts alone")
         require(args, "dataset", len(posts[name]) >= count, f"{count} posts to {name} or more; it has {len(posts[name])}")
@@ -397,12 +517,12 @@ def encode(posts: list[tuple[str, str]], tokenizer, args: Args) -> tuple[torch.T
     """
     prompts = torch.full((len(posts), args.max_prompt_length), PAD)
     references = torch.full((len(posts), args.response_length), PAD)
-    ending = tokenizer("\n" + ENDING, add_special_tokens=False).input_ids
     for row, (post, summary) in enumerate(posts):
-        ids = tokenizer(post.split(ENDING)[0].strip(), add_special_tokens=False).input_ids
+        post = post.split(ENDING)[0].strip()
+        ids, ending = tokenize_behind(tokenizer, post, "\n" + ENDING)
         ids = ids[: args.max_prompt_length - len(ending)] + ending
         prompts[row, args.max_prompt_length - len(ids) :] = torch.tensor(ids)
-        ids = tokenizer(" " + summary.strip(), add_special_tokens=False).input_ids
+        _, ids = tokenize_behind(tokenizer, f"{post}\n{ENDING}", " " + summary.strip())
         ids = [*ids, tokenizer.eos_token_id][: args.response_length]
         references[row, : len(ids)] = torch.tensor(ids)
     return prompts, references
@@ -453,7 +573,8 @@ class Agent(nn.Module):
             self.lm = get_peft_model(self.lm, config, adapter_name=name)
         self.active = ""  # peft's choice, which the next use puts right
         if head:
-            self.heads[name] = nn.Linear(self.lm.config.hidden_size, 1, bias=False)  # as transformers' classifiers have it
+            width = self.lm.get_output_embeddings().weight.shape[1]
+            self.heads[name] = nn.Linear(width, 1, bias=False)  # without bias, as transformers' classifiers have it
             nn.init.zeros_(self.heads[name].weight)
 
     def activate(self, name: str | None) -> None:
@@ -528,6 +649,7 @@ def generate(agent: Agent, prompts: torch.Tensor, uniforms: torch.Tensor, eos: i
     """
     responses = torch.full((len(prompts), args.response_length), PAD, device=prompts.device)
     running = torch.ones(len(prompts), dtype=torch.bool, device=prompts.device)
+    may_end = args.min_response_length < args.response_length  # else no step waits for the GPU to say whether all have ended
     tokens, real, cache = prompts, prompts != PAD, transformers.DynamicCache(config=agent.lm.config)
     for t in range(args.response_length):
         hidden = agent.backbone(tokens, real, past_key_values=cache).last_hidden_state[:, -1]
@@ -537,7 +659,7 @@ def generate(agent: Agent, prompts: torch.Tensor, uniforms: torch.Tensor, eos: i
         chosen = sample(logits, uniforms[:, t], args.top_k)
         responses[running, t] = chosen[running]
         running &= chosen != eos
-        if not running.any():
+        if may_end and not running.any():
             break
         tokens = chosen.unsqueeze(-1)
         real = torch.cat([real, torch.ones_like(tokens, dtype=torch.bool)], dim=1)
@@ -756,6 +878,20 @@ def advantages_and_returns(batch: dict, args: Args) -> tuple[torch.Tensor, torch
     return advantages.T * real, returns.T * real
 
 
+def sum_over_processes(accelerator: Accelerator, tensors: list[torch.Tensor]) -> None:
+    """Sums each tensor over all processes, in place, in buckets of up to 16 million numbers: a call for each bucket."""
+    while tensors:
+        bucket = [tensors[0]]
+        for tensor in tensors[1:]:
+            if sum(other.numel() for other in bucket) + tensor.numel() > 2**24:
+                break
+            bucket.append(tensor)
+        total = accelerator.reduce(torch.cat([tensor.flatten() for tensor in bucket]), "sum")
+        for tensor, part in zip(bucket, total.split([tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+        tensors = tensors[len(bucket) :]
+
+
 def update(agent, optimizer, accelerator, args, batch: dict[str, torch.Tensor], iteration: int) -> dict[str, float]:
     """`update_epochs` passes over the rollout in shuffled minibatches of trajectories; the mean of each statistic.
 
@@ -795,8 +931,7 @@ def update(agent, optimizer, accelerator, args, batch: dict[str, torch.Tensor], 
                     sums[name] += value
             names, totals = list(sums), torch.stack(list(sums.values()))
             if accelerator.num_processes > 1:
-                for tensor in (totals, *(parameter.grad for parameter in parameters)):
-                    tensor.copy_(accelerator.reduce(tensor, "sum"))
+                sum_over_processes(accelerator, [totals, *(parameter.grad for parameter in parameters)])
             policy_norm = torch.stack([parameter.grad.norm() for parameter in of_policy]).norm()
             norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
@@ -1150,6 +1285,9 @@ def main(args: Args) -> None:
         torch.set_num_threads(args.num_threads)
     accelerator = Accelerator(cpu=not (args.cuda and torch.cuda.is_available()))
     device, leads = accelerator.device, accelerator.is_main_process  # one process leads: it writes and talks
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    prepare_hub(args, "policy", "tokenizer", "reward_base", "reward_adapter", "dataset")
     posts = load_posts(args)
     tokenizer, agent, reward = load_models(args, device)
     run_folder, checkpoint, identity = open_run(args, TASK, device) if leads else (None, None, None)

@@ -249,7 +249,7 @@ BAD = [
     ("--dataset {tmp}/short.jsonl", "expected 8 training and 8 validation reviews or more; it has 8 and 2"),
     ("--policy {tmp}/nothing", "--policy {tmp}/nothing: expected a Hub id or a folder that can be loaded"),
     ("--policy {tmp}/cut", "--policy {tmp}/cut: expected a Hub id or a folder that can be loaded"),
-    ("--policy {tmp}/gemma", "expected a model whose logits are its head applied to its last hidden states"),
+    ("--policy {tmp}/gemma", "expected a causal model that takes padding, positions and a cache (its logits are not its head "),
     ("--tokenizer {tmp}/cut", "--tokenizer {tmp}/cut: expected"),
     ("--reward-model {tmp}/nothing", "--reward-model {tmp}/nothing: expected a Hub id or a folder that can be loaded"),
     ("--reward-model {tmp}/headless", "expected a model with all its weights; classifier.bias, classifier.weight are missing"),

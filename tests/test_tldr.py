@@ -297,7 +297,7 @@ def test_a_reward_adapter_of_another_writer_loads(assets, tmp_path):
             weights["base_model.model.score.bias"] = torch.tensor([0.7])
         torch.save(weights, folder / "adapter_model.bin")
         paths = {"policy": str(assets / "policy"), "tokenizer": str(assets / "policy"), "reward_base": f"{assets}/policy/"}
-        args = make_args(**paths, reward_adapter=str(folder), reward_max_length=40, max_prompt_length=20)
+        args = make_args(**paths, reward_adapter=str(folder), reward_max_length=40, max_prompt_length=20, allow_pickle=True)
         _, agent, reward = tldr.load_models(args, CPU)
         assert reward is agent  # one folder, however it is written
         known = tldr.load_models(make_args(**{**vars(args), "reward_adapter": str(assets / "reward")}), CPU)[2]

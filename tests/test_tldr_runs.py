@@ -219,7 +219,7 @@ BAD = [
     ("--dataset {tmp}/missing.jsonl", "missing.jsonl: expected a Hub id, a folder or a file of JSON lines that can be loaded"),
     ("--dataset {tmp}/no_test", "expected the splits train, valid(ation) and test; it has train"),
     ("--policy {tmp}/nothing", "--policy {tmp}/nothing: expected a Hub id or a folder that can be loaded"),
-    ("--policy {tmp}/gemma", "expected a model whose logits are its head applied to its last hidden states"),
+    ("--policy {tmp}/gemma", "expected a causal model that takes padding, positions and a cache (its logits are not its head "),
     ("--tokenizer {tmp}/nothing", "--tokenizer {tmp}/nothing: expected"),
     ("--reward-base {tmp}/nothing", "--reward-base {tmp}/nothing: expected a Hub id or a folder that can be loaded"),
     ("--reward-adapter {tmp}/nothing", "--reward-adapter {tmp}/nothing: expected a LoRA adapter in peft's format"),
@@ -230,7 +230,10 @@ BAD = [
         "--reward-base {tmp}/small",
         "--reward-base {tmp}/small: expected a model with 40 positions or more (--reward-max-length)",
     ),
-    ("--policy {tmp}/capped --dtype bfloat16", "expected a model whose logits are its head applied to its last hidden states"),
+    (
+        "--policy {tmp}/capped --dtype bfloat16",
+        "expected a causal model that takes padding, positions and a cache (its logits are not its head ",
+    ),
 ]
 
 
