@@ -10,6 +10,7 @@ Byun and Perrault, "Symmetric Reinforcement Learning Loss for Robust Learning on
     python sppo_atari.py --env-id Alien --beta 10 --noise bsc       # SPPO, rewards through a noisy channel
     python sppo_atari.py --env-id Alien --alpha 1 --beta 0          # PPO, the baseline
     python sppo_atari.py --env-id Alien --alpha 10.5 --beta 0       # PPO with the gradient of beta 10: the control
+    python sppo_atari.py --env-id Alien --alpha 1 --beta 0 --no-norm-adv        # the released code's baseline
     python sppo_atari.py --resume runs/Alien__sppo_atari__1__1700000000
 
 The algorithm ends at the line "Operations". The README lists what differs from the paper and its released code.
@@ -105,7 +106,7 @@ class Args:
     """environment steps (of 4 frames), rounded down to whole iterations"""
     learning_rate: PositiveFloat = 2.5e-4
     """learning rate of Adam"""
-    adam_eps: PositiveFloat = 1e-5
+    adam_eps: Annotated[float, Field(ge=1e-30)] = 1e-5
     """epsilon of Adam"""
     num_envs: PositiveInt = 8
     """number of parallel games"""

@@ -21,7 +21,7 @@ Examples:
 What differs from the paper and its released code:
 
 * The signs of Eq. 8 where A < 0, and that `--alpha 0.9 --beta 0` is the control of `--alpha 0.5 --beta 0.4` and must learn
-  alike: see README, "The loss, and four facts about it".
+  alike: see README, "The loss, and seven facts about it".
 * Tokens are sampled from the `top_k` likeliest, as there, while log pi is that of the whole vocabulary. So r is no importance
   weight of what was sampled, and the mean of grad log pi is not 0 but grad log m, with m the probability of the top k: an
   advantage common to all tokens moves probability into or out of the top k. Whitened advantages have mean 0, which takes

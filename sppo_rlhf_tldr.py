@@ -23,7 +23,7 @@ Examples:
 What differs from the paper and its released code:
 
 * The signs of Eq. 8 where A < 0, and that `--alpha 0.7 --beta 0` is the control of `--alpha 0.5 --beta 0.2` and must learn
-  alike: see README, "The loss, and four facts about it". Here policy and value share no trained weight, and AdamW divides a
+  alike: see README, "The loss, and seven facts about it". Here policy and value share no trained weight, and AdamW divides a
   constant factor of the gradient out again: the weight alpha + beta |Z| acts through the norm clip and Adam's eps, and against
   what else trains the policy, `reference_nll_coef` and `ent_coef`.
 * The base is in bfloat16, or in 4 bits, as the paper has it, with `--load-in-4bit`; adapters, heads and logits are float32.

@@ -56,15 +56,17 @@ def main(args: Args) -> None:
     print(f"equal to the control up to step {parted['control']:,}, to the baseline up to {parted['baseline']:,}")
     weight = run["alpha"] + run["beta"]
     figure, axis = plt.subplots(figsize=(8, 3.6))
+    ppo = "DPPO" if "continuous" in run["script"] else "PPO"
+    sppo = ppo.replace("PPO", "SPPO")
     for name, colour, style, width, label in (
-        ("baseline", "#0072B2", "-", 1.5, "PPO: α 1, β 0"),
-        ("symmetric", "#E69F00", "-", 4.0, f"SPPO: α {run['alpha']:g}, β {run['beta']:g}"),
-        ("control", "#000000", "--", 1.5, f"control, PPO with the same gradient: α {weight:g}, β 0"),
+        ("baseline", "#0072B2", "-", 1.5, f"{ppo}: α 1, β 0"),
+        ("symmetric", "#E69F00", "-", 4.0, f"{sppo}: α {run['alpha']:g}, β {run['beta']:g}"),
+        ("control", "#000000", "--", 1.5, f"control, {ppo} with the same gradient: α {weight:g}, β 0"),
     ):
         curve = curves[name][curves[name].index <= args.steps]
         axis.plot(curve.index, curve, style, color=colour, linewidth=width, label=label)
     axis.axvline(parted["control"], color="#999999", linewidth=1)
-    text = f"SPPO and control: equal to six digits\nup to here ({parted['control']:,} steps),\nthen rounding parts them"
+    text = f"{sppo} and control: equal to six digits\nup to here ({parted['control']:,} steps),\nthen rounding parts them"
     axis.annotate(text, (parted["control"], axis.get_ylim()[0]), (-6, 6), textcoords="offset points", fontsize=8, ha="right")
     axis.set(xlabel="environment steps", ylabel="return while training")
     noise = "without noise" if run["noise"] == "none" else "with reward noise"

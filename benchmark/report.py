@@ -206,10 +206,10 @@ def label(run: dict) -> str:
 def is_control(runs: pd.DataFrame, run: pd.Series) -> bool:
     """Whether the run's alpha is alpha + beta |Z| of symmetric runs in its environment, or if none is there, in another.
 
-    With --mean-weight it is one by itself.
+    A2C's is the one with --mean-weight, whose beta is above 0: no alpha alone has SA2C's gradient (fact 3).
     """
-    if run.beta > 0:
-        return True
+    if "a2c" in run.script:
+        return bool(run.beta > 0)
     alike = runs[(runs.script == run.script) & (runs.noise == run.noise) & (runs.beta > 0)]
     here = alike[alike.env == run.env]
     alike = here if len(here) else alike

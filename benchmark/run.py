@@ -267,7 +267,8 @@ def toml_grid(path: Path) -> list[Run]:
         if not re.fullmatch(r"[\w.-]{1,100}", arm):
             fail(f"{path}: arm {arm!r}; expected a name of up to 100 letters, digits, '_', '.' or '-'")
         check_options(f"{path}: arm {arm}", options, OURS)
-        if "a2c" in script and "--no-norm-adv" in options.replace("_", "-").split():
+        raw = "ppo_raw" in arm or any(re.match("--(no-)?norm[-_]adv", word) and "True" not in word for word in options.split())
+        if "a2c" in script and raw and "--norm-adv" not in options.split():
             fail(f"{path}: arm {arm}: --no-norm-adv; expected another option, as {script} normalises no advantages")
     return [
         Run(path.stem, env, noise, arm, seed, length, script, arms[arm])

@@ -21,6 +21,8 @@ import dsa2c_continuous
 import dsppo_continuous
 import sa2c_atari
 import sppo_atari
+import sppo_rlhf_imdb
+import sppo_rlhf_tldr
 
 pytestmark = pytest.mark.quick
 
@@ -148,6 +150,24 @@ def test_adamw_and_both_forms_of_rmsprop(monkeypatch):
     for eps, first in ((1e-5 / w, 1 / w**2), (1e-5 / w**2, 1.0)):
         wrong = train(ppo, lambda parameters, _, eps=eps, first=first: RMSpropTF(parameters, 1e-3, eps, first))
         assert difference(wrong, theirs) > 1e-5
+
+
+def test_the_readmes_table_is_the_defaults_divided_by_w():
+    rows = re.findall(r"(?m)^\| ([^|:]+): (0\.5), ([^|]+?) (?:\(\*\) )?\|(.*)\|$", (ROOT / "README.md").read_text())
+    scripts = {
+        "Atari": sppo_atari, "Atari, noisy rewards": sppo_atari, "continuous": dsppo_continuous,
+        "movie reviews": sppo_rlhf_imdb, "TL;DR": sppo_rlhf_tldr,
+    }  # fmt: skip
+    assert [cell for cell, *_ in rows] == list(scripts)
+    for cell, alpha, betas, columns in rows:
+        columns = [[float(number) for number in column.split("·")] for column in columns.split("|")]
+        args = scripts[cell].Args()
+        ws = [float(alpha) + float(beta) for beta in betas.split("·")]
+        defaults = (args.vf_coef, args.ent_coef, args.max_grad_norm, getattr(args, "adam_eps", 1e-5))
+        assert columns[0] == ws
+        for column, default in zip(columns[1:], defaults, strict=True):
+            column = column * len(ws) if column == [0] else column
+            assert column == pytest.approx([default / w for w in ws], rel=0.005), cell
 
 
 def test_cleanrl_halves_its_value_loss():
@@ -315,10 +335,11 @@ def test_stable_baselines3_with_the_four_settings_is_sppo(monkeypatch):
         "clip_range": 0.5,
         "learning_rate": 2.5e-4,
     }  # no sample at the edge of the clip, where rounding decides
-    recipe = re.search(r"(?s)```python\n(from stable_baselines3 .*?)```", (ROOT / "README.md").read_text()).group(1)
-    names = {"env": Game()}
-    with monkeypatch.context() as patch:  # the README's text, with a small rollout
+    recipe = re.search(r"(?s)```python\n(import ale_py.*?)```", (ROOT / "README.md").read_text()).group(1)
+    names = {}
+    with monkeypatch.context() as patch:  # the README's text, with one game and a small rollout
         patch.setattr("stable_baselines3.PPO", functools.partial(PPO, **sizes, seed=1, device="cpu"))
+        patch.setattr("stable_baselines3.common.env_util.make_atari_env", lambda *_, **__: Game())
         exec(recipe, names)
     sb3, alpha, beta = names["model"], names["alpha"], names["beta"]
     assert (alpha, beta) == (0.5, 10.0)

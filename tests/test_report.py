@@ -487,6 +487,7 @@ def test_a2c_has_its_controls(tmp_path):
         "a2c": (1.0, 0.0, {}, [1.0, 2.0]),
         "sa2c": (0.5, 1.0, {}, [3.0, 4.0]),
         "a2c_half": (0.5, 0.0, {}, [2.0, 3.0]),
+        "a2c_more": (1.5, 0.0, {}, [2.0, 3.0]),  # alpha + beta of SA2C, which is no control of A2C (fact 3)
         "control": (0.5, 1.0, {"mean_weight": True}, [3.0, 5.0]),
     }
     folder = write_atari(tmp_path / "runs", arms, norm_adv=False)
@@ -494,7 +495,7 @@ def test_a2c_has_its_controls(tmp_path):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"script": "sa2c_atari.py"}))
     text = make([folder], tmp_path / "out")
     header = next(line for line in text.splitlines() if line.startswith("| | "))
-    assert header == "| | A2C | A2C α 0.5 | SA2C | control A2C |" and "The paper's PPO" not in text
+    assert header == "| | A2C | A2C α 0.5 | A2C α 1.5 | SA2C | control A2C |" and "The paper's PPO" not in text
 
 
 def test_controls_have_the_colours_of_their_symmetric_arms():
