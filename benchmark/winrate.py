@@ -12,7 +12,8 @@ Writes into the run folder
     winrate_{against}_{model}.json    win rate (ties count half) with its standard error, wins, ties, losses, how often both
                                       orders agree and how often the first place won, refusals, failures, tokens and cost
 
-The key is read from OPENAI_API_KEY by the library and is written nowhere. Exit status 1 if requests failed for good.
+The key is read from OPENAI_API_KEY by the library and is written nowhere. A question that the endpoint refuses with status 400
+counts as refused; the next start asks it again. Exit status 1 if requests failed for good, or no pair has a readable verdict.
 """
 
 import hashlib
@@ -75,8 +76,17 @@ class Args:
 
 def read_verdict(text: str) -> str | None:
     """ "A", "B" or "tie" if the answer is one of these, whatever marks stand around it; None otherwise."""
+    text = re.sub(r"(?s)^.*</think>", "", text)  # what a reasoning model thinks aloud first
     found = re.fullmatch(r"\W*(?:(?:answer|summary)\W+)?(A|B|tie)\W*", text.strip(), flags=re.IGNORECASE)
     return found and {"a": "A", "b": "B", "tie": "tie"}[found.group(1).lower()]
+
+
+def give_up_without_credit(response) -> None:
+    """Tells the library not to send a request again for which there is no money: status 429, as if the endpoint were busy."""
+    if response.status_code == 429:
+        response.read()
+        if "insufficient_quota" in response.text:
+            response.headers["x-should-retry"] = "false"
 
 
 def ask(client: openai.OpenAI, args: Args, question: str) -> dict:
@@ -88,7 +98,10 @@ def ask(client: openai.OpenAI, args: Args, question: str) -> dict:
     for _ in range(1 + ASK_AGAIN):
         options = {} if args.temperature is None else {"temperature": args.temperature}
         messages = [{"role": "user", "content": question}]
-        reply = client.chat.completions.create(model=args.model, messages=messages, **options)
+        try:
+            reply = client.chat.completions.create(model=args.model, messages=messages, **options)
+        except openai.BadRequestError as error:  # of this pair: a content filter, a text that is too long
+            return {"verdict": "refused", "answer": f"{type(error).__name__}: {error}"[:200], **used}
         try:
             choice = reply.choices[0]
             text = "" if choice.message.content is None else choice.message.content + ""  # TypeError unless a text
@@ -198,9 +211,12 @@ def main(args: Args) -> None:
         except (ValueError, KeyError, TypeError):  # a line that a kill cut off
             continue
     missing = [place for place in questions if place not in answers]
-    client = openai.OpenAI(base_url=args.base_url, api_key=key or "none", timeout=args.timeout, max_retries=args.retries)
+    http = openai.DefaultHttpxClient(timeout=args.timeout, event_hooks={"response": [give_up_without_credit]})
+    client = openai.OpenAI(base_url=args.base_url, api_key=key or "none", max_retries=args.retries, http_client=http)
     failures: list[str] = []
     hopeless: list[str] = []  # what would meet every request
+    bad: list[str] = []  # answers of status 400
+    points = ("A", "B", "tie")
     lock = threading.Lock()
     file = answers_path.open("a")
     if answers_path.stat().st_size and not answers_path.read_text().endswith("\n"):
@@ -215,14 +231,20 @@ def main(args: Args) -> None:
             text = f"{type(error).__name__}: {error}".replace(key or "\0", "(key)")[:200]  # some endpoints repeat it
             with lock:
                 failures.append(text)
-                known = (openai.BadRequestError, openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
-                if isinstance(error, known) or (isinstance(error, openai.APIConnectionError) and not answers):
+                known = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
+                unreachable = isinstance(error, openai.APIConnectionError) and not answers
+                if isinstance(error, known) or unreachable or getattr(error, "code", None) == "insufficient_quota":
                     hopeless.append(text)
             return
         with lock:
+            if answer["answer"].startswith("BadRequestError: "):
+                bad.append(answer["answer"].replace(key or "\0", "(key)"))
+                if len(bad) == min(4, len(questions)) and not any(other["verdict"] in points for other in answers.values()):
+                    hopeless.append(bad[0])  # not these pairs: the model or its options
+            else:
+                file.write(json.dumps(answer).replace(key or "\0", "(key)") + "\n")
+                file.flush()
             answers[place] = answer
-            file.write(json.dumps(answer).replace(key or "\0", "(key)") + "\n")
-            file.flush()
 
     with ThreadPoolExecutor(args.jobs) as pool:
         try:
@@ -241,7 +263,8 @@ def main(args: Args) -> None:
     temporary = result_path.with_name(result_path.name + ".tmp")
     temporary.write_text(json.dumps(result, indent=2) + "\n")
     os.replace(temporary, result_path)
-    if result["pairs"]:
+    readable = result["pairs"] > equal or not questions
+    if readable and result["pairs"]:
         error = "" if result["win_rate_stderr"] is None else f" ± {result['win_rate_stderr']:.3f}"
         agree = "" if result["orders_agree"] is None else f"orders agree in {result['orders_agree']:.0%}; "
         print(
@@ -249,8 +272,12 @@ def main(args: Args) -> None:
             f"{result['wins']} won, {result['ties']} tied, {result['losses']} lost; "
             f"{agree}{result['refused']} refused, {result['unreadable']} unreadable; cost {result['cost']:.4f}; {result_path}"
         )
+    elif not readable:
+        print(f"winrate.py: no readable verdict: {result['refused']} answers refused, {result['unreadable']} unreadable")
     if failures:
         sys.exit(f"winrate.py: {len(failures)} requests failed ({failures[0]}); start again to ask for them")
+    if not readable:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -254,9 +254,49 @@ def test_a_wrong_key_or_model_ends_at_once_in_one_line(status, name, server, fol
         judge(server, folder, jobs=1)
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and f"{server.server_port}/v1 says {name}" in err
-    assert err.count("\n") == 1 and len(server.questions) == 1
+    assert err.count("\n") == 1 and len(server.questions) == (4 if status == 400 else 1)  # 400 might be one pair's
     assert KEY not in err + "".join(path.read_text() for path in folder.iterdir())
     assert "not with (key)" in err
+
+
+def test_400_counts_for_its_pair_alone(server, folder):
+    """A content filter, or a text that is too long; asked again at the next start, as it may be lifted."""
+
+    def reply(question, _):
+        return (400, {"error": {"message": "content_filter"}}) if "Post 1." in question else honest(question)
+
+    server.reply = reply
+    result = judge(server, folder, jobs=1)
+    assert result["pairs"] == 5 and result["refused"] == 2 and result["failed"] == 0
+    before = len(server.questions)
+    server.reply = honest
+    result = judge(server, folder)
+    assert len(server.questions) == before + 2 and result["pairs"] == 6 and result["refused"] == 0
+
+
+def test_no_credit_ends_at_once(server, folder, capsys):
+    body = {"error": {"message": "You exceeded your quota", "code": "insufficient_quota", "type": "insufficient_quota"}}
+    server.reply = lambda *_: (429, body)
+    with pytest.raises(SystemExit) as stopped:
+        judge(server, folder, jobs=1, retries=6)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and "says RateLimitError: Error code: 429" in err and err.count("\n") == 1
+    assert len(server.questions) == 1
+
+
+def test_thoughts_are_cut_before_the_verdict_is_read(server, folder):
+    server.reply = lambda question, _: f"<think>B is bad,\nA is worse: B? </think>\n\n{honest(question)}"
+    assert judge(server, folder)["pairs"] == 6
+    assert winrate.read_verdict("<think>A") is None and winrate.read_verdict("<think>A</think> B") == "B"
+
+
+def test_without_a_readable_verdict_the_status_is_1(server, folder, capsys):
+    server.reply = lambda *_: "I cannot say."
+    with pytest.raises(SystemExit) as stopped:
+        judge(server, folder)
+    out = capsys.readouterr().out
+    assert stopped.value.code == 1 and "no readable verdict: 0 answers refused, 12 unreadable" in out
+    assert json.loads((folder / "winrate_reference_a_judge.json").read_text())["unreadable"] == 12
 
 
 def test_bad_input_is_one_line(tmp_path, folder, monkeypatch, capsys):
