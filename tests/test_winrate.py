@@ -295,8 +295,8 @@ def test_without_a_readable_verdict_the_status_is_1(server, folder, capsys):
     with pytest.raises(SystemExit) as stopped:
         judge(server, folder)
     out = capsys.readouterr().out
-    assert stopped.value.code == 1 and "no readable verdict: 0 answers refused, 12 unreadable" in out
-    assert json.loads((folder / "winrate_reference_a_judge.json").read_text())["unreadable"] == 12
+    assert stopped.value.code == 1 and "no readable verdict: 0 answers refused, 10 unreadable" in out
+    assert json.loads((folder / "winrate_reference_a_judge.json").read_text())["unreadable"] == 10
 
 
 def test_bad_input_is_one_line(tmp_path, folder, monkeypatch, capsys):
