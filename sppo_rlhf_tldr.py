@@ -108,19 +108,17 @@ from transformers.utils.peft_utils import find_adapter_config_file
 class Args:
     """PPO and SPPO for summaries. `--alpha 1 --beta 0` is PPO; the defaults are the paper's SPPO."""
 
-    exp_name: str = "sppo_rlhf_tldr"
-    """name of the experiment, part of the run folder's name"""
-    seed: int = 1
-    """seed of the adapters' first weights, the posts' order, the sampled tokens and the minibatches"""
-    cuda: bool = True
-    """use a GPU if there is one"""
-    track: bool = False
-    """log to Weights & Biases (WANDB_MODE=offline works)"""
-    wandb_project_name: str = "symmetric-rl"
-    """the W&B project"""
-    wandb_entity: str | None = None
-    """the W&B user or team"""
+    # symmetric loss
+    alpha: float = 0.5
+    """weight of the PPO loss (Eq. 9)"""
+    beta: float = 0.2
+    """weight of the reverse loss (Eq. 9)"""
+    Z: float = -1.0
+    """the constant that stands for log 0 in the reverse loss (Eq. 8), below 0"""
+    literal_signs: bool = False
+    """the reverse loss with the signs that Eq. 8 prints for A < 0, for study"""
 
+    # models and data
     offline: bool = False
     """other defaults: the models and posts that benchmark/make_rlhf_assets.py builds, at a size for CPUs"""
     policy: str = "CarperAI/openai_summarize_tldr_sft"
@@ -146,6 +144,7 @@ class Args:
     allow_pickle: bool = False
     """load pickled weights (.bin) where a repository has no safetensors, by torch.load with weights_only"""
 
+    # algorithm
     iterations: int = 100
     """rollouts, each followed by one update; the paper's table has 100, its released configuration 200"""
     trajectories_per_update: int = 64
@@ -202,15 +201,7 @@ class Args:
     """share of these adapters' inputs that is dropped in updates, 0 to below 1. The paper's configuration says 0.1, but its
     code switches dropout off before each forward pass"""
 
-    alpha: float = 0.5
-    """weight of the PPO loss (Eq. 9)"""
-    beta: float = 0.2
-    """weight of the reverse loss (Eq. 9)"""
-    Z: float = -1.0
-    """the constant that stands for log 0 in the reverse loss (Eq. 8), below 0"""
-    literal_signs: bool = False
-    """the reverse loss with the signs that Eq. 8 prints for A < 0, for study"""
-
+    # evaluation, checkpoints, machine
     eval_episodes: int = 100
     """validation posts that are summarised and scored every `eval_every` iterations; 0 for none"""
     eval_every: int = 10
@@ -229,6 +220,20 @@ class Args:
     """CPU threads of torch; 0 lets it take all cores"""
     run_dir: str = "runs"
     """folder in which the run's own folder is made"""
+
+    # run
+    exp_name: str = "sppo_rlhf_tldr"
+    """name of the experiment, part of the run folder's name"""
+    seed: int = 1
+    """seed of the adapters' first weights, the posts' order, the sampled tokens and the minibatches"""
+    cuda: bool = True
+    """use a GPU if there is one"""
+    track: bool = False
+    """log to Weights & Biases (WANDB_MODE=offline works)"""
+    wandb_project_name: str = "symmetric-rl"
+    """the W&B project"""
+    wandb_entity: str | None = None
+    """the W&B user or team"""
 
 
 OFFLINE = Args(
@@ -259,291 +264,78 @@ TASK = "tldr"  # in the names of assets and run folders
 LENGTH = "iterations"  # the argument that a resumed run may raise
 # Generators beside torch's own, so that none disturbs another: each is seeded with [seed, its number, ...]
 SPLIT, ORDER, SAMPLES, MINIBATCHES, DROPOUT = 1, 2, 3, 4, 5
-# What else decides a run's numbers; args.json and result.json hold their versions
-PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "peft", "datasets", "rouge-score", "numpy")
 PAD = -1  # fills batches of token ids: no vocabulary has it, so it is never taken for EOS, nor sampled
 ENDING = "TL;DR:"  # of every prompt
 
 
-# --- environment: posts, models, scores -------------------------------------------------------------------------------
+# --- loss -------------------------------------------------------------------------------------------------------------
 
 
-def prepare_hub(args: Args, *names: str) -> None:
-    """With --offline nothing leaves this machine. If the Hub does not answer within five seconds, only its cache is used.
+def symmetric_ppo_loss(logprobs, old_logprobs, advantages, clip_coef, Z=-1.0, literal_signs=False):
+    """L_ppo and L_rppo of the actions taken (Eq. 3 and 8): means over the batch. The caller weights them (Eq. 9).
 
-    names: the arguments that may be Hub ids.
+    Inputs are [B]. sum_{j != i} pi_j / pi_old_i = 1 / pi_old_i - r in Eq. 8. The first term is left out: it has no
+    gradient and overflows float32. With Z = -1 both losses have the same gradient, sample by sample. Returns
+    policy_loss, reverse_loss and statistics, all scalars.
     """
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")  # between peft and transformers
-    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # else an outside service is asked for a pull request with safetensors
-    offline = args.offline or huggingface_hub.constants.HF_HUB_OFFLINE
-    if not offline and not all(Path(getattr(args, name)).exists() for name in names):
-        try:
-            urlopen(Request(huggingface_hub.constants.ENDPOINT, method="HEAD"), timeout=5).close()
-        except HTTPError:
-            pass  # an answer
-        except OSError:
-            offline = True
-    if offline:
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
-        datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
+    logratio = logprobs - old_logprobs
+    ratio = logratio.clamp(-20, 20).exp()  # finite; changes no gradient while |log r| < 20
 
+    surrogate = advantages * ratio
+    clipped = advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    policy_loss = -torch.min(surrogate, clipped).mean()
 
-def cannot_load(args: Args, name: str, error: Exception, expected: str) -> None:
-    """Ends in one line: what of the argument `name` could not be loaded, why, and what there is instead."""
-    source = getattr(args, name)
-    reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-    hint = f"python benchmark/make_rlhf_assets.py {TASK} builds what --offline takes"
-    if huggingface_hub.constants.HF_HUB_OFFLINE and not args.offline and not Path(source).exists():
-        reason = f"not in the cache, and {huggingface_hub.constants.ENDPOINT} does not answer or HF_HUB_OFFLINE is set"
-    elif "safetensors" in str(error) and not args.allow_pickle:
-        reason = "it has no safetensors"
-        hint = f"--allow-pickle takes its pickled weights, or: model = AutoModel....from_pretrained({source!r}); "
-        hint += "model.save_pretrained(FOLDER)"
-    require(args, name, False, f"{expected} ({reason}); {hint}")
+    signed = advantages.abs() if literal_signs else advantages
+    weights = torch.where(surrogate <= clipped, -signed * Z, 0.0)  # 0 where the clip cuts PPO's gradient
+    reverse_loss = -(weights * ratio).mean()
 
-
-def check_weights(args: Args, name: str, info: dict) -> None:
-    """Refuses a model some of whose weights were not in its files, or had another shape there."""
-    missing = ", ".join(sorted(info["missing_keys"]))
-    require(args, name, not missing, f"a model with all its weights; {missing} are missing")
-    wrong = ", ".join(f"{key} {tuple(found)}, not {tuple(wanted)}" for key, found, wanted in sorted(info["mismatched_keys"]))
-    require(args, name, not wrong, f"weights of its configuration's shapes; {wrong}")
-
-
-def is_adapter(args: Args, name: str) -> bool:
-    """Whether the argument names an adapter, which transformers would load, frozen, onto its base."""
-    return find_adapter_config_file(getattr(args, name), local_files_only=huggingface_hub.constants.HF_HUB_OFFLINE) is not None
-
-
-def check_lm(args: Args, name: str, lm: transformers.PreTrainedModel, backbone) -> None:
-    """Refuses a model that would compute wrong numbers here: two texts of different length through `backbone` and the model's
-    head, padded on the left and cached token by token, against the plain model, each text alone and in one pass.
-
-    backbone: `Agent.backbone` without adapters.
-    """
-    short, long = (torch.arange(length, device=lm.device) * 7919 % lm.config.vocab_size for length in (5, 9))
-    batch = torch.stack([F.pad(short, (4, 0), value=PAD), long])
-    real = batch != PAD
-    head, reason = lm.get_output_embeddings(), ""
     with torch.no_grad():
-        plain = [lm(ids[None]).logits[0].float() for ids in (short, long)]
-        # rounding: float32 has 24 bits, bfloat16 8; a model that is wrong here is off by about its logits' spread
-        tolerance = plain[1].std() * (1e-3 if lm.dtype == torch.float32 else 0.1)
-
-        def differs(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-            return not bool(((head(found).float() - wanted).abs() <= tolerance).all())
-
-        try:
-            alone = backbone(long[None], real[1:]).last_hidden_state[0]
-            padded = backbone(batch, real).last_hidden_state
-            cache = transformers.DynamicCache(config=lm.config)
-            first = backbone(batch[:, :6], real[:, :6], past_key_values=cache).last_hidden_state
-            rest = [backbone(batch[:, t : t + 1], real[:, : t + 1], past_key_values=cache).last_hidden_state for t in (6, 7, 8)]
-            cached = torch.cat([first, *rest], dim=1)
-            for hidden, wanted, what in (
-                (alone, plain[1], "its logits are not its head applied to its last hidden states"),
-                (padded[0, 4:], plain[0], "padding on the left changes its numbers"),
-                (cached[1], plain[1], "a cache of keys and values changes its numbers"),
-                (cached[0, 4:], plain[0], "a cache behind padding changes its numbers"),
-            ):
-                if not reason and differs(hidden, wanted):
-                    reason = what
-        except Exception as error:  # arguments or a cache that it does not take, shapes, ...
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-    require(args, name, not reason, f"a causal model that takes padding, positions and a cache ({reason})")
-
-
-def tokenize_behind(tokenizer, before: str, text: str) -> tuple[list[int], list[int]]:
-    """Tokens of `before`, and those of `text` behind it: together the tokens of the joint text.
-
-    Tokenizers of Llama's kind put a space before a text of its own.
-    """
-    joint, alone = tokenizer([before + text, before], add_special_tokens=False).input_ids
-    shared = sum(itertools.takewhile(bool, (a == b for a, b in zip(joint, alone, strict=False))))
-    return joint[:shared], joint[shared:]
-
-
-def load_lm(args: Args, name: str, device: torch.device) -> transformers.PreTrainedModel:
-    """The causal language model that the argument `name` names, frozen: safetensors, all weights there, no code of its own."""
-    source, options = getattr(args, name), {"local_files_only": args.offline, "trust_remote_code": False}
-    dtype = getattr(torch, args.dtype)
-    try:
-        if is_adapter(args, name):
-            raise ValueError("an adapter; merge it into its base first, with peft's merge_and_unload")
-        config = transformers.AutoConfig.from_pretrained(source, **options)
-        for setting, value in config.to_dict().items():
-            if "drop" in setting and isinstance(value, float):
-                setattr(config, setting, 0.0)  # dropout of the base, also where updates switch LoRA's on
-        options |= {"config": config, "dtype": dtype, "use_safetensors": None if args.allow_pickle else True}
-        if args.load_in_4bit:
-            options["quantization_config"] = transformers.BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-            )
-            options["device_map"] = {"": device}
-        loader = transformers.AutoModelForCausalLM
-        lm, info = loader.from_pretrained(source, **options, output_loading_info=True, ignore_mismatched_sizes=True)
-    except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, ...
-        cannot_load(args, name, error, "a Hub id or a folder that can be loaded")
-    check_weights(args, name, info)
-    lm = lm if args.load_in_4bit else lm.to(device)
-    return lm.requires_grad_(False).eval()
-
-
-def load_reward(args: Args, agent: "Agent", tokenizer, device: torch.device) -> "Agent":
-    """The model whose adapter `reward` and head score texts: the agent itself, if both have one base, or another one."""
-    same = args.reward_base == args.policy or Path(args.reward_base).resolve() == Path(args.policy).resolve()
-    if same:
-        model = agent
-    else:
-        lm = load_lm(args, "reward_base", device)
-        wanted = f"a model with {args.reward_max_length} positions or more (--reward-max-length) and {len(tokenizer)} tokens"
-        fits = getattr(lm.config, "max_position_embeddings", 0) >= args.reward_max_length
-        require(args, "reward_base", fits and lm.config.vocab_size >= len(tokenizer), wanted)
-        model = Agent(lm, writes=False).to(device)
-        check_lm(args, "reward_base", lm, lambda *tokens, **cache: model.backbone(*tokens, None, **cache))
-    try:
-        config = LoraConfig.from_pretrained(args.reward_adapter, local_files_only=args.offline)
-        options = {"local_files_only": args.offline, "_raise_exceptions_for_missing_entries": False}
-        if not args.allow_pickle and not cached_file(args.reward_adapter, "adapter_model.safetensors", **options):
-            raise ValueError("no adapter_model.safetensors")
-        weights = load_peft_weights(args.reward_adapter, device="cpu")
-        head = {name.rsplit(".", 1)[1]: weights.pop(name) for name in list(weights) if "score." in name}
-        # peft would look for the head in a model that has none; here it is one of the agent's
-        config.modules_to_save = config.task_type = config.base_model_name_or_path = None
-        model.add("reward", config, head=True)
-        if "bias" in head:
-            model.heads["reward"].bias = nn.Parameter(torch.zeros(1))
-        model.heads["reward"].load_state_dict(head)
-        unexpected = set_peft_model_state_dict(model.lm, weights, adapter_name="reward").unexpected_keys
-        own = get_peft_model_state_dict(model.lm, adapter_name="reward").keys()
-    except Exception as error:  # OSError, ValueError, KeyError, RuntimeError, SafetensorError, ...
-        cannot_load(args, "reward_adapter", error, "a LoRA adapter in peft's format with weights of a head `score`")
-    fits = not unexpected and own == weights.keys()
-    require(args, "reward_adapter", fits, f"an adapter of --reward-base {args.reward_base}; their layers differ")
-    return model
-
-
-def load_models(args: Args, device: torch.device):
-    """The tokenizer, the agent with new adapters `policy` and `value`, and the agent that scores, which may be the same."""
-    try:
-        options = {"local_files_only": args.offline, "trust_remote_code": False}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer, **options)
-    except Exception as error:
-        cannot_load(args, "tokenizer", error, "a Hub id or a folder that can be loaded")
-    lm = load_lm(args, "policy", device)
-    context = getattr(lm.config, "max_position_embeddings", None)
-    require(args, "policy", context, "a model with a number of positions")
-    fits = args.max_prompt_length + args.response_length <= context
-    require(
-        args, "max_prompt_length", fits, f"{context - args.response_length} or less, the policy's context - response_length"
-    )
-    require(args, "reward_max_length", args.reward_max_length <= context, f"{context}, the policy's context, or less")
-    vocabulary = lm.config.vocab_size
-    matches = tokenizer.eos_token_id is not None and len(tokenizer) <= vocabulary and tokenizer(ENDING).input_ids
-    require(args, "tokenizer", matches, f"one with an EOS token, and tokens at all, at most the policy's {vocabulary}")
-    ending = len(tokenize_behind(tokenizer, "a post", "\n" + ENDING)[1])
-    require(args, "max_prompt_length", args.max_prompt_length > ending, f"more than the {ending} tokens of the ending {ENDING}")
-    require(args, "top_k", args.top_k <= vocabulary, f"the policy's vocabulary, {vocabulary}, or less")
-    agent = Agent(lm)
-    check_lm(args, "policy", lm, lambda *tokens, **cache: agent.backbone(*tokens, None, **cache))
-    torch.manual_seed(args.seed)  # the adapters' first weights
-    transposed = lm.config.model_type == "gpt2"  # its layers hold their weights so
-    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(lm.config.model_type, "all-linear")
-    targets = args.lora_target_modules.split(",") if args.lora_target_modules else known
-    lora = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout, "target_modules": targets}
-    try:
-        for name in ("policy", "value"):
-            agent.add(name, LoraConfig(**lora, fan_in_fan_out=transposed), head=name == "value")
-    except ValueError as error:  # peft's
-        require(args, "lora_target_modules", False, f"layers of the policy ({str(error).splitlines()[0][:160]})")
-    if args.gradient_checkpointing:
-        agent.lm.activation_checkpointing_enable({"use_reentrant": False})
-    reward = load_reward(args, agent, tokenizer, device)
-    return tokenizer, agent.to(device).eval(), reward.to(device).eval()
-
-
-def read_json_lines(path: str) -> datasets.Dataset:
-    """A file of JSON lines in UTF-8; errors name the line."""
-    rows = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                rows += [json.loads(line)] if line.strip() else []
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from None
-    return datasets.Dataset.from_list(rows)
-
-
-def load_posts(args: Args) -> dict[str, list[tuple[str, str]]]:
-    """Pairs of prompt and reference summary by split: train, validation and test."""
-    try:
-        if Path(args.dataset).is_file():
-            whole = read_json_lines(args.dataset)
-            order = np.random.default_rng([args.seed, SPLIT]).permutation(len(whole))
-            cuts = np.split(order, [len(whole) * 8 // 10, len(whole) * 9 // 10])
-            splits = {name: whole.select(rows) for name, rows in zip(("train", "validation", "test"), cuts, strict=True)}
-        else:
-            splits = dict(datasets.load_dataset(args.dataset))
-        if "valid" in splits:
-            splits["validation"] = splits.pop("valid")
-        columns = {name: split.column_names for name, split in splits.items()}
-        whole = {
-            name: {column: split[column][:] for column in ("prompt", "label") if column in columns[name]}
-            for name, split in splits.items()
+        stats = {
+            "old_approx_kl": -logratio.mean(),
+            "approx_kl": (logratio.clamp(-20, 20).expm1() - logratio).mean(),  # http://joschu.net/blog/kl-approx.html
+            "clipfrac": ((ratio - 1).abs() > clip_coef).float().mean(),
         }
-    except Exception as error:  # datasets names no common type
-        error = error.__cause__ or error  # what it was while "generating the dataset"
-        cannot_load(args, "dataset", error, "a Hub id, a folder or a file of JSON lines that can be loaded")
-    posts = {}
-    wanted = {"train": args.trajectories_per_update, "validation": args.eval_episodes, "test": args.test_episodes}
-    for name, count in wanted.items():
-        require(args, "dataset", name in splits, f"the splits train, valid(ation) and test; it has {', '.join(splits)}")
-        named = whole[name].keys() == {"prompt", "label"}
-        require(args, "dataset", named, f"columns named prompt and label; its columns are {', '.join(columns[name])}")
-        posts[name] = list(zip(whole[name]["prompt"], whole[name]["label"], strict=True))
-        texts = all(isinstance(text, str) for post in posts[name] for text in post)
-        require(args, "dataset", texts, "columns prompt and label that hold texts alone")
-        require(args, "dataset", len(posts[name]) >= count, f"{count} posts to {name} or more; it has {len(posts[name])}")
-    return posts
+    return policy_loss, reverse_loss, stats
 
 
-def encode(posts: list[tuple[str, str]], tokenizer, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts [B, max_prompt_length], PAD on the left, and the summaries [B, response_length], PAD on the right.
+def policy_loss(agent, args, share, tokens, old_logprobs, advantages):
+    """What this part of a minibatch adds to the policy's loss, and to the statistics by name: alpha L_ppo + beta L_rppo
+    - ent_coef H, each a mean over all real tokens of the minibatch.
 
-    A prompt is the first tokens of the post, up to its own TL;DR: if it has one, and "\\nTL;DR:".
+    Shapes: tokens [B, P + R]; old_logprobs, advantages [B, R], 0 where a token is PAD. share: this part's real tokens over
+    the minibatch's.
     """
-    prompts = torch.full((len(posts), args.max_prompt_length), PAD)
-    references = torch.full((len(posts), args.response_length), PAD)
-    for row, (post, summary) in enumerate(posts):
-        post = post.split(ENDING)[0].strip()
-        ids, ending = tokenize_behind(tokenizer, post, "\n" + ENDING)
-        ids = ids[: args.max_prompt_length - len(ending)] + ending
-        prompts[row, args.max_prompt_length - len(ids) :] = torch.tensor(ids)
-        _, ids = tokenize_behind(tokenizer, f"{post}\n{ENDING}", " " + summary.strip())
-        ids = [*ids, tokenizer.eos_token_id][: args.response_length]
-        references[row, : len(ids)] = torch.tensor(ids)
-    return prompts, references
+    prompt_length = tokens.shape[1] - old_logprobs.shape[1]
+    logprobs, entropies = agent(tokens, prompt_length, args.temperature, args.ent_coef > 0)
+    real = tokens[:, prompt_length:] != PAD
+    ppo_loss, reverse_loss, stats = symmetric_ppo_loss(
+        logprobs, old_logprobs[real], advantages[real], args.clip_coef, args.Z, args.literal_signs
+    )
+    loss = args.alpha * ppo_loss + args.beta * reverse_loss
+    stats = {"policy_loss": ppo_loss, "reverse_loss": reverse_loss, **stats}
+    if args.ent_coef:
+        stats["entropy"] = entropies.mean()
+        loss = loss - args.ent_coef * stats["entropy"]
+    return share * loss, {f"losses/{name}": share * value.detach() for name, value in stats.items()}
 
 
-def decode(tokens: torch.Tensor, tokenizer) -> list[str]:
-    """tokens: [B, T], PAD anywhere. The texts, without special tokens."""
-    return tokenizer.batch_decode([row[row != PAD].tolist() for row in tokens], skip_special_tokens=True)
+def reference_loss(agent, args, share, tokens, references):
+    """As `policy_loss`: reference_nll_coef times the policy's next-token loss on the reference summaries [B, R]."""
+    prompt_length = tokens.shape[1] - references.shape[1]
+    tokens = torch.cat([tokens[:, :prompt_length], references], dim=1)
+    nll = -share * agent(tokens, prompt_length, 1.0)[0].mean()
+    return args.reference_nll_coef * nll, {"losses/reference_nll": nll.detach()}
 
 
-def score(texts: list[str], reward: "Agent", tokenizer, args: Args) -> torch.Tensor:
-    """[B]: the reward head's number at the last token of each text, which padding on the left puts in the last column."""
-    scores = []
-    for start in range(0, len(texts), args.reward_batch_size):
-        batch = [args.reward_text.replace("{text}", text) for text in texts[start : start + args.reward_batch_size]]
-        ids = [ids[-args.reward_max_length :] for ids in tokenizer(batch, add_special_tokens=False).input_ids]
-        longest = max(len(row) for row in ids)
-        tokens = torch.tensor([[PAD] * (longest - len(row)) + row for row in ids], device=reward.heads["reward"].weight.device)
-        hidden = reward.backbone(tokens, tokens != PAD, "reward").last_hidden_state[:, -1]
-        scores.append(reward.heads["reward"](hidden.float()).squeeze(-1))
-    return torch.cat(scores)
+def value_loss(agent, args, share, tokens, old_values, returns):
+    """As `policy_loss`: vf_coef L_value, half a mean square; old_values and returns are [B, R]."""
+    prompt_length = tokens.shape[1] - old_values.shape[1]
+    values = agent.values(tokens, prompt_length)
+    real = tokens[:, prompt_length:] != PAD
+    old_values, returns = old_values[real], returns[real]
+    clipped_values = old_values + (values - old_values).clamp(-args.clip_coef_value, args.clip_coef_value)
+    loss = share * 0.5 * torch.maximum((values - returns) ** 2, (clipped_values - returns) ** 2).mean()
+    return args.vf_coef * loss, {"losses/value_loss": loss.detach()}
 
 
 # --- agent ------------------------------------------------------------------------------------------------------------
@@ -666,123 +458,69 @@ def generate(agent: Agent, prompts: torch.Tensor, uniforms: torch.Tensor, eos: i
     return responses
 
 
-# --- loss -------------------------------------------------------------------------------------------------------------
+# --- environment ------------------------------------------------------------------------------------------------------
 
 
-def symmetric_ppo_loss(
-    logprobs: torch.Tensor,
-    old_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    clip_coef: float | torch.Tensor,
-    Z: float = -1.0,
-    literal_signs: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """The PPO loss and the reverse PPO loss of the actions that were taken; the caller adds alpha and beta (Eq. 9).
+def tokenize_behind(tokenizer, before: str, text: str) -> tuple[list[int], list[int]]:
+    """Tokens of `before`, and those of `text` behind it: together the tokens of the joint text.
 
-        Eq. 3   L_ppo  = -min(A r, A clip(r, 1 - eps, 1 + eps)),   r = pi_i / pi_old_i
-        Eq. 8   L_rppo = -A Z (1 - pi_i) / pi_old_i                where A r <= A clip(r), else 0
-
-    The sum over the other actions in Eq. 8 is 1 - pi_i, so L_rppo needs nothing that L_ppo has not computed. As r is
-    pi_i / pi_old_i, (1 - pi_i) / pi_old_i = 1 / pi_old_i - r: with Z = -1 the two losses differ by a constant, sample by
-    sample, and have the same gradient.
-
-    Args:
-        logprobs, old_logprobs: [B], log pi_i of the policy now and of the one that acted.
-        advantages: [B], A.
-        clip_coef: eps.
-        Z: stands for log 0, below 0.
-        literal_signs: L_rppo as Eq. 8 prints it, with the opposite sign where A < 0.
-
-    Returns:
-        policy_loss, reverse_loss: scalars, means over all B samples; finite for any finite input.
-        stats: scalars without gradient: old_approx_kl (k1), approx_kl (k3, http://joschu.net/blog/kl-approx.html), clipfrac.
+    Tokenizers of Llama's kind put a space before a text of its own.
     """
-    logratio = logprobs - old_logprobs
-    ratio = logratio.clamp(-20, 20).exp()  # keeps r finite; cuts a gradient that Eq. 3 keeps only for A < 0 and r > e^20
-    surrogate = advantages * ratio
-    with torch.no_grad():
-        clipped = advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef)
-        kept = surrogate <= clipped  # the minimum is the surrogate; where it is not, the clip has cut the gradient
-        signed = advantages.abs() if literal_signs else advantages
-        weights = torch.where(kept, -signed * Z, 0.0)
-    policy_loss = -torch.where(kept, surrogate, clipped).mean()
-    reverse_loss = -(weights * ratio).mean()  # without the constant 1 / pi_old_i, which has no gradient
-
-    with torch.no_grad():
-        stats = {
-            "old_approx_kl": -logratio.mean(),
-            "approx_kl": (logratio.clamp(-20, 20).expm1() - logratio).mean(),
-            "clipfrac": ((ratio - 1).abs() > clip_coef).float().mean(),
-        }
-    return policy_loss, reverse_loss, stats
+    joint, alone = tokenizer([before + text, before], add_special_tokens=False).input_ids
+    shared = sum(itertools.takewhile(bool, (a == b for a, b in zip(joint, alone, strict=False))))
+    return joint[:shared], joint[shared:]
 
 
-def policy_loss(agent, args, share, tokens, old_logprobs, advantages):
-    """What this part of a minibatch adds to the policy's loss, and to the statistics by name: alpha L_ppo + beta L_rppo
-    - ent_coef H, each a mean over all real tokens of the minibatch.
+def encode(posts: list[tuple[str, str]], tokenizer, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts [B, max_prompt_length], PAD on the left, and the summaries [B, response_length], PAD on the right.
 
-    Shapes: tokens [B, P + R]; old_logprobs, advantages [B, R], 0 where a token is PAD. share: this part's real tokens over
-    the minibatch's.
+    A prompt is the first tokens of the post, up to its own TL;DR: if it has one, and "\\nTL;DR:".
     """
-    prompt_length = tokens.shape[1] - old_logprobs.shape[1]
-    logprobs, entropies = agent(tokens, prompt_length, args.temperature, args.ent_coef > 0)
-    real = tokens[:, prompt_length:] != PAD
-    ppo_loss, reverse_loss, stats = symmetric_ppo_loss(
-        logprobs, old_logprobs[real], advantages[real], args.clip_coef, args.Z, args.literal_signs
-    )
-    loss = args.alpha * ppo_loss + args.beta * reverse_loss
-    stats = {"policy_loss": ppo_loss, "reverse_loss": reverse_loss, **stats}
-    if args.ent_coef:
-        stats["entropy"] = entropies.mean()
-        loss = loss - args.ent_coef * stats["entropy"]
-    return share * loss, {f"losses/{name}": share * value.detach() for name, value in stats.items()}
+    prompts = torch.full((len(posts), args.max_prompt_length), PAD)
+    references = torch.full((len(posts), args.response_length), PAD)
+    for row, (post, summary) in enumerate(posts):
+        post = post.split(ENDING)[0].strip()
+        ids, ending = tokenize_behind(tokenizer, post, "\n" + ENDING)
+        ids = ids[: args.max_prompt_length - len(ending)] + ending
+        prompts[row, args.max_prompt_length - len(ids) :] = torch.tensor(ids)
+        _, ids = tokenize_behind(tokenizer, f"{post}\n{ENDING}", " " + summary.strip())
+        ids = [*ids, tokenizer.eos_token_id][: args.response_length]
+        references[row, : len(ids)] = torch.tensor(ids)
+    return prompts, references
 
 
-def reference_loss(agent, args, share, tokens, references):
-    """As `policy_loss`: reference_nll_coef times the policy's next-token loss on the reference summaries [B, R]."""
-    prompt_length = tokens.shape[1] - references.shape[1]
-    tokens = torch.cat([tokens[:, :prompt_length], references], dim=1)
-    nll = -share * agent(tokens, prompt_length, 1.0)[0].mean()
-    return args.reference_nll_coef * nll, {"losses/reference_nll": nll.detach()}
+def decode(tokens: torch.Tensor, tokenizer) -> list[str]:
+    """tokens: [B, T], PAD anywhere. The texts, without special tokens."""
+    return tokenizer.batch_decode([row[row != PAD].tolist() for row in tokens], skip_special_tokens=True)
 
 
-def value_loss(agent, args, share, tokens, old_values, returns):
-    """As `policy_loss`: vf_coef L_value, half a mean square; old_values and returns are [B, R]."""
-    prompt_length = tokens.shape[1] - old_values.shape[1]
-    values = agent.values(tokens, prompt_length)
-    real = tokens[:, prompt_length:] != PAD
-    old_values, returns = old_values[real], returns[real]
-    clipped_values = old_values + (values - old_values).clamp(-args.clip_coef_value, args.clip_coef_value)
-    loss = share * 0.5 * torch.maximum((values - returns) ** 2, (clipped_values - returns) ** 2).mean()
-    return args.vf_coef * loss, {"losses/value_loss": loss.detach()}
+def score(texts: list[str], reward: "Agent", tokenizer, args: Args) -> torch.Tensor:
+    """[B]: the reward head's number at the last token of each text, which padding on the left puts in the last column."""
+    scores = []
+    for start in range(0, len(texts), args.reward_batch_size):
+        batch = [args.reward_text.replace("{text}", text) for text in texts[start : start + args.reward_batch_size]]
+        ids = [ids[-args.reward_max_length :] for ids in tokenizer(batch, add_special_tokens=False).input_ids]
+        longest = max(len(row) for row in ids)
+        tokens = torch.tensor([[PAD] * (longest - len(row)) + row for row in ids], device=reward.heads["reward"].weight.device)
+        hidden = reward.backbone(tokens, tokens != PAD, "reward").last_hidden_state[:, -1]
+        scores.append(reward.heads["reward"](hidden.float()).squeeze(-1))
+    return torch.cat(scores)
 
 
-# --- learning ---------------------------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------------------
 
 
-def compute_gae(
-    rewards: torch.Tensor,
-    values: torch.Tensor,
-    dones: torch.Tensor,
-    next_values: torch.Tensor,
-    gamma: float,
-    gae_lambda: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2016), backwards through the rollout:
+def compute_gae(rewards, values, dones, next_values, gamma, gae_lambda):
+    """Advantages and returns by generalised advantage estimation (Schulman et al. 2016), both [num_steps, num_envs].
 
-        delta_t = r_t + gamma (1 - done_t) V(s_{t+1}) - V(s_t)
-        A_t     = delta_t + gamma lambda (1 - done_t) A_{t+1}
-
-    rewards, values, dones: [num_steps, num_envs]; done_t = 1 if step t ended its episode. next_values: [num_envs], V
-    of the observation after the last step. Returns advantages and returns A_t + V(s_t), [num_steps, num_envs].
+    dones[t] is 1 if step t ended an episode. next_values: [num_envs], of the observation after the last step.
     """
     alive = 1.0 - dones
     deltas = rewards + gamma * alive * torch.cat([values[1:], next_values.unsqueeze(0)]) - values
     decays = gamma * gae_lambda * alive
-    advantages = [torch.zeros_like(next_values)]
-    for delta, decay in zip(reversed(deltas.unbind()), reversed(decays.unbind()), strict=True):
-        advantages.append(delta + decay * advantages[-1])
-    advantages = torch.stack(advantages[:0:-1])  # in the order of time, without the zeros that began it
+    advantages, advantage = torch.zeros_like(values), torch.zeros_like(next_values)
+    for t in reversed(range(len(rewards))):
+        advantages[t] = advantage = deltas[t] + decays[t] * advantage
     return advantages, advantages + values
 
 
@@ -840,30 +578,6 @@ def rollout(agent, reward, tokenizer, prompts, uniforms, args, accelerator) -> t
     batch = {name: accelerator.gather(tensor) for name, tensor in batch.items()}
     lap("forward")
     return batch, clock
-
-
-def describe(batch: dict, eos: int, args: Args) -> dict[str, float]:
-    """What a rollout was like. KL and entropy are sums over a response, then means, as TRL logs them."""
-    responses = batch["tokens"][:, -args.response_length :]
-    real = responses != PAD
-    logratio = batch["logprobs"] - batch["ref_logprobs"]
-    kl = logratio.sum(-1).mean()
-    empty = batch["empty"] > 0
-    unfinished = ~(responses == eos).any(-1)
-    stats = {
-        "scores": batch["scores"].mean(),
-        "kl": kl,  # k1
-        "kl_k3": (((-logratio).clamp(-20, 20).expm1() + logratio) * real).sum(-1).mean(),
-        "entropy": -batch["logprobs"].sum(-1).mean(),
-        "rlhf_reward": batch["scores"].mean() - args.kl_coef * kl,
-        "response_length": real.sum(-1).float().mean(),
-        "empty_share": empty.float().mean(),
-        "unfinished_share": unfinished.float().mean(),
-    }
-    for name, rows in (("empty", empty), ("unfinished", unfinished)):
-        if rows.any():
-            stats[f"{name}_score"] = batch["scores"][rows].mean()
-    return {name: value.item() for name, value in stats.items()}
 
 
 def advantages_and_returns(batch: dict, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
@@ -942,7 +656,90 @@ def update(agent, optimizer, accelerator, args, batch: dict[str, torch.Tensor], 
     return dict(zip(names, torch.stack(collected).mean(dim=0).tolist(), strict=True))
 
 
-# --- evaluation -------------------------------------------------------------------------------------------------------
+def train(args, run, posts, tokenizer, agent, reward):
+    """Writes, scores and learns `iterations` times. `run` keeps the curves, checkpoints and scores (see Operations)."""
+    accelerator = run.accelerator
+    trained = trained_parameters(agent)
+    optimizer = torch.optim.AdamW(trained.values(), lr=args.learning_rate, eps=1e-5, weight_decay=args.weight_decay, fused=True)
+    run.load(trained, optimizer, agent)
+    run.say(describe_models(args, run, agent, trained, reward, len(posts["train"])))
+    validation = (agent, reward, tokenizer, posts["validation"][: args.eval_episodes])
+    test = (agent, reward, tokenizer, posts["test"][: args.test_episodes])
+    if run.before is None:
+        run.before = run.evaluate("test", 0, args.test_episodes, test)
+    per_epoch = len(posts["train"]) // args.trajectories_per_update  # iterations until all posts have been prompts
+
+    for iteration in range(run.start, args.iterations):
+        start = time.perf_counter()
+        # every random number follows from the seed and the iteration: a resumed run goes on as if it had not stopped
+        epoch, place = divmod(iteration, per_epoch)
+        order = np.random.default_rng([args.seed, ORDER, epoch]).permutation(len(posts["train"]))
+        chosen = order[place * args.trajectories_per_update : (place + 1) * args.trajectories_per_update]
+        rng = np.random.default_rng([args.seed, SAMPLES, iteration])
+        uniforms = torch.from_numpy(rng.random((args.trajectories_per_update, args.response_length)))
+
+        # write
+        prompts, references = encode([posts["train"][i] for i in chosen], tokenizer, args)
+        batch, stats = rollout(agent, reward, tokenizer, prompts, uniforms, args, accelerator)
+
+        # learn
+        learning = time.perf_counter()
+        real = batch["tokens"][:, -args.response_length :] != PAD
+        raw_advantages, returns = advantages_and_returns(batch, args)
+        advantages = whiten(raw_advantages, real) if args.norm_adv else raw_advantages
+        batch |= {"advantages": advantages, "returns": returns, "references": references.to(run.device)}
+        stats |= update(agent, optimizer, accelerator, args, batch, iteration)
+        run.exit_if_not_finite(iteration, stats)
+        seconds = time.perf_counter() - start
+
+        # log
+        stats["time/update"] = time.perf_counter() - learning
+        stats |= {f"objective/{name}": value for name, value in describe(batch, tokenizer.eos_token_id, args).items()}
+        stats["losses/explained_variance"] = (1 - (returns - batch["values"])[real].var() / returns[real].var()).item()
+        stats["charts/adv_sign_change"] = masked_mean((raw_advantages.sign() != advantages.sign()).float(), real).item()
+        stats["charts/learning_rate"] = args.learning_rate
+        stats["charts/SPS"] = real.sum().item() / seconds  # a step is a token
+        run.log(iteration, stats, seconds)
+        done, stopping = iteration + 1, run.stopping()
+        if args.eval_every and done % args.eval_every == 0:
+            run.evaluate("eval", done, args.eval_episodes, validation)
+        if done % args.checkpoint_interval == 0 or stopping or done == args.iterations:
+            run.save(done, trained, optimizer)
+        if stopping and done < args.iterations:
+            run.exit_stopped(done)
+    after = run.evaluate("test", args.iterations, args.test_episodes, test)
+    run.finish(after, trained, optimizer, agent, tokenizer)
+
+
+# === Operations: nothing below changes what is learned ================================================================
+
+# Specific to this task: what decides a run's numbers, what may be Hub ids, evaluation, loading, saving, checks
+PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "peft", "datasets", "rouge-score", "numpy")
+SOURCES = ("policy", "tokenizer", "reward_base", "reward_adapter", "dataset")
+
+
+def describe(batch: dict, eos: int, args: Args) -> dict[str, float]:
+    """What a rollout was like. KL and entropy are sums over a response, then means, as TRL logs them."""
+    responses = batch["tokens"][:, -args.response_length :]
+    real = responses != PAD
+    logratio = batch["logprobs"] - batch["ref_logprobs"]
+    kl = logratio.sum(-1).mean()
+    empty = batch["empty"] > 0
+    unfinished = ~(responses == eos).any(-1)
+    stats = {
+        "scores": batch["scores"].mean(),
+        "kl": kl,  # k1
+        "kl_k3": (((-logratio).clamp(-20, 20).expm1() + logratio) * real).sum(-1).mean(),
+        "entropy": -batch["logprobs"].sum(-1).mean(),
+        "rlhf_reward": batch["scores"].mean() - args.kl_coef * kl,
+        "response_length": real.sum(-1).float().mean(),
+        "empty_share": empty.float().mean(),
+        "unfinished_share": unfinished.float().mean(),
+    }
+    for name, rows in (("empty", empty), ("unfinished", unfinished)):
+        if rows.any():
+            stats[f"{name}_score"] = batch["scores"][rows].mean()
+    return {name: value.item() for name, value in stats.items()}
 
 
 @torch.no_grad()
@@ -982,6 +779,567 @@ def evaluate(agent, reward, tokenizer, posts, args, accelerator) -> tuple[dict[s
     result |= {name: float(np.mean([sample[name] for sample in samples])) for name in rouge}
     result["words"] = float(np.mean([len(response.split()) for response in responses]))
     return result, samples
+
+
+def load_lm(args: Args, name: str, device: torch.device) -> transformers.PreTrainedModel:
+    """The causal language model that the argument `name` names, frozen: safetensors, all weights there, no code of its own."""
+    source, options = getattr(args, name), {"local_files_only": args.offline, "trust_remote_code": False}
+    dtype = getattr(torch, args.dtype)
+    try:
+        if is_adapter(args, name):
+            raise ValueError("an adapter; merge it into its base first, with peft's merge_and_unload")
+        config = transformers.AutoConfig.from_pretrained(source, **options)
+        for setting, value in config.to_dict().items():
+            if "drop" in setting and isinstance(value, float):
+                setattr(config, setting, 0.0)  # dropout of the base, also where updates switch LoRA's on
+        options |= {"config": config, "dtype": dtype, "use_safetensors": None if args.allow_pickle else True}
+        if args.load_in_4bit:
+            options["quantization_config"] = transformers.BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+            )
+            options["device_map"] = {"": device}
+        loader = transformers.AutoModelForCausalLM
+        lm, info = loader.from_pretrained(source, **options, output_loading_info=True, ignore_mismatched_sizes=True)
+    except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, ...
+        cannot_load(args, name, error, "a Hub id or a folder that can be loaded")
+    check_weights(args, name, info)
+    lm = lm if args.load_in_4bit else lm.to(device)
+    return lm.requires_grad_(False).eval()
+
+
+def load_reward(args: Args, agent: "Agent", tokenizer, device: torch.device) -> "Agent":
+    """The model whose adapter `reward` and head score texts: the agent itself, if both have one base, or another one."""
+    same = args.reward_base == args.policy or Path(args.reward_base).resolve() == Path(args.policy).resolve()
+    if same:
+        model = agent
+    else:
+        lm = load_lm(args, "reward_base", device)
+        wanted = f"a model with {args.reward_max_length} positions or more (--reward-max-length) and {len(tokenizer)} tokens"
+        fits = getattr(lm.config, "max_position_embeddings", 0) >= args.reward_max_length
+        require(args, "reward_base", fits and lm.config.vocab_size >= len(tokenizer), wanted)
+        model = Agent(lm, writes=False).to(device)
+        check_lm(args, "reward_base", lm, lambda *tokens, **cache: model.backbone(*tokens, None, **cache))
+    try:
+        config = LoraConfig.from_pretrained(args.reward_adapter, local_files_only=args.offline)
+        options = {"local_files_only": args.offline, "_raise_exceptions_for_missing_entries": False}
+        if not args.allow_pickle and not cached_file(args.reward_adapter, "adapter_model.safetensors", **options):
+            raise ValueError("no adapter_model.safetensors")
+        weights = load_peft_weights(args.reward_adapter, device="cpu")
+        head = {name.rsplit(".", 1)[1]: weights.pop(name) for name in list(weights) if "score." in name}
+        # peft would look for the head in a model that has none; here it is one of the agent's
+        config.modules_to_save = config.task_type = config.base_model_name_or_path = None
+        model.add("reward", config, head=True)
+        if "bias" in head:
+            model.heads["reward"].bias = nn.Parameter(torch.zeros(1))
+        model.heads["reward"].load_state_dict(head)
+        unexpected = set_peft_model_state_dict(model.lm, weights, adapter_name="reward").unexpected_keys
+        own = get_peft_model_state_dict(model.lm, adapter_name="reward").keys()
+    except Exception as error:  # OSError, ValueError, KeyError, RuntimeError, SafetensorError, ...
+        cannot_load(args, "reward_adapter", error, "a LoRA adapter in peft's format with weights of a head `score`")
+    fits = not unexpected and own == weights.keys()
+    require(args, "reward_adapter", fits, f"an adapter of --reward-base {args.reward_base}; their layers differ")
+    return model
+
+
+def load_models(args: Args, device: torch.device):
+    """The tokenizer, the agent with new adapters `policy` and `value`, and the agent that scores, which may be the same."""
+    try:
+        options = {"local_files_only": args.offline, "trust_remote_code": False}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer, **options)
+    except Exception as error:
+        cannot_load(args, "tokenizer", error, "a Hub id or a folder that can be loaded")
+    lm = load_lm(args, "policy", device)
+    context = getattr(lm.config, "max_position_embeddings", None)
+    require(args, "policy", context, "a model with a number of positions")
+    fits = args.max_prompt_length + args.response_length <= context
+    require(
+        args, "max_prompt_length", fits, f"{context - args.response_length} or less, the policy's context - response_length"
+    )
+    require(args, "reward_max_length", args.reward_max_length <= context, f"{context}, the policy's context, or less")
+    vocabulary = lm.config.vocab_size
+    matches = tokenizer.eos_token_id is not None and len(tokenizer) <= vocabulary and tokenizer(ENDING).input_ids
+    require(args, "tokenizer", matches, f"one with an EOS token, and tokens at all, at most the policy's {vocabulary}")
+    ending = len(tokenize_behind(tokenizer, "a post", "\n" + ENDING)[1])
+    require(args, "max_prompt_length", args.max_prompt_length > ending, f"more than the {ending} tokens of the ending {ENDING}")
+    require(args, "top_k", args.top_k <= vocabulary, f"the policy's vocabulary, {vocabulary}, or less")
+    agent = Agent(lm)
+    check_lm(args, "policy", lm, lambda *tokens, **cache: agent.backbone(*tokens, None, **cache))
+    torch.manual_seed(args.seed)  # the adapters' first weights
+    transposed = lm.config.model_type == "gpt2"  # its layers hold their weights so
+    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(lm.config.model_type, "all-linear")
+    targets = args.lora_target_modules.split(",") if args.lora_target_modules else known
+    lora = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout, "target_modules": targets}
+    try:
+        for name in ("policy", "value"):
+            agent.add(name, LoraConfig(**lora, fan_in_fan_out=transposed), head=name == "value")
+    except ValueError as error:  # peft's
+        require(args, "lora_target_modules", False, f"layers of the policy ({str(error).splitlines()[0][:160]})")
+    if args.gradient_checkpointing:
+        agent.lm.activation_checkpointing_enable({"use_reentrant": False})
+    reward = load_reward(args, agent, tokenizer, device)
+    return tokenizer, agent.to(device).eval(), reward.to(device).eval()
+
+
+def load_texts(args: Args) -> dict[str, list[tuple[str, str]]]:
+    """Pairs of prompt and reference summary by split: train, validation and test."""
+    try:
+        if Path(args.dataset).is_file():
+            whole = read_json_lines(args.dataset)
+            order = np.random.default_rng([args.seed, SPLIT]).permutation(len(whole))
+            cuts = np.split(order, [len(whole) * 8 // 10, len(whole) * 9 // 10])
+            splits = {name: whole.select(rows) for name, rows in zip(("train", "validation", "test"), cuts, strict=True)}
+        else:
+            splits = dict(datasets.load_dataset(args.dataset))
+        if "valid" in splits:
+            splits["validation"] = splits.pop("valid")
+        columns = {name: split.column_names for name, split in splits.items()}
+        whole = {
+            name: {column: split[column][:] for column in ("prompt", "label") if column in columns[name]}
+            for name, split in splits.items()
+        }
+    except Exception as error:  # datasets names no common type
+        error = error.__cause__ or error  # what it was while "generating the dataset"
+        cannot_load(args, "dataset", error, "a Hub id, a folder or a file of JSON lines that can be loaded")
+    posts = {}
+    wanted = {"train": args.trajectories_per_update, "validation": args.eval_episodes, "test": args.test_episodes}
+    for name, count in wanted.items():
+        require(args, "dataset", name in splits, f"the splits train, valid(ation) and test; it has {', '.join(splits)}")
+        named = whole[name].keys() == {"prompt", "label"}
+        require(args, "dataset", named, f"columns named prompt and label; its columns are {', '.join(columns[name])}")
+        posts[name] = list(zip(whole[name]["prompt"], whole[name]["label"], strict=True))
+        texts = all(isinstance(text, str) for post in posts[name] for text in post)
+        require(args, "dataset", texts, "columns prompt and label that hold texts alone")
+        require(args, "dataset", len(posts[name]) >= count, f"{count} posts to {name} or more; it has {len(posts[name])}")
+    return posts
+
+
+def save_samples(run_folder: Path, before: list[dict], after: list[dict]) -> list[list]:
+    """samples.json, what followed each prompt before and after training; returns the first 20 as a table with its header."""
+    given = ("post", "prompt", "reference")
+    samples = [
+        {**new, **{f"{name}_before": value for name, value in old.items() if name not in given}}
+        for old, new in zip(before, after, strict=True)
+    ]
+    write_json(run_folder / "samples.json", samples)
+    return [list(samples[0]), *(list(sample.values()) for sample in samples[:20])]
+
+
+def save_adapter(folder: Path, agent: Agent, name: str, base: str, tokenizer) -> None:
+    """The adapter `name` as a folder in peft's format; one with a head as what turns `base` into a sequence classifier of one
+    label, whose head peft calls `score`."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    config = copy.deepcopy(agent.lm.peft_config[name])
+    config.base_model_name_or_path, config.inference_mode = base, True
+    config.task_type = "SEQ_CLS" if name in agent.heads else "CAUSAL_LM"
+    config.modules_to_save = ["score"] if name in agent.heads else None
+    weights = get_peft_model_state_dict(agent.lm, adapter_name=name)
+    if name in agent.heads:
+        weights |= {f"base_model.model.score.{part}": tensor for part, tensor in agent.heads[name].state_dict().items()}
+    save_file(
+        {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}, temporary / "adapter_model.safetensors"
+    )
+    config.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def save_model(folder: Path, agent: Agent, tokenizer) -> None:
+    """The policy as a folder for from_pretrained, its adapter merged into the base; ends the agent's training."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    agent.activate("policy")
+    agent.lm.merge_and_unload(adapter_names=["policy"]).save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def save_policy(run_folder, agent, tokenizer, args):
+    """adapters/ for peft and, unless the base is in 4 bits, model/ for from_pretrained."""
+    for name in ("policy", "value"):
+        save_adapter(run_folder / "adapters" / name, agent, name, args.policy, tokenizer)
+    if not args.load_in_4bit:  # what is in 4 bits has lost what a merged model should have
+        save_model(run_folder / "model", agent, tokenizer)
+
+
+def describe_models(args, run, agent, trained, reward, count):
+    """The first line of a run."""
+    millions = [sum(p.numel() for p in parameters) / 1e6 for parameters in (agent.parameters(), trained.values())]
+    return (
+        f"{args.policy}, {millions[0]:.1f}M parameters, {millions[1]:.1f}M trained; "
+        f"the reward model {'shares them' if reward is agent else 'has a base of its own'}; {count:,} posts; "
+        f"{run.accelerator.num_processes} x {run.device.type}, {torch.get_num_threads()} threads; {run.folder}"
+    )
+
+
+def check_args(args: Args) -> None:
+    """Refuses values that no run can have, before anything is made or loaded."""
+    check_rlhf(args)
+    require(args, "test_episodes", args.test_episodes >= 0, "a whole number of 0 or more")
+    for name in ("eval_episodes", "test_episodes"):
+        check_episodes(args, name)
+    for name in ("lora_r", "reward_max_length"):
+        require(args, name, getattr(args, name) >= 1, "a whole number of 1 or more")
+    require(args, "lora_dropout", 0 <= args.lora_dropout < 1, "a number from 0 to below 1")
+    require(args, "lora_alpha", math.isfinite(args.lora_alpha) and args.lora_alpha > 0, "a finite number above 0")
+    require(args, "reward_text", "{text}" in args.reward_text, "a text with {text} in it")
+    quantisable = args.cuda and torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes") is not None
+    require(args, "load_in_4bit", quantisable or not args.load_in_4bit, "a CUDA GPU and the package bitsandbytes for it")
+    check_tracking(args)
+
+
+# --- run: one text in the RLHF scripts from here on -------------------------------------------------------------------
+
+SCRIPT = Path(__file__).name
+
+
+class Run:
+    """A run's folder: arguments, curves, checkpoint, samples and result. Resumes a run, and ends it in order on a signal.
+
+    Every process calls it alike; one of them, the leader, writes and talks.
+    """
+
+    def __init__(self, args, accelerator, signals):
+        self.args, self.accelerator, self.signals = args, accelerator, signals
+        self.device, self.leads = accelerator.device, accelerator.is_main_process
+        self.folder, self.checkpoint, self.record = open_run(args, TASK, self.device) if self.leads else (None, None, None)
+        (self.folder,) = broadcast_object_list([self.folder])
+        if not self.leads and args.resume and (self.folder / "checkpoint.pt").exists():
+            self.checkpoint = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+        known = self.checkpoint or {"iteration": 0, "seconds": 0.0, "before": None, "samples_before": []}
+        self.start, self.seconds, self.saved = known["iteration"], known["seconds"], self.checkpoint is not None
+        self.before = (known["before"], known["samples_before"]) if self.checkpoint else None
+        self.finished = self.start >= args.iterations and (self.folder / "result.json").exists()
+        accelerator.wait_for_everyone()  # until all have looked for result.json
+        if self.finished or not self.leads:
+            self.progress = None
+            return
+        (self.folder / "result.json").unlink(missing_ok=True)
+        write_json(self.folder / "args.json", self.record)
+        if args.track:
+            self.wandb = track_run(args, self.folder, self.record)
+        self.writer = SummaryWriter(self.folder)
+        rows = "\n".join(f"|{name}|{value}|" for name, value in self.record["args"].items())
+        self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+        self.progress = tqdm(total=args.iterations, initial=self.start, unit="iteration", disable=None)
+
+    def say(self, line):
+        if self.leads:
+            print(f"{SCRIPT}: {line}", flush=True)
+
+    def load(self, trained, optimizer, agent):
+        """Puts the checkpoint's weights and optimiser in place, and frees it: as much memory as these take."""
+        if self.checkpoint:
+            if self.checkpoint["agent"].keys() != trained.keys():
+                wrong = f"its checkpoint.pt has other weights than {self.args.policy} has with these versions"
+                fail(f"--resume {self.args.resume}: {wrong}")
+            agent.load_state_dict(self.checkpoint["agent"], strict=False)  # what is trained; the rest is as it was loaded
+            optimizer.load_state_dict(self.checkpoint["optimizer"])
+        self.checkpoint = None
+
+    def exit_if_not_finite(self, iteration, values):
+        for name, value in values.items():
+            if not math.isfinite(value):
+                kept = f"{self.folder / 'checkpoint.pt'} is from before" if self.saved else "there is no checkpoint yet"
+                sys.exit(f"{SCRIPT}: {name} is {value} in iteration {iteration + 1}; the run ends, {kept}")
+
+    def log(self, iteration, stats, seconds):
+        """The curves of one iteration, which took `seconds`. The x axis counts trajectories."""
+        self.seconds += seconds
+        if not self.leads:
+            return
+        for name, value in stats.items():
+            self.writer.add_scalar(name, value, (iteration + 1) * self.args.trajectories_per_update)
+        status = f"score {stats['objective/scores']:.3f}, {stats['charts/SPS']:.0f} tokens/s"
+        self.progress.set_postfix_str(status, refresh=False)
+        self.progress.update()
+
+    def stopping(self):
+        """Whether any process has got a signal."""
+        return bool(self.accelerator.reduce(torch.tensor(float(bool(self.signals)), device=self.device)).item())
+
+    def save(self, iterations, trained, optimizer):
+        # the last step of an update can break the policy after its losses were finite
+        weights = sum(parameter.detach().sum() for parameter in trained.values()).item()
+        self.exit_if_not_finite(iterations - 1, {"a weight": weights})
+        if self.leads:
+            self.writer.flush()
+            state = {
+                "agent": {name: parameter.detach() for name, parameter in trained.items()},
+                "optimizer": optimizer.state_dict(),
+                "iteration": iterations,
+                "seconds": self.seconds,
+                "before": self.before[0],
+                "samples_before": self.before[1],
+                "event_files": {path.name: path.stat().st_size for path in self.folder.glob("events.out.tfevents.*")},
+            }
+            save_checkpoint_atomically(self.folder / "checkpoint.pt", state)
+        self.saved = True
+
+    def evaluate(self, name, iterations, episodes, inputs):
+        """What `evaluate` measures of `episodes` texts, as name/..., and its samples; (None, []) of none."""
+        if not episodes:
+            return None, []
+        result, samples = evaluate(*inputs, self.args, self.accelerator)
+        if self.leads:
+            for key, value in result.items():
+                self.writer.add_scalar(f"{name}/{key}", value, iterations * self.args.trajectories_per_update)
+        return result, samples
+
+    def exit_stopped(self, iterations):
+        """After a signal: prints how to resume."""
+        if self.leads:
+            self.progress.close()
+            self.writer.close()
+            if self.args.track:
+                self.wandb.finish()
+        name = signal.Signals(self.signals[0]).name if self.signals else "a signal"
+        self.say(f"{name} after iteration {iterations}, saved; continue with --resume {self.folder}")
+        sys.exit(128 + (self.signals[0] if self.signals else signal.SIGTERM))
+
+    def finish(self, after, trained, optimizer, agent, tokenizer):
+        """Writes samples, models and result.json. after: what `evaluate` has returned for the trained policy."""
+        if not self.leads:
+            return
+        self.progress.close()
+        (before, samples_before), (after, samples) = self.before, after
+        table = save_samples(self.folder, samples_before, samples) if samples else None
+        if table:
+            rows = ["| " + " | ".join(re.sub(r"[\n|]", " ", str(cell)) for cell in row) + " |" for row in table]
+            text = "\n".join([rows[0], "|---" * len(table[0]) + "|", *rows[1:]])
+            self.writer.add_text("samples", text, self.args.iterations)
+        self.save(self.args.iterations, trained, optimizer)  # with the event files that hold the scores
+        if self.args.save_model:
+            save_policy(self.folder, agent, tokenizer, self.args)
+        result = {
+            "score": after["score"] if after else None,
+            "score_stderr": after["score_stderr"] if after else None,
+            "before": before,
+            "after": after,
+            "global_step": self.args.iterations * self.args.trajectories_per_update,
+            "seconds": self.seconds,
+            **self.record,
+        }
+        write_json(self.folder / "result.json", result)
+        self.writer.close()
+        if self.args.track:
+            if table:
+                self.wandb.log({"samples": self.wandb.Table(columns=table[0], data=table[1:])})
+            self.wandb.summary.update({name: result[name] for name in ("score", "score_stderr", "seconds")})
+            self.wandb.finish()
+        score = f"score {before['score']:.3f} before, {after['score']:.3f} after" if after else "not evaluated"
+        self.say(f"{self.args.iterations} iterations in {self.seconds:.0f} s, {score}; {self.folder / 'result.json'}")
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def prepare_hub(args: Args, *names: str) -> None:
+    """With --offline nothing leaves this machine. If the Hub does not answer within five seconds, only its cache is used.
+
+    names: the arguments that may be Hub ids.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")  # between peft and transformers
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # else an outside service is asked for a pull request with safetensors
+    offline = args.offline or huggingface_hub.constants.HF_HUB_OFFLINE
+    if not offline and not all(Path(getattr(args, name)).exists() for name in names):
+        try:
+            urlopen(Request(huggingface_hub.constants.ENDPOINT, method="HEAD"), timeout=5).close()
+        except HTTPError:
+            pass  # an answer
+        except OSError:
+            offline = True
+    if offline:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
+
+
+def cannot_load(args: Args, name: str, error: Exception, expected: str) -> None:
+    """Ends in one line: what of the argument `name` could not be loaded, why, and what there is instead."""
+    source = getattr(args, name)
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+    hint = f"python benchmark/make_rlhf_assets.py {TASK} builds what --offline takes"
+    if huggingface_hub.constants.HF_HUB_OFFLINE and not args.offline and not Path(source).exists():
+        reason = f"not in the cache, and {huggingface_hub.constants.ENDPOINT} does not answer or HF_HUB_OFFLINE is set"
+    elif "safetensors" in str(error) and not args.allow_pickle:
+        reason = "it has no safetensors"
+        hint = f"--allow-pickle takes its pickled weights, or: model = AutoModel....from_pretrained({source!r}); "
+        hint += "model.save_pretrained(FOLDER)"
+    require(args, name, False, f"{expected} ({reason}); {hint}")
+
+
+def check_weights(args: Args, name: str, info: dict) -> None:
+    """Refuses a model some of whose weights were not in its files, or had another shape there."""
+    missing = ", ".join(sorted(info["missing_keys"]))
+    require(args, name, not missing, f"a model with all its weights; {missing} are missing")
+    wrong = ", ".join(f"{key} {tuple(found)}, not {tuple(wanted)}" for key, found, wanted in sorted(info["mismatched_keys"]))
+    require(args, name, not wrong, f"weights of its configuration's shapes; {wrong}")
+
+
+def is_adapter(args: Args, name: str) -> bool:
+    """Whether the argument names an adapter, which transformers would load, frozen, onto its base."""
+    return find_adapter_config_file(getattr(args, name), local_files_only=huggingface_hub.constants.HF_HUB_OFFLINE) is not None
+
+
+def check_lm(args: Args, name: str, lm: transformers.PreTrainedModel, backbone) -> None:
+    """Refuses a model that would compute wrong numbers here: two texts of different length through `backbone` and the model's
+    head, padded on the left and cached token by token, against the plain model, each text alone and in one pass.
+
+    backbone: `Agent.backbone` without adapters.
+    """
+    short, long = (torch.arange(length, device=lm.device) * 7919 % lm.config.vocab_size for length in (5, 9))
+    batch = torch.stack([F.pad(short, (4, 0), value=PAD), long])
+    real = batch != PAD
+    head, reason = lm.get_output_embeddings(), ""
+    with torch.no_grad():
+        plain = [lm(ids[None]).logits[0].float() for ids in (short, long)]
+        # rounding: float32 has 24 bits, bfloat16 8; a model that is wrong here is off by about its logits' spread
+        tolerance = plain[1].std() * (1e-3 if lm.dtype == torch.float32 else 0.1)
+
+        def differs(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+            return not bool(((head(found).float() - wanted).abs() <= tolerance).all())
+
+        try:
+            alone = backbone(long[None], real[1:]).last_hidden_state[0]
+            padded = backbone(batch, real).last_hidden_state
+            cache = transformers.DynamicCache(config=lm.config)
+            first = backbone(batch[:, :6], real[:, :6], past_key_values=cache).last_hidden_state
+            rest = [backbone(batch[:, t : t + 1], real[:, : t + 1], past_key_values=cache).last_hidden_state for t in (6, 7, 8)]
+            cached = torch.cat([first, *rest], dim=1)
+            for hidden, wanted, what in (
+                (alone, plain[1], "its logits are not its head applied to its last hidden states"),
+                (padded[0, 4:], plain[0], "padding on the left changes its numbers"),
+                (cached[1], plain[1], "a cache of keys and values changes its numbers"),
+                (cached[0, 4:], plain[0], "a cache behind padding changes its numbers"),
+            ):
+                if not reason and differs(hidden, wanted):
+                    reason = what
+        except Exception as error:  # arguments or a cache that it does not take, shapes, ...
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+    require(args, name, not reason, f"a causal model that takes padding, positions and a cache ({reason})")
+
+
+def read_json_lines(path: str) -> datasets.Dataset:
+    """A file of JSON lines in UTF-8; errors name the line."""
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+    return datasets.Dataset.from_list(rows)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """A kill at any moment leaves the old file or the new one, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_checkpoint_atomically(path: Path, state: dict) -> None:
+    """As `write_atomically`, for more than should be in memory twice."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """`content` as indented JSON, atomically."""
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def git_commit() -> str | None:
+    """The commit of this script's checkout, with "-dirty" behind it if files differ; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def name_both(before: str | None, now: str | None) -> str | None:
+    """What a resumed run was made with, "2.12.1 then 2.13.0", or the one name if nothing has changed."""
+    return before if str(before).split(" then ")[-1] == str(now) else f"{before} then {now}"
+
+
+def open_run(args: Args, env_id: str, device: torch.device) -> tuple[Path, dict | None, dict]:
+    """Makes the run folder, or opens the one to resume.
+
+    Returns the folder, the checkpoint to go on from (None for a new run) and what identifies the run.
+    """
+    identity = {
+        "script": Path(__file__).name,
+        "run_id": uuid.uuid4().hex[:8],
+        "env_id": env_id,
+        "args": {**asdict(args), "resume": None},
+        "versions": {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in PACKAGES}},
+        "commit": git_commit(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    }
+    checkpoint = None
+    if args.resume:
+        run_folder = Path(args.resume).resolve()
+        before = json.loads((run_folder / "args.json").read_text())
+        identity["run_id"] = before["run_id"]
+        if (run_folder / "checkpoint.pt").exists():
+            try:
+                checkpoint = torch.load(run_folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+            except Exception as error:  # torch names no common type for a file that is no checkpoint
+                fail(f"--resume {args.resume}: cannot load its checkpoint.pt ({type(error).__name__})")
+            for key in ("commit", "device"):
+                identity[key] = name_both(before.get(key), identity[key])
+            for name, version in identity["versions"].items():
+                identity["versions"][name] = name_both(before["versions"].get(name), version)
+    while not args.resume:
+        run_folder = Path(args.run_dir) / f"{env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        try:
+            run_folder.mkdir(parents=True)
+            break
+        except FileExistsError:  # a run of the same name began in the same second
+            time.sleep(1)
+        except OSError as error:
+            fail(f"--run-dir {args.run_dir}: cannot make {run_folder} ({error.strerror}); expected a folder to write in")
+    # Take back what the TensorBoard files hold beyond the checkpoint, so that no step is logged twice
+    sizes = checkpoint["event_files"] if checkpoint else {}
+    for path in run_folder.glob("events.out.tfevents.*"):
+        if path.name in sizes:
+            os.truncate(path, min(sizes[path.name], path.stat().st_size))
+        else:
+            path.unlink()
+    return run_folder, checkpoint, identity
+
+
+def track_run(args: Args, run_folder: Path, identity: dict) -> object:
+    """Starts the W&B run, or continues the one with this `run_id`; returns W&B. It logs what TensorBoard gets."""
+    import wandb  # a second and 20 MB that only a tracked run pays
+
+    wandb.init(
+        project=args.wandb_project_name,
+        entity=args.wandb_entity,
+        id=identity["run_id"],
+        name=run_folder.name,
+        resume="allow",
+        dir=run_folder.parent,  # in the run folder W&B would find its own copies of the event files and log them again
+        config={**identity["args"], **{key: value for key, value in identity.items() if key != "args"}},
+        sync_tensorboard=True,  # with global_step as the x axis
+    )
+    return wandb
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -1085,171 +1443,7 @@ def check_episodes(args: Args, name: str) -> None:
     require(args, name, getattr(args, name) != 1, "0, or 2 or more for a standard error")
 
 
-def check_args(args: Args) -> None:
-    """Refuses values that no run can have, before anything is made or loaded."""
-    check_rlhf(args)
-    require(args, "test_episodes", args.test_episodes >= 0, "a whole number of 0 or more")
-    for name in ("eval_episodes", "test_episodes"):
-        check_episodes(args, name)
-    for name in ("lora_r", "reward_max_length"):
-        require(args, name, getattr(args, name) >= 1, "a whole number of 1 or more")
-    require(args, "lora_dropout", 0 <= args.lora_dropout < 1, "a number from 0 to below 1")
-    require(args, "lora_alpha", math.isfinite(args.lora_alpha) and args.lora_alpha > 0, "a finite number above 0")
-    require(args, "reward_text", "{text}" in args.reward_text, "a text with {text} in it")
-    quantisable = args.cuda and torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes") is not None
-    require(args, "load_in_4bit", quantisable or not args.load_in_4bit, "a CUDA GPU and the package bitsandbytes for it")
-    check_tracking(args)
-
-
-# --- run folder -------------------------------------------------------------------------------------------------------
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """A kill at any moment leaves the old file or the new one, whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def save_checkpoint_atomically(path: Path, state: dict) -> None:
-    """As `write_atomically`, for more than should be in memory twice."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """`content` as indented JSON, atomically."""
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def save_samples(run_folder: Path, before: list[dict], after: list[dict]) -> list[list]:
-    """samples.json, what followed each prompt before and after training; returns the first 20 as a table with its header."""
-    given = ("post", "prompt", "reference")
-    samples = [
-        {**new, **{f"{name}_before": value for name, value in old.items() if name not in given}}
-        for old, new in zip(before, after, strict=True)
-    ]
-    write_json(run_folder / "samples.json", samples)
-    return [list(samples[0]), *(list(sample.values()) for sample in samples[:20])]
-
-
-def save_adapter(folder: Path, agent: Agent, name: str, base: str, tokenizer) -> None:
-    """The adapter `name` as a folder in peft's format; one with a head as what turns `base` into a sequence classifier of one
-    label, whose head peft calls `score`."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    config = copy.deepcopy(agent.lm.peft_config[name])
-    config.base_model_name_or_path, config.inference_mode = base, True
-    config.task_type = "SEQ_CLS" if name in agent.heads else "CAUSAL_LM"
-    config.modules_to_save = ["score"] if name in agent.heads else None
-    weights = get_peft_model_state_dict(agent.lm, adapter_name=name)
-    if name in agent.heads:
-        weights |= {f"base_model.model.score.{part}": tensor for part, tensor in agent.heads[name].state_dict().items()}
-    save_file(
-        {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}, temporary / "adapter_model.safetensors"
-    )
-    config.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
-
-
-def save_model(folder: Path, agent: Agent, tokenizer) -> None:
-    """The policy as a folder for from_pretrained, its adapter merged into the base; ends the agent's training."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    agent.activate("policy")
-    agent.lm.merge_and_unload(adapter_names=["policy"]).save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
-
-
-def git_commit() -> str | None:
-    """The commit of this script's checkout, with "-dirty" behind it if files differ; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def name_both(before: str | None, now: str | None) -> str | None:
-    """What a resumed run was made with, "2.12.1 then 2.13.0", or the one name if nothing has changed."""
-    return before if str(before).split(" then ")[-1] == str(now) else f"{before} then {now}"
-
-
-def open_run(args: Args, env_id: str, device: torch.device) -> tuple[Path, dict | None, dict]:
-    """Makes the run folder, or opens the one to resume.
-
-    Returns the folder, the checkpoint to go on from (None for a new run) and what identifies the run.
-    """
-    identity = {
-        "script": Path(__file__).name,
-        "run_id": uuid.uuid4().hex[:8],
-        "env_id": env_id,
-        "args": {**asdict(args), "resume": None},
-        "versions": {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in PACKAGES}},
-        "commit": git_commit(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-    }
-    checkpoint = None
-    if args.resume:
-        run_folder = Path(args.resume).resolve()
-        before = json.loads((run_folder / "args.json").read_text())
-        identity["run_id"] = before["run_id"]
-        if (run_folder / "checkpoint.pt").exists():
-            try:
-                checkpoint = torch.load(run_folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-            except Exception as error:  # torch names no common type for a file that is no checkpoint
-                fail(f"--resume {args.resume}: cannot load its checkpoint.pt ({type(error).__name__})")
-            for key in ("commit", "device"):
-                identity[key] = name_both(before.get(key), identity[key])
-            for name, version in identity["versions"].items():
-                identity["versions"][name] = name_both(before["versions"].get(name), version)
-    while not args.resume:
-        run_folder = Path(args.run_dir) / f"{env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        try:
-            run_folder.mkdir(parents=True)
-            break
-        except FileExistsError:  # a run of the same name began in the same second
-            time.sleep(1)
-        except OSError as error:
-            fail(f"--run-dir {args.run_dir}: cannot make {run_folder} ({error.strerror}); expected a folder to write in")
-    # Take back what the TensorBoard files hold beyond the checkpoint, so that no step is logged twice
-    sizes = checkpoint["event_files"] if checkpoint else {}
-    for path in run_folder.glob("events.out.tfevents.*"):
-        if path.name in sizes:
-            os.truncate(path, min(sizes[path.name], path.stat().st_size))
-        else:
-            path.unlink()
-    return run_folder, checkpoint, identity
-
-
-def track_run(args: Args, run_folder: Path, identity: dict) -> None:
-    """Starts the W&B run, or continues the one with this `run_id`. It logs what TensorBoard gets."""
-    import wandb
-
-    wandb.init(
-        project=args.wandb_project_name,
-        entity=args.wandb_entity,
-        id=identity["run_id"],
-        name=run_folder.name,
-        resume="allow",
-        dir=run_folder.parent,  # in the run folder W&B would find its own copies of the event files and log them again
-        config={**identity["args"], **{key: value for key, value in identity.items() if key != "args"}},
-        sync_tensorboard=True,  # with global_step as the x axis
-    )
-
-
-# --- machine ----------------------------------------------------------------------------------------------------------
+# --- main -------------------------------------------------------------------------------------------------------------
 
 
 def keep_freed_memory() -> None:
@@ -1275,182 +1469,22 @@ def catch_signals() -> list[int]:
     return caught
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
-
-
-def main(args: Args) -> None:
-    stop = catch_signals()
+def main(args):
+    signals = catch_signals()
     keep_freed_memory()
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    accelerator = Accelerator(cpu=not (args.cuda and torch.cuda.is_available()))
-    device, leads = accelerator.device, accelerator.is_main_process  # one process leads: it writes and talks
-    if device.type == "cuda":
+    if args.cuda and torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
-    prepare_hub(args, "policy", "tokenizer", "reward_base", "reward_adapter", "dataset")
-    posts = load_posts(args)
-    tokenizer, agent, reward = load_models(args, device)
-    run_folder, checkpoint, identity = open_run(args, TASK, device) if leads else (None, None, None)
-    (run_folder,) = broadcast_object_list([run_folder])
-    if not leads and args.resume and (run_folder / "checkpoint.pt").exists():
-        checkpoint = torch.load(run_folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-    start = checkpoint["iteration"] if checkpoint else 0
-    if (run_folder / "result.json").exists():
-        if start >= args.iterations:
-            if leads:
-                print(f"{run_folder} has finished its {start:,} iterations; a larger --iterations continues it")
-            return
-        accelerator.wait_for_everyone()  # until all have seen it
-        if leads:
-            (run_folder / "result.json").unlink()
-    if leads:
-        write_json(run_folder / "args.json", identity)
-    if leads and args.track:
-        import wandb  # a second and 20 MB that only a tracked run pays
-
-        track_run(args, run_folder, identity)
-    writer = SummaryWriter(run_folder) if leads else None
-
-    trained = trained_parameters(agent)
-    optimizer = torch.optim.AdamW(trained.values(), lr=args.learning_rate, eps=1e-5, weight_decay=args.weight_decay, fused=True)
-    seconds, before, samples_before, saved = 0.0, None, [], checkpoint is not None
-    if checkpoint:
-        if checkpoint["agent"].keys() != trained.keys():
-            fail(f"--resume {args.resume}: its checkpoint.pt has other weights than {args.policy} has with these versions")
-        agent.load_state_dict(checkpoint["agent"], strict=False)  # what is trained; the rest is as it was loaded
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        seconds, before, samples_before = checkpoint["seconds"], checkpoint["before"], checkpoint["samples_before"]
-        checkpoint = None
-    per_epoch = len(posts["train"]) // args.trajectories_per_update  # iterations until all posts have been prompts
-    if leads:
-        millions = [sum(p.numel() for p in parameters) / 1e6 for parameters in (agent.parameters(), trained.values())]
-        print(
-            f"{Path(__file__).name}: {args.policy}, {millions[0]:.1f}M parameters, {millions[1]:.1f}M trained; "
-            f"the reward model {'shares them' if reward is agent else 'has a base of its own'}; {len(posts['train']):,} posts; "
-            f"{accelerator.num_processes} x {device.type}, {torch.get_num_threads()} threads; {run_folder}"
-        )
-
-    def end_if_broken(values: dict[str, float]) -> None:
-        for name, value in values.items():
-            if not math.isfinite(value):
-                kept = f"{run_folder / 'checkpoint.pt'} is from before" if saved else "there is no checkpoint yet"
-                sys.exit(f"{Path(__file__).name}: {name} is {value} in iteration {iteration + 1}; the run ends, {kept}")
-
-    def save_checkpoint(done: int) -> None:
-        nonlocal saved
-        # the last step of an update can break the policy after its losses were finite
-        end_if_broken({"a weight": sum(parameter.detach().sum() for parameter in trained.values()).item()})
-        if leads:
-            writer.flush()
-            state = {
-                "agent": {name: parameter.detach() for name, parameter in trained.items()},
-                "optimizer": optimizer.state_dict(),
-                "iteration": done,
-                "seconds": seconds,
-                "before": before,
-                "samples_before": samples_before,
-                "event_files": {path.name: path.stat().st_size for path in run_folder.glob("events.out.tfevents.*")},
-            }
-            save_checkpoint_atomically(run_folder / "checkpoint.pt", state)
-        saved = True
-
-    def evaluate_and_log(name: str, split: str, count: int, done: int) -> tuple[dict[str, float] | None, list[dict]]:
-        if not count:
-            return None, []
-        result, samples = evaluate(agent, reward, tokenizer, posts[split][:count], args, accelerator)
-        if leads:
-            for key, value in result.items():
-                writer.add_scalar(f"{name}/{key}", value, done * args.trajectories_per_update)
-        return result, samples
-
-    iteration, stopping = start, 0.0
-    if before is None:
-        before, samples_before = evaluate_and_log("test", "test", args.test_episodes, start)
-    progress = tqdm(total=args.iterations, initial=start, unit="iteration", disable=None if leads else True)
-    for iteration in range(start, args.iterations):
-        iteration_start = time.perf_counter()
-        # every random number follows from the seed and the iteration: a resumed run goes on as if it had not stopped
-        epoch, place = divmod(iteration, per_epoch)
-        order = np.random.default_rng([args.seed, ORDER, epoch]).permutation(len(posts["train"]))
-        chosen = order[place * args.trajectories_per_update : (place + 1) * args.trajectories_per_update]
-        prompts, references = encode([posts["train"][i] for i in chosen], tokenizer, args)
-        rng = np.random.default_rng([args.seed, SAMPLES, iteration])
-        uniforms = torch.from_numpy(rng.random((len(prompts), args.response_length)))
-
-        # write, and learn from it
-        batch, clock = rollout(agent, reward, tokenizer, prompts, uniforms, args, accelerator)
-        real = batch["tokens"][:, -args.response_length :] != PAD
-        raw_advantages, returns = advantages_and_returns(batch, args)
-        advantages = whiten(raw_advantages, real) if args.norm_adv else raw_advantages
-        batch |= {"advantages": advantages, "returns": returns, "references": references.to(device)}
-        update_start = time.perf_counter()
-        stats = update(agent, optimizer, accelerator, args, batch, iteration)
-        clock["time/update"] = time.perf_counter() - update_start
-        end_if_broken(stats)
-        iteration_seconds = time.perf_counter() - iteration_start
-        seconds += iteration_seconds
-
-        # log
-        stats |= {f"objective/{name}": value for name, value in describe(batch, tokenizer.eos_token_id, args).items()}
-        stats["losses/explained_variance"] = (1 - (returns - batch["values"])[real].var() / returns[real].var()).item()
-        stats["charts/adv_sign_change"] = masked_mean((raw_advantages.sign() != advantages.sign()).float(), real).item()
-        stats["charts/learning_rate"] = args.learning_rate
-        stats["charts/SPS"] = real.sum().item() / iteration_seconds  # a step is a token
-        if leads:
-            for name, value in (stats | clock).items():
-                writer.add_scalar(name, value, (iteration + 1) * args.trajectories_per_update)
-        progress.set_postfix_str(f"score {stats['objective/scores']:.3f}, {stats['charts/SPS']:.0f} tokens/s", refresh=False)
-        progress.update()
-        if args.eval_every and (iteration + 1) % args.eval_every == 0:
-            evaluate_and_log("eval", "validation", args.eval_episodes, iteration + 1)
-        stopping = accelerator.reduce(torch.tensor(float(bool(stop)), device=device)).item()  # whichever process was told
-        if (iteration + 1) % args.checkpoint_interval == 0 or stopping or iteration + 1 == args.iterations:
-            save_checkpoint(iteration + 1)
-        if stopping:
-            break
-    progress.close()
-    if stopping and iteration + 1 < args.iterations:
-        if leads:
-            writer.close()
-            if args.track:
-                wandb.finish()
-            name = signal.Signals(stop[0]).name if stop else "a signal"
-            print(f"{Path(__file__).name}: {name} after iteration {iteration + 1}, saved; continue with --resume {run_folder}")
-        sys.exit(128 + (stop[0] if stop else signal.SIGTERM))
-
-    # score the trained policy
-    after, samples = evaluate_and_log("test", "test", args.test_episodes, args.iterations)
-    if not leads:
-        return
-    table = None
-    if samples:
-        table = save_samples(run_folder, samples_before, samples)
-        rows = ["| " + " | ".join(re.sub(r"[\n|]", " ", str(cell)) for cell in row) + " |" for row in table]
-        writer.add_text("samples", "\n".join([rows[0], "|---" * len(table[0]) + "|", *rows[1:]]), args.iterations)
-    save_checkpoint(args.iterations)  # with the event files that hold the scores
-    if args.save_model:
-        for name in ("policy", "value"):
-            save_adapter(run_folder / "adapters" / name, agent, name, args.policy, tokenizer)
-        if not args.load_in_4bit:  # what is in 4 bits has lost what a merged model should have
-            save_model(run_folder / "model", agent, tokenizer)
-    result = {
-        "score": after["score"] if after else None,
-        "score_stderr": after["score_stderr"] if after else None,
-        "before": before,
-        "after": after,
-        "global_step": args.iterations * args.trajectories_per_update,
-        "seconds": seconds,
-        **identity,
-    }
-    write_json(run_folder / "result.json", result)
-    writer.close()
-    if args.track:
-        if table:
-            wandb.log({"samples": wandb.Table(columns=table[0], data=table[1:])})
-        wandb.summary.update({name: result[name] for name in ("score", "score_stderr", "seconds")})
-        wandb.finish()
-    score = f"score {before['score']:.3f} before, {after['score']:.3f} after" if after else "not evaluated"
-    print(f"{Path(__file__).name}: {args.iterations} iterations in {seconds:.0f} s, {score}; {run_folder / 'result.json'}")
+    accelerator = Accelerator(cpu=not (args.cuda and torch.cuda.is_available()))
+    prepare_hub(args, *SOURCES)
+    texts, models = load_texts(args), load_models(args, accelerator.device)  # refused, if at all, before a folder is made
+    run = Run(args, accelerator, signals)
+    if run.finished:
+        if run.leads:
+            print(f"{run.folder} has finished its {run.start:,} iterations; a larger --iterations continues it", flush=True)
+    else:
+        train(args, run, texts, *models)
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def yardsticks_of_summaries() -> dict[str, dict[str, float]]:
     import sppo_rlhf_tldr as script
 
     args = script.OFFLINE
-    posts = script.load_posts(args)["test"][: args.test_episodes]
+    posts = script.load_texts(args)["test"][: args.test_episodes]
     tokenizer, _, reward = script.load_models(args, torch.device("cpu"))
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
     found = {}

@@ -182,7 +182,7 @@ def test_summariser_and_reward_adapter_load_as_the_script_loads_them(news, capsy
     paths = {"policy": "policy", "tokenizer": "policy", "reward_base": "policy", "reward_adapter": "reward", "dataset": "posts"}
     offline = builder.replace(tldr.OFFLINE, **{key: str(folder / value) for key, value in paths.items()}, test_episodes=20)
     offline = builder.replace(offline, eval_episodes=10)
-    posts = tldr.load_posts(offline)
+    posts = tldr.load_texts(offline)
     tokenizer, agent, scorer = tldr.load_models(offline, torch.device("cpu"))
     assert scorer is agent and len(posts["test"]) == 20
     # the human summaries of the articles that were held out score what the report says

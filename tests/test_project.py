@@ -12,11 +12,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(ROOT.glob("*.py"))
-OWN = {"Args", "main", "check_args", "update"}  # what each script has in a form of its own
+OWN = {"Args", "check_args", "update", "train"}  # what each script has in a form of its own
 CONTROL_OWN = {"Args", "update", "train", "check_env", "load_agent", "load_policy", "resolve_env"}
 FAMILY = {"Agent", "act", "evaluate", "minibatch_loss", "rollout_loss", "rollout"}  # and what those of other environments have
 # What differs between the RLHF scripts: a classifier and a trained model there, adapters on one base here
-RLHF_OWN = {"Agent", "encode", "evaluate", "load_models", "rollout", "save_model", "score"}
+RLHF_OWN = {"Agent", "encode", "evaluate", "load_models", "load_texts", "rollout", "save_model", "save_policy", "score"}
+RLHF_OWN |= {"describe_models"}
 
 
 def pins(path):
@@ -78,7 +79,8 @@ def test_helpers_of_one_name_are_identical_to_the_character():
     assert len(found[0]["compute_gae"]) == len(found[0]["Run"]) == 4 and len(found[1]["compute_gae"]) == 2
     assert len(found[0]["symmetric_ppo_loss"]) == len(found[0]["symmetric_a2c_loss"]) == 2
     assert len(found[0][("Agent", "atari")]) == len(found[0][("evaluate", "continuous")]) == 2
-    # to be true of all six when the RLHF scripts have the same form
+    for name in ("symmetric_ppo_loss", "compute_gae", "grad_shares", "write_atomically", "git_commit"):
+        assert len({text for part in found for _, text in part[name]}) == 1, name  # in all scripts that have it
     for name, copies in itertools.chain.from_iterable(part.items() for part in found):
         for (file, text), (other_file, other_text) in itertools.combinations(copies, 2):
             assert text == other_text, f"{name} differs between {file} and {other_file}"
@@ -93,6 +95,19 @@ def test_operations_of_the_control_scripts_are_one_text():
     for source in sources:  # the algorithm, with its loop, stands above the line, and main() below it
         above, below = re.split(r"(?m)^# === Operations: nothing below changes what is learned =+$", source)
         assert "\ndef train(args, run):" in above and "\ndef main(args):" in below and "advantages" not in below
+        (train,) = (node for node in ast.parse(source).body if getattr(node, "name", "") == "train")
+        assert train.end_lineno - train.lineno + 1 <= 110
+        assert not [node for node in ast.walk(train) if isinstance(node, ast.FunctionDef | ast.Lambda) and node is not train]
+
+
+def test_operations_of_the_rlhf_scripts_are_one_text():
+    sources = [script.read_text() for script in SCRIPTS if "_rlhf_" in script.name]
+    ends = [re.split(r"(?m)^# --- run: one text in the RLHF scripts from here on -*$", source) for source in sources]
+    assert len(sources) == 2 and all(len(parts) == 2 for parts in ends)
+    assert ends[0][1] == ends[1][1] and len(ends[0][1].splitlines()) > 400
+    for source in sources:
+        above, below = re.split(r"(?m)^# === Operations: nothing below changes what is learned =+$", source)
+        assert "\ndef train(args, run, " in above and "\ndef main(args):" in below and "advantages" not in below
         (train,) = (node for node in ast.parse(source).body if getattr(node, "name", "") == "train")
         assert train.end_lineno - train.lineno + 1 <= 110
         assert not [node for node in ast.walk(train) if isinstance(node, ast.FunctionDef | ast.Lambda) and node is not train]

@@ -389,7 +389,7 @@ def test_broken_files_are_named_with_the_reason(script, name, data, reason, asse
     path = tmp_path / name
     path.write_bytes(data * 3)
     args = (imdb_args if script is imdb else tldr_args)(assets, dataset=str(path))
-    err = refused(capsys, imdb.load_reviews if script is imdb else tldr.load_posts, args)
+    err = refused(capsys, imdb.load_reviews if script is imdb else tldr.load_texts, args)
     assert f"--dataset {path}: expected a Hub id, a folder or a file of JSON lines" in err and reason in err, err
     assert "generating the dataset" not in err
 

@@ -377,16 +377,16 @@ def test_encode_cuts_the_post_and_keeps_the_ending():
 
 
 def test_posts_of_a_folder_and_of_a_file(assets, tmp_path):
-    posts = tldr.load_posts(make_args(dataset=str(assets / "posts"), eval_episodes=8, test_episodes=8))
+    posts = tldr.load_texts(make_args(dataset=str(assets / "posts"), eval_episodes=8, test_episodes=8))
     assert {name: len(rows) for name, rows in posts.items()} == {"train": 40, "validation": 8, "test": 8}
     assert posts["validation"] == tldr_assets.posts(8, 100)
     lines = (assets / "posts/train.jsonl").read_text()
     (tmp_path / "posts.jsonl").write_text(lines)
     args = make_args(dataset=str(tmp_path / "posts.jsonl"), eval_episodes=4, test_episodes=4)
-    split = tldr.load_posts(args)
+    split = tldr.load_texts(args)
     assert {name: len(rows) for name, rows in split.items()} == {"train": 32, "validation": 4, "test": 4}
     assert sorted(post for posts in split.values() for post in posts) == sorted(tldr_assets.posts(40, 0))
-    assert tldr.load_posts(args) == split != tldr.load_posts(make_args(**{**vars(args), "seed": 2}))
+    assert tldr.load_texts(args) == split != tldr.load_texts(make_args(**{**vars(args), "seed": 2}))
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
