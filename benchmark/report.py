@@ -11,7 +11,7 @@ the mean over seeds ± its standard error. Writes into --out
     runs.csv        one line a run, as a table exported from W&B; may be given back to this script, with curves.csv beside it
     cells.csv       one line a cell: mean, standard error, seeds; the paper's
     aggregates.csv  interquartile mean and probability of improvement with 95 % stratified bootstrap intervals (rliable)
-    curves.csv      learning curves and advantage sign changes of local runs, one line a point: run_id, tag, step, value
+    curves.csv      learning curves, advantage sign changes and shares of the gradient of local runs: run_id, tag, step, value
     profiles.csv    performance profiles: share of an arm's runs above a relative score, with 95 % intervals (rliable)
     *.png           learning curves (Figure 3), advantage sign changes (Figure 2), performance profiles, scores by beta
 
@@ -49,6 +49,7 @@ from matplotlib.ticker import EngFormatter
 PUBLISHED = Path(__file__).parent / "paper/scores.csv"
 RETURNS = ("charts/episodic_return", "objective/scores")
 CURVES = (*RETURNS, "charts/adv_sign_change")
+KEPT = (*CURVES, "losses/grad_share_policy", "losses/grad_share_value", "losses/grad_share_entropy")  # in curves.csv
 # Arguments that runs of one row may differ in: what makes an arm, what names a run, and what is no other experiment
 ARM = ("alpha", "beta", "Z", "num_bins", "reverse_prob", "norm_adv", "literal_signs", "mean_weight")
 DIVIDED = {"vf_coef", "ent_coef", "max_grad_norm", "adam_eps"}  # in which run.py's reweighted arms differ from PPO
@@ -353,7 +354,7 @@ def is_reference(arm: str) -> bool:
 
 
 def load_curves(runs: pd.DataFrame, sources: tuple[Path, ...]) -> pd.DataFrame:
-    """Points of CURVES of the local runs, and of those from a csv that has this script's curves.csv beside it."""
+    """Points of KEPT of the local runs, and of those from a csv that has this script's curves.csv beside it."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     rows = []
@@ -361,7 +362,7 @@ def load_curves(runs: pd.DataFrame, sources: tuple[Path, ...]) -> pd.DataFrame:
         if not isinstance(run.get("folder"), str):
             continue
         events = EventAccumulator(run["folder"], size_guidance={"scalars": 0}).Reload()
-        for tag in sorted(set(CURVES) & set(events.Tags()["scalars"])):
+        for tag in sorted(set(KEPT) & set(events.Tags()["scalars"])):
             rows += [(run["run_id"], tag, event.step, event.value) for event in events.Scalars(tag)]
     tables = [pd.DataFrame(rows, columns=["run_id", "tag", "step", "value"])]
     known = set(tables[0].run_id)
@@ -410,7 +411,7 @@ def equal_curves(runs: pd.DataFrame, curves: pd.DataFrame) -> list[str]:
     """Of one script's runs with PPO: the last step up to which a symmetric run logs, to six digits, what its control does,
     which has its gradient (README, fact 2), and what the baseline does, which has not; each alike in all else."""
     points = {run_id: {} for run_id in runs.run_id}
-    for point in curves[curves.run_id.isin(set(runs.run_id))].itertuples():
+    for point in curves[curves.run_id.isin(set(runs.run_id)) & curves.tag.isin(CURVES)].itertuples():
         points[point.run_id][point.step, point.tag] = f"{point.value:.6g}"
     runs = runs[[len(points[run_id]) > 0 for run_id in runs.run_id]]
     free = {"alpha", "beta", "Z", "literal_signs", "reverse_prob", *FREE} - {"total_timesteps", "iterations"}
