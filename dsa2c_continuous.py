@@ -115,7 +115,7 @@ class Args:
     """learning rate of RMSprop"""
     rmsprop_alpha: Probability = 0.99
     """smoothing constant of RMSprop"""
-    rmsprop_eps: Annotated[float, Field(ge=1e-30)] = 1e-5
+    rmsprop_eps: PositiveFloat = 1e-5
     """epsilon of RMSprop, outside the root"""
     num_envs: PositiveInt = 4
     """number of environments, stepped in turn"""

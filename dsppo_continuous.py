@@ -112,7 +112,7 @@ class Args:
     """environment steps, rounded down to whole iterations"""
     learning_rate: PositiveFloat = 3e-4
     """learning rate of Adam"""
-    adam_eps: Annotated[float, Field(ge=1e-30)] = 1e-5
+    adam_eps: PositiveFloat = 1e-5
     """epsilon of Adam"""
     num_envs: PositiveInt = 1
     """number of environments, stepped in turn"""

@@ -108,7 +108,7 @@ class Args:
     """learning rate of RMSprop"""
     rmsprop_alpha: Probability = 0.99
     """smoothing constant of RMSprop"""
-    rmsprop_eps: Annotated[float, Field(ge=1e-30)] = 1e-5
+    rmsprop_eps: PositiveFloat = 1e-5
     """epsilon of RMSprop, inside the root"""
     num_envs: PositiveInt = 16
     """number of parallel games"""

@@ -106,7 +106,7 @@ class Args:
     """environment steps (of 4 frames), rounded down to whole iterations"""
     learning_rate: PositiveFloat = 2.5e-4
     """learning rate of Adam"""
-    adam_eps: Annotated[float, Field(ge=1e-30)] = 1e-5
+    adam_eps: PositiveFloat = 1e-5
     """epsilon of Adam"""
     num_envs: PositiveInt = 8
     """number of parallel games"""
