@@ -1259,9 +1259,9 @@ def track_run(args: Args, run_folder: Path, identity: dict) -> object:
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
-def fail(message: str):
+def fail(message):
     """Bad input: one line on stderr, exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    print(f"{SCRIPT}: error: {message}", file=sys.stderr)
     sys.exit(2)
 
 

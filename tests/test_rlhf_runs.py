@@ -352,3 +352,12 @@ def test_each_rollout_has_new_chance_and_the_logged_sign_change_and_optimiser_ar
     assert settings == [{"lr": 1e-3, "eps": 1e-5, "weight_decay": 1e-6, "fused": True}]
     expected = [np.mean(np.sign(x) != np.sign(x - x.mean())) for x in advantages]
     assert [value for _, value in scalars(only(tmp_path))["charts/adv_sign_change"]] == pytest.approx(expected, abs=1e-6)
+
+
+def test_each_epoch_has_an_order_of_its_own(call, tmp_path, monkeypatch):
+    seen, encode = [], imdb.encode
+    monkeypatch.setattr(imdb, "encode", lambda texts, *rest: (seen.append(list(texts)), encode(texts, *rest))[1])
+    none = ["--eval-episodes", 0, "--update-epochs", 1, "--checkpoint-interval", 99]
+    call("--iterations", 16, *none, "--run-dir", tmp_path)
+    first, second = ([text for texts in part for text in texts] for part in (seen[:8], seen[8:]))
+    assert len(seen) == 16 and sorted(first) == sorted(second) and first != second

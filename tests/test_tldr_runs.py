@@ -320,3 +320,12 @@ def test_each_rollout_has_new_chance_and_the_optimiser_is_right(call, tmp_path, 
     assert [value for _, value in scalars(only(tmp_path))["charts/adv_sign_change"]] == pytest.approx(expected, abs=1e-6)
     assert len({tuple(x.flatten().tolist()) for x in uniforms}) == 3
     assert settings == [{"lr": 1e-2, "eps": 1e-5, "weight_decay": 0.01, "fused": True}]
+
+
+def test_each_epoch_has_an_order_of_its_own(call, tmp_path, monkeypatch):
+    seen, encode = [], tldr.encode
+    monkeypatch.setattr(tldr, "encode", lambda texts, *rest: (seen.append(list(texts)), encode(texts, *rest))[1])
+    none = ["--eval-episodes", 0, "--test-episodes", 0, "--update-epochs", 1, "--checkpoint-interval", 99]
+    call("--iterations", 10, *none, "--run-dir", tmp_path)
+    first, second = ([text for texts in part for text in texts] for part in (seen[:5], seen[5:]))
+    assert len(seen) == 10 and sorted(first) == sorted(second) and first != second
