@@ -13,7 +13,7 @@ score, given at the last token; every token costs kl_coef (log pi - log pi_ref),
 
 Examples:
 
-    python sppo_rlhf_imdb.py --offline                              # SPPO on assets of benchmark/make_rlhf_assets.py
+    python sppo_rlhf_imdb.py --offline                              # SPPO on assets of benchmark/assets/make_rlhf_assets.py
     python sppo_rlhf_imdb.py --offline --alpha 1 --beta 0           # PPO, the baseline
     python sppo_rlhf_imdb.py                                        # the paper's models and data, from the Hub
     accelerate launch --num_processes 4 sppo_rlhf_imdb.py           # the same on four GPUs
@@ -106,7 +106,7 @@ class Args:
 
     # models and data
     offline: bool = False
-    """other defaults: the models and reviews that benchmark/make_rlhf_assets.py builds, at a size for CPUs"""
+    """other defaults: the models and reviews that benchmark/assets/make_rlhf_assets.py builds, at a size for CPUs"""
     policy: str = "rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews"
     """causal language model to train, and the reference: Hub id or folder"""
     tokenizer: str = "lvwerra/gpt2-imdb"
@@ -118,7 +118,7 @@ class Args:
     dataset: str = "stanfordnlp/imdb"
     """reviews: Hub id (its train split), folder, or file of JSON lines; with a column `text`"""
     judge: str | None = None
-    """a second classifier, for evaluation only: JSON file of a TF-IDF logistic regression (benchmark/make_rlhf_assets.py)"""
+    """a second classifier, for evaluation only: JSON file of a TF-IDF regression (benchmark/assets/make_rlhf_assets.py)"""
 
     allow_pickle: bool = False
     """load pickled weights (.bin) where a repository has no safetensors, by torch.load with weights_only"""
@@ -1077,7 +1077,7 @@ def cannot_load(args: Args, name: str, error: Exception, expected: str) -> None:
     """Ends in one line: what of the argument `name` could not be loaded, why, and what there is instead."""
     source = getattr(args, name)
     reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-    hint = f"python benchmark/make_rlhf_assets.py {TASK} builds what --offline takes"
+    hint = f"python benchmark/assets/make_rlhf_assets.py {TASK} builds what --offline takes"
     if huggingface_hub.constants.HF_HUB_OFFLINE and not args.offline and not Path(source).exists():
         reason = f"not in the cache, and {huggingface_hub.constants.ENDPOINT} does not answer or HF_HUB_OFFLINE is set"
     elif "safetensors" in str(error) and not args.allow_pickle:

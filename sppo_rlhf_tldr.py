@@ -15,7 +15,7 @@ with the adapter `reward` and a head it scores. Adapters and heads alone are tra
 
 Examples:
 
-    python sppo_rlhf_tldr.py --offline                              # SPPO on assets of benchmark/make_rlhf_assets.py
+    python sppo_rlhf_tldr.py --offline                              # SPPO on assets of benchmark/assets/make_rlhf_assets.py
     python sppo_rlhf_tldr.py --offline --alpha 1 --beta 0           # PPO, the baseline
     python sppo_rlhf_tldr.py                                        # the paper's models and data, from the Hub; one 80 GB GPU
     accelerate launch --num_processes 4 sppo_rlhf_tldr.py           # the same on four GPUs
@@ -120,7 +120,7 @@ class Args:
 
     # models and data
     offline: bool = False
-    """other defaults: the models and posts that benchmark/make_rlhf_assets.py builds, at a size for CPUs"""
+    """other defaults: the models and posts that benchmark/assets/make_rlhf_assets.py builds, at a size for CPUs"""
     policy: str = "CarperAI/openai_summarize_tldr_sft"
     """causal language model: base of the policy and of the values, and the reference; Hub id or folder"""
     tokenizer: str = "EleutherAI/gpt-j-6B"
@@ -1163,7 +1163,7 @@ def cannot_load(args: Args, name: str, error: Exception, expected: str) -> None:
     """Ends in one line: what of the argument `name` could not be loaded, why, and what there is instead."""
     source = getattr(args, name)
     reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-    hint = f"python benchmark/make_rlhf_assets.py {TASK} builds what --offline takes"
+    hint = f"python benchmark/assets/make_rlhf_assets.py {TASK} builds what --offline takes"
     if huggingface_hub.constants.HF_HUB_OFFLINE and not args.offline and not Path(source).exists():
         reason = f"not in the cache, and {huggingface_hub.constants.ENDPOINT} does not answer or HF_HUB_OFFLINE is set"
     elif "safetensors" in str(error) and not args.allow_pickle:

@@ -34,15 +34,15 @@ GAUSSIAN = "--num-bins 0 --alpha 1 --beta 0"
 SUITES = {  # arm: label, colour, script and arguments
     "atari-ppo": {
         "ppo": ("PPO (α 1, β 0)", "tab:blue", "sppo_atari.py --alpha 1 --beta 0"),
-        "sb3": ("PPO, Stable-Baselines3", "tab:gray", "benchmark/sb3_peer.py --algorithm ppo"),
+        "sb3": ("PPO, Stable-Baselines3", "tab:gray", "benchmark/studies/sb3_peer.py --algorithm ppo"),
         "sppo": ("SPPO (α 0.5, β 10)", "tab:red", "sppo_atari.py --alpha 0.5 --beta 10"),
         "control": ("control (α 10.5, β 0)", "tab:orange", "sppo_atari.py --alpha 10.5 --beta 0"),
     },
     "gaussian": {
         "ppo": ("Gaussian PPO", "tab:blue", f"dsppo_continuous.py {GAUSSIAN}"),
-        "sb3_ppo": ("PPO, Stable-Baselines3", "tab:gray", "benchmark/sb3_peer.py --algorithm ppo"),
+        "sb3_ppo": ("PPO, Stable-Baselines3", "tab:gray", "benchmark/studies/sb3_peer.py --algorithm ppo"),
         "a2c": ("Gaussian A2C", "tab:green", f"dsa2c_continuous.py {GAUSSIAN}"),
-        "sb3_a2c": ("A2C, Stable-Baselines3", "tab:olive", "benchmark/sb3_peer.py --algorithm a2c"),
+        "sb3_a2c": ("A2C, Stable-Baselines3", "tab:olive", "benchmark/studies/sb3_peer.py --algorithm a2c"),
     },
     "bins": {
         "dppo": ("DPPO (α 1, β 0)", "tab:blue", "dsppo_continuous.py --alpha 1 --beta 0"),
@@ -85,7 +85,7 @@ def run(args: Args, arm: str, seed: int) -> Path:
     name = f"{args.suite}_{args.env_id}_{args.total_timesteps}{'_noise' if args.noise else ''}"
     folder = Path("runs") / "learning" / name / f"{arm}_{seed}"
     command = command_of(args, arm, seed)
-    if command[0] == "benchmark/sb3_peer.py":
+    if command[0] == "benchmark/studies/sb3_peer.py":
         output = folder / "curve.csv"
         command += ["--csv", str(output)]
         finished = output.exists()

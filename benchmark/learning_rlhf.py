@@ -1,6 +1,6 @@
 """Learning curves of the RLHF scripts on the offline assets: PPO, SPPO and its control, several seeds.
 
-    python benchmark/make_rlhf_assets.py imdb      # first
+    python benchmark/assets/make_rlhf_assets.py imdb      # first
     python benchmark/learning_rlhf.py imdb         # 9 runs, hours on two cores; tldr likewise
     python benchmark/learning_rlhf.py imdb --plot-only
 

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from helpers import ROOT
 
-sys.path.insert(0, str(ROOT / "benchmark"))
+sys.path.insert(0, str(ROOT / "benchmark/studies"))
 import four_settings
 import one_gradient
 

@@ -287,7 +287,7 @@ def test_bad_input_is_one_line_with_exit_status_2(line, expected, call, broken, 
 
 def test_offline_without_assets_says_how_to_build_them(tmp_path):
     _, err = run(SCRIPT, "--offline", code=2, cwd=tmp_path)
-    assert err.count("\n") == 1 and "assets/tldr/p" in err and "python benchmark/make_rlhf_assets.py tldr" in err
+    assert err.count("\n") == 1 and "assets/tldr/p" in err and "python benchmark/assets/make_rlhf_assets.py tldr" in err
     assert list(tmp_path.iterdir()) == []
 
 

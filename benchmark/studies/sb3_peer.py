@@ -1,7 +1,7 @@
 """Stable-Baselines3's PPO and A2C with the paper's settings: the peers of our scripts, as their baselines (beta 0).
 
-    python benchmark/sb3_peer.py --algorithm ppo --env-id RoadRunner --seed 1 --total-timesteps 200000 --csv sb3.csv
-    python benchmark/sb3_peer.py --algorithm a2c --env-id Hopper-v4 --seed 1 --total-timesteps 300000 --csv sb3.csv
+    python benchmark/studies/sb3_peer.py --algorithm ppo --env-id RoadRunner --seed 1 --total-timesteps 200000 --csv sb3.csv
+    python benchmark/studies/sb3_peer.py --algorithm a2c --env-id Hopper-v4 --seed 1 --total-timesteps 300000 --csv sb3.csv
 
 The same network, optimiser, schedules and minibatches as ours with `--alpha 1 --beta 0` (and `--num-bins 0` for continuous
 tasks: SB3's policy is Gaussian), with SB3's own environments (Atari: `make_atari_env`, one Python process, noop reset, episodic

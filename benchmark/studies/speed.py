@@ -1,16 +1,17 @@
 """Speed of the scripts beside Stable-Baselines3: whole training loops, side by side, in the order A B A B.
 
-    python benchmark/speed.py atari-ppo        # sppo_atari.py on Alien; the others: atari-a2c, dppo, da2c (Walker2d-v4)
-    python benchmark/speed.py dppo --blocks 6 --rounds 1
-    python benchmark/speed.py imdb             # sppo_rlhf_imdb.py --offline beside rlhf_peer.py: see speed_rlhf.py
-    python benchmark/speed.py all              # one after another, an hour or two; speed.md has all in one table
+    python benchmark/studies/speed.py atari-ppo        # sppo_atari.py on Alien; the others: atari-a2c, dppo, da2c (Walker2d-v4)
+    python benchmark/studies/speed.py dppo --blocks 6 --rounds 1
+    python benchmark/studies/speed.py imdb             # sppo_rlhf_imdb.py --offline beside rlhf_peer.py: see speed_rlhf.py
+    python benchmark/studies/speed.py all              # one after another, an hour or two; report.md has all in one table
 
 Each arm is a process of its own (so that peak memory is its own) that trains for a few blocks of iterations; the first two
 of each process are warm-up and do not count. The figure is the median of environment steps per second over all others,
 and the ratio of these medians, on the CPU. What the reverse term costs is measured on updates alone, in pairs, against
-a loss that has no such term in its code. Writes benchmark/results/speed_{suite}.md and .json, and speed.md, the table of all
-suites that have a .json there. Nothing else should run. sppo_rlhf_tldr.py, whose updates are those of sppo_rlhf_imdb.py, is not
-among the suites: what it is for, a model of six billion weights, needs a GPU, and scale_tldr.py is about that.
+a loss that has no such term in its code. Writes {suite}.md and .json to benchmark/results/speed/, and report.md, the table
+of all suites that have a .json there. Nothing else should run. sppo_rlhf_tldr.py, whose updates are those of
+sppo_rlhf_imdb.py, is not among the suites: what it is for, a model of six billion weights, needs a GPU, and scale_tldr.py
+is about that.
 """
 
 import importlib
@@ -33,7 +34,7 @@ import torch
 import tyro
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import sppo_atari
 
 WARM_UP = 2  # blocks
@@ -133,7 +134,7 @@ def measure(args: Args, suite: Suite, arm: str | None, threads: int) -> tuple[li
     with tempfile.TemporaryDirectory() as folder:
         common = f"--env-id {suite.env_id} --total-timesteps {total} --num-threads {threads} --eval-episodes 0".split()
         if arm is None:
-            command = ["benchmark/sb3_peer.py", "--algorithm", suite.algorithm, *common]
+            command = ["benchmark/studies/sb3_peer.py", "--algorithm", suite.algorithm, *common]
             command += ["--csv", f"{folder}/sb3.csv", "--times", f"{folder}/times.json"]
         else:
             command = [f"{suite.script}.py", *common, *arm.split(), "--no-cuda", "--run-dir", folder]
@@ -292,7 +293,7 @@ def combine(folder: Path) -> list[str]:
     """All suites in one table: every arm beside its peer, and what the reverse term costs an update."""
     lines = ["| script | | median | against the peer | peak memory | update, beta > 0 / without | commit |", "|---" * 7 + "|"]
     for name in (*SUITES, "imdb"):
-        path = folder / f"speed_{name}.json"
+        path = folder / f"{name}.json"
         if not path.exists():
             continue
         found = json.loads(path.read_text())
@@ -321,8 +322,9 @@ def main(args: Args) -> None:
         if getattr(args, name) < 1:
             print(f"speed.py: error: --{name} {getattr(args, name)}: expected 1 or more", file=sys.stderr)
             sys.exit(2)
-    os.chdir(Path(__file__).parents[1])
-    results = Path("benchmark/results")
+    os.chdir(Path(__file__).parents[2])
+    results = Path("benchmark/results/speed")
+    results.mkdir(exist_ok=True)
     if args.suite == "all":
         for name in (*SUITES, "imdb"):
             more = ["--blocks", str(args.blocks), "--rounds", str(args.rounds), "--pairs", str(args.pairs)]
@@ -333,7 +335,7 @@ def main(args: Args) -> None:
         speed_rlhf.main(args.rounds, args.blocks, args.pairs)
     else:
         measure_suite(args)
-    (results / "speed.md").write_text("\n".join(combine(results)) + "\n")
+    (results / "report.md").write_text("\n".join(combine(results)) + "\n")
 
 
 def measure_suite(args: Args) -> None:
@@ -393,8 +395,7 @@ def measure_suite(args: Args) -> None:
             f"The update runs at {parts['update GFLOP/s']:.0f} GFLOP/s; a 2048 x 2048 float32 matrix product at "
             f"{parts['matmul GFLOP/s']:.0f} ({parts['update GFLOP/s'] / parts['matmul GFLOP/s']:.0%} of it).",
         ]
-    stem = Path("benchmark/results") / f"speed_{args.suite}"
-    stem.parent.mkdir(exist_ok=True)
+    stem = Path("benchmark/results/speed") / args.suite
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
     about = {"commit": commit, "versions": versions, "cpu": cpu}
     content = {**about, "steps_per_second": speeds, "peak_mib": memory, "phases": parts}
