@@ -1,26 +1,30 @@
-"""Stable-Baselines3's PPO and A2C with the paper's settings: the peers of our scripts, as their baselines (beta 0).
+"""Stable-Baselines3's PPO and A2C as a run of ours: the peer of one of our scripts, with its command line and its run folder.
 
-    python benchmark/studies/sb3_peer.py --algorithm ppo --env-id RoadRunner --seed 1 --total-timesteps 200000 --csv sb3.csv
-    python benchmark/studies/sb3_peer.py --algorithm a2c --env-id Hopper-v4 --seed 1 --total-timesteps 300000 --csv sb3.csv
+    python benchmark/studies/sb3_peer.py --peer-of sppo_atari.py --env-id RoadRunner --total-timesteps 200000
+    python benchmark/studies/sb3_peer.py --peer-of dsa2c_continuous.py --env-id Hopper-v4 --seed 3
+    python benchmark/studies/sb3_peer.py --resume runs/Hopper-v4__sb3_a2c__3__1700000000
 
-The same network, optimiser, schedules and minibatches as ours with `--alpha 1 --beta 0` (and `--num-bins 0` for continuous
-tasks: SB3's policy is Gaussian), with SB3's own environments (Atari: `make_atari_env`, one Python process, noop reset, episodic
-life, fire reset, clipped reward; else DummyVecEnv and VecNormalize) and its own training loop. Writes a csv row
-as often as ours log (PPO after each rollout, A2C after 100): the step and the mean raw return of the episodes (of the whole
-games) since; the mean over episodes depends on how many steps it spans, as failing episodes are short and many.
+The same network, optimiser, schedules and minibatches as the script's with `--alpha 1 --beta 0` (and `--num-bins 0` for
+continuous tasks: SB3's policy is Gaussian), with SB3's own environments (Atari: `make_atari_env`, one Python process, noop
+reset, episodic life, fire reset, clipped reward; else DummyVecEnv and VecNormalize) and its own training loop. All else is the
+script's: run folder, curves, checkpoints, W&B, result.json. So benchmark/run.py takes it as an arm (benchmark/sb3.toml), and
+report.py puts it beside the other arms. An option that SB3 has nothing for (`--beta`, `--noise`) is refused.
 """
 
-import csv
+import argparse
+import contextlib
+import importlib.util
 import json
+import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
 
+import ale_py
 import gymnasium as gym
 import numpy as np
 import torch
-import tyro
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_atari_env, make_vec_env
@@ -28,148 +32,210 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecNormalize
 
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT, LIBRARY = Path(__file__).name, f"Stable-Baselines3 {version('stable-baselines3')}"
+SCRIPTS = ("sppo_atari.py", "sa2c_atari.py", "dsppo_continuous.py", "dsa2c_continuous.py")
+# What SB3 follows of their arguments; all others stay as they are
+FOLLOWED = """env_id seed total_timesteps learning_rate adam_eps rmsprop_alpha rmsprop_eps num_envs num_steps anneal_lr gamma
+gae_lambda update_epochs minibatch_size norm_adv clip_coef ent_coef vf_coef max_grad_norm eval_episodes track wandb_project_name
+wandb_entity wandb_group wandb_tags exp_name run_dir resume checkpoint_interval log_interval num_threads cuda
+torch_deterministic"""
+
 
 @dataclass
 class Args:
-    algorithm: Literal["ppo", "a2c"] = "ppo"
-    """which of SB3's"""
-    env_id: str = "RoadRunner"
-    """an Atari game without a suffix, or a Gymnasium id with Box actions"""
+    """What the runs of a grid differ in. Every other argument is the script's own: --peer-of dsppo_continuous.py --help."""
+
+    peer_of: str = "sppo_atari.py"
+    """the script whose baseline this is, with its arguments and defaults"""
+    env_id: str = "Alien"
+    """environment, as for the script"""
     seed: int = 1
-    """seed of the environments, the weights and the actions"""
-    total_timesteps: int = 200_000
-    """environment steps"""
-    num_threads: int = 1
-    """torch CPU threads"""
-    eval_episodes: int = 10
-    """whole episodes of the trained policy at the end"""
-    csv: Path = Path("sb3.csv")
-    """where the curve goes"""
-    times: Path | None = None
-    """where the time at which each rollout began goes, as JSON"""
+    """seed of everything random"""
+    total_timesteps: int = 5_000_000
+    """environment steps, rounded down to whole iterations"""
+    exp_name: str = "sb3_ppo"
+    """name of the experiment, of A2C sb3_a2c"""
+    run_dir: str = "runs"
+    """folder in which the run folder is made"""
+    resume: str | None = None
+    """continue the run in this folder with its own arguments"""
+    num_threads: int = 0
+    """CPU threads of torch; 0: the script's default"""
 
 
-def is_atari(env_id: str) -> bool:
-    return env_id not in gym.registry
+def load_script(name: str):
+    """A copy of our script for this file alone, with SB3 in the place of the algorithm."""
+    spec = importlib.util.spec_from_file_location(f"peer_of_{Path(name).stem}", ROOT / name)
+    script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    about = {"peer_of": name, "library": LIBRARY}
+    write_json = script.write_json
+    script.write_json = lambda path, content: write_json(path, content | about)  # args.json, result.json
+    script.SCRIPT, script.ABOUT, script.train, script.evaluate = SCRIPT, about, train, evaluate
+    return script
 
 
-def make_envs(env_id: str, num_envs: int, seed: int) -> VecEnv:
+def make_envs(args, num_envs: int, seed: int) -> VecEnv:
     """SB3's own stack: `AtariWrapper`s with four frames stacked, or observations and rewards normalised."""
-    if is_atari(env_id):
-        import ale_py
-
+    script = sys.modules[type(args).__module__]
+    if "atari" in script.ABOUT["peer_of"]:
         gym.register_envs(ale_py)
-        return VecFrameStack(make_atari_env(f"{env_id}NoFrameskip-v4", n_envs=num_envs, seed=seed), n_stack=4)
-    return VecNormalize(make_vec_env(env_id, n_envs=num_envs, seed=seed), gamma=0.99)
+        name = script.resolve_env(args.env_id)
+        return VecFrameStack(make_atari_env(f"{name}NoFrameskip-v4", n_envs=num_envs, seed=seed), n_stack=4)
+    env_id = script.TASKS.get(args.env_id, args.env_id)
+    return VecNormalize(make_vec_env(env_id, n_envs=num_envs, seed=seed), gamma=args.gamma)
 
 
-def make_model(algorithm: str, env_id: str, seed: int) -> PPO | A2C:
-    """The settings of `benchmark/paper/hyperparameters.toml` [atari.ppo], [atari.a2c], [continuous.ppo], [continuous.a2c]."""
-    atari = is_atari(env_id)
-    common = {"gamma": 0.99, "max_grad_norm": 0.5, "seed": seed, "device": "cpu"}
-    small = {"net_arch": {"pi": [64, 64], "vf": [64, 64]}, "activation_fn": torch.nn.Tanh}
-    if algorithm == "ppo" and atari:
-        return PPO(
-            "CnnPolicy",
-            make_envs(env_id, 8, seed),
-            learning_rate=lambda left: 2.5e-4 * left,
-            n_steps=128,
-            batch_size=256,
-            n_epochs=4,
-            gae_lambda=0.95,
-            clip_range=lambda left: 0.1 * left,
-            ent_coef=0.01,
-            vf_coef=0.5,
-            **common,
-        )
-    if algorithm == "ppo":
-        return PPO(
-            "MlpPolicy",
-            make_envs(env_id, 1, seed),
-            learning_rate=3e-4,
-            n_steps=2048,
-            batch_size=64,
-            n_epochs=10,
-            gae_lambda=0.95,
-            clip_range=0.2,
-            ent_coef=0.0,
-            vf_coef=0.5,
-            policy_kwargs=small,
-            **common,
-        )
-    if atari:
-        tensorflow_form = {"optimizer_class": RMSpropTFLike, "optimizer_kwargs": {"alpha": 0.99, "eps": 1e-5}}
-        return A2C(
-            "CnnPolicy",
-            make_envs(env_id, 16, seed),
-            learning_rate=7e-4,
-            n_steps=5,
-            ent_coef=0.01,
-            vf_coef=0.25,
-            policy_kwargs=tensorflow_form,
-            **common,
-        )
-    return A2C(
-        "MlpPolicy",
-        make_envs(env_id, 4, seed),
-        learning_rate=7e-4,
-        n_steps=8,
-        ent_coef=0.0,
-        vf_coef=0.5,
-        rms_prop_eps=1e-5,
-        policy_kwargs=small,
-        **common,
+def make_model(args, seed: int, device: torch.device) -> PPO | A2C:
+    """With the settings of `args`, whose defaults are those of benchmark/paper/hyperparameters.toml."""
+    script = sys.modules[type(args).__module__].ABOUT["peer_of"]
+    atari, ppo = "atari" in script, "ppo" in script
+    policy = {} if atari else {"net_arch": {"pi": [64, 64], "vf": [64, 64]}, "activation_fn": torch.nn.Tanh}
+    if ppo:
+        policy["optimizer_kwargs"] = {"eps": args.adam_eps}
+        of_ppo = {
+            "batch_size": args.minibatch_size,
+            "n_epochs": args.update_epochs,
+            "clip_range": lambda left: args.clip_coef * (left if args.anneal_lr and atari else 1.0),
+        }
+    else:
+        policy["optimizer_class"] = RMSpropTFLike if atari else torch.optim.RMSprop
+        policy["optimizer_kwargs"] = {"alpha": args.rmsprop_alpha, "eps": args.rmsprop_eps}
+        of_ppo = {}
+    return (PPO if ppo else A2C)(
+        "CnnPolicy" if atari else "MlpPolicy",
+        make_envs(args, args.num_envs, seed),
+        learning_rate=lambda left: args.learning_rate * (left if args.anneal_lr else 1.0),
+        n_steps=args.num_steps,
+        gamma=args.gamma,
+        gae_lambda=args.gae_lambda,
+        normalize_advantage=args.norm_adv,
+        ent_coef=args.ent_coef,
+        vf_coef=args.vf_coef,
+        max_grad_norm=args.max_grad_norm,
+        policy_kwargs=policy,
+        seed=seed,
+        device=device,
+        **of_ppo,
     )
 
 
-class GameReturns(BaseCallback):
-    """Collects the raw return of every whole episode (SB3's Monitor sits below the wrappers that cut, clip and scale)."""
+class Loop(BaseCallback):
+    """What the script's train() does after an iteration: curves, checkpoints, an end in order on a signal."""
 
-    def __init__(self, log_interval: int):
+    def __init__(self, args, run):
         super().__init__()
-        self.rows, self.games, self.times, self.rollouts, self.log_interval = [], [], [], 0, log_interval
+        self.args, self.run, self.stopping = args, run, False
+        self.step = run.start_step  # of the last whole iteration
+        self.episodes, self.begin = [], time.perf_counter()
 
     def _on_rollout_start(self) -> None:
-        self.times.append(time.time())
+        self.end_iteration()
 
     def _on_step(self) -> bool:
-        self.games += [info["episode"]["r"] for info in self.locals["infos"] if "episode" in info]
-        return True
+        # SB3's Monitor sits below the wrappers that cut, clip and scale: raw returns of whole episodes
+        self.episodes += [info["episode"] for info in self.locals["infos"] if "episode" in info]
+        return not self.stopping
 
-    def _on_rollout_end(self) -> None:
-        self.rollouts += 1
-        if self.games and self.rollouts % self.log_interval == 0:
-            self.rows.append((self.num_timesteps, float(np.mean(self.games)), len(self.games)))
-            self.games = []
+    def _on_training_end(self) -> None:
+        self.end_iteration()
+
+    def end_iteration(self) -> None:
+        if self.num_timesteps == self.step or self.stopping:  # nothing yet, or a rollout that a signal has cut
+            return
+        self.step, args, run = self.num_timesteps, self.args, self.run
+        batch_size = args.num_envs * args.num_steps
+        iteration, self.stopping = self.step // batch_size, bool(run.signals)
+        last = iteration == args.total_timesteps // batch_size
+        if last or self.stopping or iteration % getattr(args, "log_interval", 1) == 0:
+            stats = {"charts/learning_rate": self.model.lr_schedule(self.model._current_progress_remaining)}
+            if self.episodes:
+                stats["charts/episodic_return"] = np.mean([episode["r"] for episode in self.episodes])
+                stats["charts/episodic_length"] = np.mean([episode["l"] for episode in self.episodes])
+            run.log(self.step, stats, time.perf_counter() - self.begin)
+            self.episodes, self.begin = [], time.perf_counter()
+        if last or self.stopping or iteration % args.checkpoint_interval == 0:
+            self.save()
+
+    def save(self) -> None:
+        policy = self.model.policy
+        state = {"agent": policy.state_dict(), "optimizer": policy.optimizer.state_dict()}
+        self.run.save(self.step, **state, **moments(self.model))
 
 
-def main(args: Args) -> None:
-    torch.set_num_threads(args.num_threads)
-    games = GameReturns(log_interval=1 if args.algorithm == "ppo" else 100)
-    model = make_model(args.algorithm, args.env_id, args.seed)
+def moments(model: PPO | A2C) -> dict[str, list]:
+    """The running statistics of VecNormalize, as plain numbers."""
+    envs = model.get_vec_normalize_env()
+    found = {"obs_stats": envs.obs_rms, "return_stats": envs.ret_rms} if envs else {}
+    return {name: [rms.mean.tolist(), rms.var.tolist(), float(rms.count)] for name, rms in found.items()}
+
+
+def restore(model: PPO | A2C, checkpoint: dict) -> None:
+    model.policy.load_state_dict(checkpoint["agent"])
+    model.policy.optimizer.load_state_dict(checkpoint["optimizer"])
+    model.num_timesteps = checkpoint["global_step"]
+    if envs := model.get_vec_normalize_env():
+        for rms, name in ((envs.obs_rms, "obs_stats"), (envs.ret_rms, "return_stats")):
+            mean, var, rms.count = checkpoint[name]
+            rms.mean, rms.var = np.array(mean), np.array(var)
+
+
+def train(args, run) -> None:
+    """The script's train() with SB3's loop. A resumed run begins with fresh environments, as the script's does."""
+    if args.track:
+        run.wandb.config.update(sys.modules[type(args).__module__].ABOUT)
+    model = make_model(args, args.seed + run.start_step, run.device)
+    run.cleanup.callback(model.env.close)
+    if run.checkpoint:
+        restore(model, run.checkpoint)
+    loop = Loop(args, run)
     # whole rollouts, as in our scripts: SB3 would round up, and an annealed learning rate would end below 0
-    model.learn(args.total_timesteps - args.total_timesteps % (model.n_steps * model.n_envs), callback=games)
-    if args.times:
-        args.times.write_text(json.dumps([*games.times, time.time()]))
-    returns = []
-    if args.eval_episodes:
-        envs = make_envs(args.env_id, 1, args.seed + 10_000)
-        if isinstance(envs, VecNormalize):  # frozen
-            envs.obs_rms, envs.training, envs.norm_reward = model.get_vec_normalize_env().obs_rms, False, False
-        returns, _ = evaluate_policy(
-            model,
-            envs,
-            n_eval_episodes=args.eval_episodes,
-            deterministic=not is_atari(args.env_id),
-            return_episode_rewards=True,
-        )
-    args.csv.parent.mkdir(parents=True, exist_ok=True)
-    with args.csv.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["global_step", "episodic_return", "games", "kind"])
-        writer.writerows([*row, "train"] for row in games.rows)
-        writer.writerows([args.total_timesteps, r, 1, "eval"] for r in returns)
+    left = args.total_timesteps - args.total_timesteps % (args.num_envs * args.num_steps) - run.start_step
+    model.learn(left, callback=loop, reset_num_timesteps=not run.checkpoint)
+    run.finish(loop.step, run.evaluate(model, loop.step))
+
+
+def evaluate(model: PPO | A2C, args, device, video_path=None, stop=()) -> list[float]:
+    """Raw returns of `eval_episodes` whole episodes on fresh environments; actions sampled on Atari, greedy elsewhere."""
+    envs = make_envs(args, 1, args.seed + 10_000)
+    if isinstance(envs, VecNormalize):  # frozen
+        envs.obs_rms, envs.training, envs.norm_reward = model.get_vec_normalize_env().obs_rms, False, False
+    greedy = isinstance(envs, VecNormalize)
+    returns, _ = evaluate_policy(model, envs, args.eval_episodes, deterministic=greedy, return_episode_rewards=True)
+    envs.close()
+    return [float(value) for value in returns]
+
+
+def parse_args(argv: list[str], defaults=None):
+    """The Args of the script that --peer-of names, with its baseline's defaults; of the run's own script with --resume."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
+    parser.add_argument("--peer-of", choices=SCRIPTS, default="sppo_atari.py")
+    parser.add_argument("--resume")
+    known, rest = parser.parse_known_args(argv)
+    if known.resume:
+        with contextlib.suppress(OSError, ValueError):  # which the script's own parser says
+            known.peer_of = json.loads(Path(known.resume, "args.json").read_text()).get("peer_of", known.peer_of)
+        rest += ["--resume", known.resume]
+    script = load_script(known.peer_of)
+    return script.parse_args(rest, baseline(script))
+
+
+def baseline(script):
+    args = script.Args(alpha=1.0, beta=0.0, exp_name="sb3_ppo" if "ppo" in script.ABOUT["peer_of"] else "sb3_a2c")
+    return replace(args, num_bins=0) if hasattr(args, "num_bins") else args
+
+
+def check_args(args) -> None:
+    """The script's checks, and that SB3 can do what the arguments ask for."""
+    script = sys.modules[type(args).__module__]
+    for name, value in asdict(baseline(script)).items():
+        followed = name in FOLLOWED.split() or getattr(args, name) == value
+        script.require(args, name, followed, f"{value}, as SB3's run follows no other")
+    script.check_args(args)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    arguments = parse_args(sys.argv[1:])
+    check_args(arguments)
+    sys.modules[type(arguments).__module__].main(arguments)

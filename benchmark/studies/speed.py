@@ -9,9 +9,10 @@ Each arm is a process of its own (so that peak memory is its own) that trains fo
 of each process are warm-up and do not count. The figure is the median of environment steps per second over all others,
 and the ratio of these medians, on the CPU. What the reverse term costs is measured on updates alone, in pairs, against
 a loss that has no such term in its code. Writes {suite}.md and .json to benchmark/results/speed/, and report.md, the table
-of all suites that have a .json there. Nothing else should run. sppo_rlhf_tldr.py, whose updates are those of
-sppo_rlhf_imdb.py, is not among the suites: what it is for, a model of six billion weights, needs a GPU, and scale_tldr.py
-is about that.
+of all suites that have a .json there. Nothing else should run. Two more peers are measured where they are installed
+(requirements-peers.txt): SBX on Walker2d, and EnvPool's games in our PPO loop on Atari. sppo_rlhf_tldr.py, whose updates are
+those of sppo_rlhf_imdb.py, is not among the suites: what it is for, a model of six billion weights, needs a GPU, and
+scale_tldr.py is about that.
 """
 
 import importlib
@@ -25,7 +26,7 @@ import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
@@ -39,6 +40,10 @@ import sppo_atari
 
 WARM_UP = 2  # blocks
 SB3 = "Stable-Baselines3"
+OPTIONAL = {  # of a suite, peers that are measured where their package is installed: label: package, command
+    "atari-ppo": {"PPO (α 1, β 0) with EnvPool's games": ("envpool", "benchmark/studies/envpool_peer.py --alpha 1 --beta 0")},
+    "dppo": {"SBX (JAX)": ("sbx-rl", "benchmark/studies/sbx_peer.py --peer-of dsppo_continuous.py")},
+}
 
 
 @dataclass
@@ -127,31 +132,39 @@ class Args:
     """pairs of updates that measure what the reverse term costs"""
 
 
-def measure(args: Args, suite: Suite, arm: str | None, threads: int) -> tuple[list[float], float]:
+def commands(suite: str) -> dict[str, str]:
+    """Label and command of each arm, SB3 first. Of what cannot be measured here, one line says why."""
+    script = f"{SUITES[suite].script}.py"
+    found = {SB3: f"benchmark/studies/sb3_peer.py --peer-of {script}"}
+    for label, (package, command) in OPTIONAL.get(suite, {}).items():
+        try:
+            version(package)
+            found[label] = command
+        except PackageNotFoundError:
+            print(f"{label}: left out, as {package} is not installed (benchmark/studies/requirements-peers.txt)", flush=True)
+    # without bf16 instructions a CPU emulates them, at a tenth of the speed: nothing to compare
+    arms = {label: arm for label, arm in SUITES[suite].arms.items() if "bf16" not in arm or sppo_atari.cpu_has_bf16()}
+    return found | {label: f"{script} {arm}" for label, arm in arms.items()}
+
+
+def measure(args: Args, suite: Suite, arm: str, threads: int) -> tuple[list[float], float]:
     """Environment steps per second of each counted block, and the peak resident memory in MiB, of a fresh process."""
     batch = suite.num_envs * suite.num_steps * suite.block
     total = str(batch * (WARM_UP + args.blocks))
     with tempfile.TemporaryDirectory() as folder:
-        common = f"--env-id {suite.env_id} --total-timesteps {total} --num-threads {threads} --eval-episodes 0".split()
-        if arm is None:
-            command = ["benchmark/studies/sb3_peer.py", "--algorithm", suite.algorithm, *common]
-            command += ["--csv", f"{folder}/sb3.csv", "--times", f"{folder}/times.json"]
-        else:
-            command = [f"{suite.script}.py", *common, *arm.split(), "--no-cuda", "--run-dir", folder]
-            if suite.block > 1:
-                command += ["--log-interval", str(suite.block), "--checkpoint-interval", str(1000 * suite.block)]
+        common = f"--env-id {suite.env_id} --total-timesteps {total} --num-threads {threads} --eval-episodes 0 --no-cuda"
+        command = [*arm.split(), *common.split(), "--run-dir", folder]
+        if suite.block > 1:
+            command += ["--log-interval", str(suite.block), "--checkpoint-interval", str(1000 * suite.block)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         process = subprocess.Popen([sys.executable, *command], env=environment, **quiet)
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             sys.exit(f"failed: {' '.join(command)}")
-        if arm is None:  # the time at which each rollout began
-            times = json.loads(Path(folder, "times.json").read_text())[:: suite.block]
-        else:  # the time at which each block was logged
-            (path,) = Path(folder).glob("*/events.out.tfevents.*")
-            events = EventFileLoader(str(path)).Load()
-            times = [e.wall_time for e in events for v in e.summary.value if v.tag == "charts/SPS"]
+        (path,) = Path(folder).glob("*/events.out.tfevents.*")
+        events = EventFileLoader(str(path)).Load()  # the time at which each block was logged
+        times = [e.wall_time for e in events for v in e.summary.value if v.tag == "charts/SPS"]
     return (batch / np.diff(times)[-args.blocks :]).tolist(), usage.ru_maxrss / 1024
 
 
@@ -343,8 +356,7 @@ def measure_suite(args: Args) -> None:
     suite, commit = SUITES[args.suite], sppo_atari.git_commit()  # before the files of the results change
     threads = suite.threads or os.cpu_count()
     speeds, memory = defaultdict(list), defaultdict(float)
-    # without bf16 instructions a CPU emulates them, at a tenth of the speed: nothing to compare
-    arms = {SB3: None, **{label: arm for label, arm in suite.arms.items() if "bf16" not in arm or sppo_atari.cpu_has_bf16()}}
+    arms = commands(args.suite)
     for turn in range(args.rounds):
         for label, arm in arms.items():
             rates, peak = measure(args, suite, arm, threads)
@@ -357,7 +369,8 @@ def measure_suite(args: Args) -> None:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
     bf16 = "has" if sppo_atari.cpu_has_bf16() else "has no"
-    names = ("torch", "stable-baselines3", "gymnasium", "ale-py", "mujoco", "numpy")
+    names = ["torch", "stable-baselines3", "gymnasium", "ale-py", "mujoco", "numpy"]
+    names += [package for label, (package, _) in OPTIONAL.get(args.suite, {}).items() if label in arms]
     versions = {"python": platform.python_version(), **{name: version(name) for name in names}}
     lines = [
         f"{suite.env_id}, {suite.num_envs} x {suite.num_steps} steps, {threads} threads of {cpu}, which {bf16} bf16 "
