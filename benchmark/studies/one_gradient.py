@@ -46,8 +46,8 @@ def load(args: Args) -> tuple[dict[str, pd.Series], dict]:
     plain = runs[runs.beta == 0].set_index("alpha").run_id
     ids = {"symmetric": symmetric.run_id, "control": plain[symmetric.alpha + symmetric.beta], "baseline": plain[1.0]}
     curves = pd.read_csv(args.folder / "curves.csv")
-    curves = curves[curves.tag.isin(["charts/episodic_return", "objective/scores"])]
-    return {name: curves[curves.run_id == run_id].set_index("step").value for name, run_id in ids.items()}, symmetric.to_dict()
+    curves = curves[curves.tag.isin(["charts/episodic_return", "objective/scores"])].set_index("step")
+    return {name: curves[run_id].dropna() for name, run_id in ids.items()}, symmetric.to_dict()
 
 
 def main(args: Args) -> None:
