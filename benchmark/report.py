@@ -13,19 +13,28 @@ the mean over seeds ± its standard error. Writes into --out
     aggregates.csv  interquartile mean and probability of improvement with 95 % stratified bootstrap intervals (rliable)
     curves.csv      learning curves, advantage sign changes and shares of the gradient of local runs: tag, step, a column a run
     profiles.csv    performance profiles: share of an arm's runs above a relative score, with 95 % intervals (rliable)
-    *.png           learning curves (Figure 3), advantage sign changes (Figure 2), performance profiles, scores by beta
+    *.svg, *.png    learning curves (Figure 3), advantage sign changes (Figure 2), performance profiles, scores by beta
+
+An arm is called by its runs' --exp-name, which run.py takes from the TOML file; runs of our scripts without one are called by
+what their settings make of them (PPO, SPPO, control PPO). The baseline is the TOML file's `baseline`, else PPO or A2C. The
+paper's numbers stand beside an arm only if it is of one of our scripts with the paper's settings; the length may differ.
 
 Runs whose settings, lengths or versions differ where they should not are refused, unless --allow-mixed, which says so in the
-report; an arm of two runs with one seed is told apart by the settings in which they differ. Commits and devices may differ, and
-are named. What an earlier report left in --out is replaced. An interquartile mean is given in
-units of the first baseline's (PPO's or A2C's), after each score was divided by the baseline's mean in the same environment;
+report: within an arm all must be alike, and arms without a name may differ only in what makes an arm. Two runs of an arm with
+one seed are told apart by the settings in which they differ. Commits and devices may differ, and are named. An exported table
+must have the settings that tell arms apart. A curve that ends before its run, or has a hole, is left out; the report says so.
+What an earlier report left in --out is replaced. An interquartile mean is given in
+units of the baseline's, after each score was divided by the baseline's mean in the same environment;
 where that mean is not above two standard errors, the environment is left out, which the report says. An arm with beta 0 is
-called a control only where its alpha is a symmetric arm's alpha + beta |Z|; A2C's control is SA2C with --mean-weight. An arm
-`reweighted...` of run.py keeps its name. On Atari the paper's PPO stands beside both PPO and PPO raw.
+called a control only where its alpha is a symmetric arm's alpha + beta |Z|; A2C's control is SA2C with --mean-weight. On Atari
+the paper's PPO stands beside PPO with normalised advantages and beside PPO without.
 """
+
+from __future__ import annotations  # pandas' types, which --help does without
 
 import ast
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -33,32 +42,73 @@ import math
 import os
 import re
 import sys
+import tomllib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
+INSTALL = "pip install -r benchmark/requirements.txt"
+try:
+    import tyro
+except ModuleNotFoundError as error:
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+    print(f"{Path(__file__).name}: error: needs {error.name}; expected what `{INSTALL}` installs", file=sys.stderr)
+    sys.exit(2)
+MISSING = None
+try:
+    import matplotlib
 
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
-import numpy as np
-import pandas as pd
-import tyro
-from matplotlib.ticker import EngFormatter
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+    import pandas as pd
+    import rliable  # noqa: F401
+    from matplotlib.ticker import EngFormatter
+except ModuleNotFoundError as error:
+    MISSING = error.name
 
+ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = Path(__file__).parent / "paper/scores.csv"
+PAPER = Path(__file__).parent / "paper/hyperparameters.toml"
 RETURNS = ("charts/episodic_return", "objective/scores")
 CURVES = (*RETURNS, "charts/adv_sign_change")
 KEPT = (*CURVES, "losses/grad_share_policy", "losses/grad_share_value", "losses/grad_share_entropy")  # in curves.csv
 # Arguments that runs of one row may differ in: what makes an arm, what names a run, and what is no other experiment
 ARM = ("alpha", "beta", "Z", "num_bins", "reverse_prob", "norm_adv", "literal_signs", "mean_weight")
-DIVIDED = {"vf_coef", "ent_coef", "max_grad_norm", "adam_eps"}  # in which run.py's reweighted arms differ from PPO
+DIVIDED = ("vf_coef", "ent_coef", "max_grad_norm", "adam_eps")  # in which run.py's reweighted arms differ from PPO
+TELLING = (*ARM, *DIVIDED, "noise", "exp_name")  # without which a table of runs cannot be told apart
 FREE = (
     *("seed", "env_id", "noise", "exp_name", "run_dir", "resume", "track", "wandb_project_name", "wandb_entity"),
+    *("wandb_group", "wandb_tags", "evaluate"),
     *("capture_video", "save_model", "checkpoint_interval", "log_interval", "eval_interval", "eval_every", "num_threads"),
     *("total_timesteps", "iterations"),  # compared apart
 )
+MACHINE = ("cuda", "torch_deterministic", "bf16", "compile", "eval_episodes", "max_episode_steps")  # not the paper's to set
+RECORD = (  # columns that are no argument of a script
+    *("score", "score_stderr", "returns", "global_step", "seconds", "steps_per_second", "script", "run_id", "commit", "device"),
+    *("folder", "env", "arm", "method", "named", "paper", "steps", "run_script"),
+)
+FAMILIES = {  # our scripts: family and algorithm in paper/hyperparameters.toml
+    "sppo_atari.py": ("atari", "ppo"),
+    "sa2c_atari.py": ("atari", "a2c"),
+    "dsppo_continuous.py": ("continuous", "ppo"),
+    "dsa2c_continuous.py": ("continuous", "a2c"),
+    "sppo_rlhf_imdb.py": ("rlhf", "imdb"),
+    "sppo_rlhf_tldr.py": ("rlhf", "tldr"),
+}
 BASELINES = ("PPO", "A2C", "DPPO", "DA2C")
+SYMMETRIC = ("SPPO", "SA2C", "DSPPO", "DSA2C")
+# Okabe and Ito's colours, which colour-blind readers tell apart, by what an arm is; controls are dashed
+ARM_COLOURS = {
+    **dict.fromkeys(("PPO", "A2C"), "#0072B2"),  # blue
+    **dict.fromkeys(("DPPO", "DA2C"), "#56B4E9"),  # sky blue
+    **dict.fromkeys(SYMMETRIC, "#D55E00"),  # vermilion
+    "control": "#000000",
+    **dict.fromkeys(("PPO raw", "DSPPO factored", "DSA2C factored"), "#CC79A7"),  # reddish purple
+    **dict.fromkeys(("PPO reweighted", "A2C α 0.5", "DA2C α 0.5"), "#009E73"),  # bluish green
+}
+SPARE_COLOURS = ("#009E73", "#E69F00", "#CC79A7", "#999999", "#F0E442")  # of arms of your own, in order
 
 
 @dataclass
@@ -81,82 +131,173 @@ def fail(message: str):
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-def arguments() -> set[str]:
-    """The names of all scripts' arguments: columns of settings, among all that W&B exports."""
-    trees = (ast.parse(path.read_text()) for path in Path(__file__).parents[1].glob("*.py"))
-    classes = (node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
-    return {field.target.id for found in classes for field in found.body if isinstance(field, ast.AnnAssign)}
+@functools.cache
+def defaults(script: str) -> dict:
+    """The arguments of one of our scripts with their defaults; {} for any other script."""
+    if script not in FAMILIES:
+        return {}
+    classes = (
+        node for node in ast.parse((ROOT / script).read_text()).body if isinstance(node, ast.ClassDef) and node.name == "Args"
+    )
+    fields = (field for found in classes for field in found.body if isinstance(field, ast.AnnAssign))
+    return {field.target.id: ast.literal_eval(field.value) for field in fields}
+
+
+@functools.cache
+def arguments() -> frozenset[str]:
+    """The names of all our scripts' arguments: columns of settings, among all that W&B exports."""
+    return frozenset(name for script in FAMILIES for name in defaults(script))
+
+
+def settings(runs: pd.DataFrame) -> set[str]:
+    """The columns that are arguments of a script: of ours, and of others all that are neither measured nor W&B's own."""
+    others = runs[~runs.run_script.isin(FAMILIES)].dropna(axis=1, how="all") if "run_script" in runs else runs.iloc[:0, :0]
+    theirs = {name for name in others if re.fullmatch(r"[A-Za-z]\w*", name) and name[0].islower() and name not in RECORD}
+    return (arguments() & set(runs)) | theirs
 
 
 def flatten(result: dict) -> dict:
-    """A result.json as a line of W&B's table of runs: arguments by their own names, versions as versions.NAME."""
+    """A result.json as a line of W&B's table of runs: arguments by their own names, versions as versions.NAME.
+
+    An argument that our script did not have when it made the run has its default, which is what the script did then.
+    """
     row = {key: value for key, value in result.items() if isinstance(value, str | int | float)}
-    row |= {key: value for key, value in result["args"].items() if key != "env_id"}
+    row |= {key: value for key, value in (defaults(result["script"]) | result["args"]).items() if key != "env_id"}
     row["returns"] = " ".join(f"{value:.6g}" for value in result.get("returns") or [])
     for when in ("before", "after"):  # what RLHF scripts measure beside the score
         row |= {f"{when}.{name}": value for name, value in (result.get(when) or {}).items()}
-    return row | {f"versions.{name}": value for name, value in result["versions"].items()}
+    return row | {f"versions.{name}": value for name, value in (result.get("versions") or {}).items()}
+
+
+@functools.cache
+def grid_of(folder: Path) -> dict:
+    """What run.py wrote of the grid above this run's folder: grid.script and grid.baseline; {} if there is none."""
+    for parent in list(folder.resolve().parents)[:4]:
+        with contextlib.suppress(OSError, ValueError):
+            grid = json.loads((parent / "grid.json").read_text())
+            return {f"grid.{key}": grid[key] for key in ("script", "baseline") if grid.get(key)}
+    return {}
+
+
+def read_folder(source: Path, left_out: Counter) -> pd.DataFrame:
+    """The finished runs below a folder, one line a run; counts the others in `left_out`."""
+    rows = []
+    for folder in sorted({path.parent for name in ("args.json", "result.json") for path in source.rglob(name)}):
+        finished = (folder / "result.json").exists()
+        path = folder / ("result.json" if finished else "args.json")
+        try:
+            row = flatten(json.loads(path.read_text()))
+            arm = name_of(row) or label(row)
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            fail(f"{path}: expected a {path.name} of one of the scripts ({error!r:.80})")
+        if finished:
+            rows.append({**row, "Name": folder.name, "folder": str(folder), **grid_of(folder)})
+        else:
+            left_out["not finished", arm] += 1
+    return pd.DataFrame(rows)
+
+
+def read_csv(source: Path) -> pd.DataFrame:
+    """A table of runs, as this script writes it or W&B exports it; `attrs["lacks"]`: the settings that it does not have."""
+    try:
+        table = pd.read_csv(source, float_precision="round_trip", dtype={"run_id": str, "ID": str})
+    except (OSError, ValueError, pd.errors.ParserError, UnicodeDecodeError) as error:
+        fail(f"{source}: expected a csv with a line a run ({str(error).splitlines()[0]})")
+    own = table["ID"] if "ID" in table else pd.Series([f"{source}:{i}" for i in table.index], dtype=str)
+    table["run_id"] = table["run_id"].fillna(own) if "run_id" in table else own
+    missing = {"script", "env_id", "seed"} - set(table)
+    scripts = {} if "script" in missing else dict(list(table.groupby("script")))
+    missing |= {"alpha", "beta", "score"} - set(table) if missing else set()
+    for script in FAMILIES.keys() & scripts:
+        missing |= ({*TELLING} & set(defaults(script))) - set(table)
+    missing |= {"exp_name"} - set(table) if scripts.keys() - FAMILIES.keys() else set()
+    if missing:
+        fail(
+            f"{source}: no column {', '.join(sorted(missing))}; expected what the scripts log to W&B, with all settings that "
+            "tell arms apart"
+        )
+    lacks = set()
+    for script, rows in scripts.items():
+        known = defaults(script)
+        lacks |= set(known) - {*table, *FREE}
+        for name in ("env_id", "seed", *known) if script in FAMILIES else ("env_id", "seed", "exp_name"):
+            if name not in table:
+                continue
+            values, default = rows[name], known.get(name, 1 if name == "seed" else "")
+            empty = values.isna() & (name in ("env_id", "seed", "exp_name") or (name in TELLING and name in known))
+            if isinstance(default, bool):
+                read = values.map(lambda value: {"true": True, "false": False}.get(str(value).lower()))
+            elif isinstance(default, int | float):
+                read = pd.to_numeric(values, errors="coerce")
+            else:
+                read = values
+            for i in rows.index[empty | (values.notna() & read.isna())]:
+                value = "" if pd.isna(values[i]) else values[i]
+                fail(f"{source}: line {i + 2}: {name} is {value!r}; expected the setting of this run of {script}")
+            if isinstance(default, bool | int | float):
+                table[name] = table[name].astype(object)
+                table.loc[rows.index, name] = read.astype(object)
+    table = table.infer_objects()
+    table.attrs["lacks"] = sorted(lacks)
+    return table
+
+
+def name_of(run: dict) -> str | None:
+    """The arm's name, which run.py gives as --exp-name; None where it is the default, a script's own name."""
+    name, stems = run.get("exp_name"), {Path(script).stem for script in (*FAMILIES, run["script"])}
+    return name if isinstance(name, str) and name not in stems else None
 
 
 def load_runs(sources: tuple[Path, ...]) -> pd.DataFrame:
-    """One line a run; those of local folders have their folder in the column `folder`.
+    """One line a run; those of local folders have their folder in the column `folder`. The order of the sources is nothing.
 
-    What is left out, of which arm and how many, is in attrs["left out"] as lines of text.
+    Of a run that is there twice the line with a folder counts, else the one that has got further. Columns made here: `script`
+    is the grid's, under which runs are compared (`run_script`: the one that ran), `method` what the settings make of a run,
+    `arm` what it is called, `paper` the paper's name for it. attrs: lines of text on what is left out or unknown.
     """
-    tables, left_out = [], Counter()
-    for source in sources:
+    tables, left_out, lacks = [], Counter(), []
+    for source in sorted(sources, key=lambda source: (not source.is_dir(), str(source))):
         if source.is_dir():
-            rows = []
-            for folder in sorted({path.parent for name in ("args.json", "result.json") for path in source.rglob(name)}):
-                finished = (folder / "result.json").exists()
-                path = folder / ("result.json" if finished else "args.json")
-                try:
-                    row = flatten(json.loads(path.read_text()))
-                    arm = label(row)
-                except (ValueError, KeyError, AttributeError) as error:
-                    fail(f"{path}: expected a {path.name} of one of the scripts ({error!r:.80})")
-                if finished:
-                    rows.append({**row, "Name": folder.name, "folder": str(folder)})
-                else:
-                    left_out["not finished", arm] += 1
-            tables.append(pd.DataFrame(rows))
+            tables.append(read_folder(source, left_out))
         elif source.is_file():
-            try:
-                table = pd.read_csv(source, float_precision="round_trip")
-            except (ValueError, pd.errors.ParserError, UnicodeDecodeError) as error:
-                fail(f"{source}: expected a csv with a line a run ({str(error).splitlines()[0]})")
-            own = table["ID"] if "ID" in table else pd.Series([f"{source}:{i}" for i in table.index], dtype=str)
-            table["run_id"] = table["run_id"].fillna(own) if "run_id" in table else own
-            tables.append(table)
+            tables.append(read_csv(source))
+            lacks += [f"{source.name} lacks {', '.join(tables[-1].attrs['lacks'])}"] if tables[-1].attrs["lacks"] else []
         else:
             fail(f"{source}: expected a folder with finished runs, or a csv with a line a run")
-    runs = pd.concat(tables, ignore_index=True)
+    for table in tables:
+        table.attrs = {}
+    runs = pd.concat([table for table in tables if len(table)] or tables[:1], ignore_index=True)
+    where = " ".join(map(str, sources))
     if runs.empty:
-        fail(
-            f"{' '.join(map(str, sources))}: no finished run there; expected some result.json below (or name a runs.csv itself)"
-        )
-    needed = ["script", "env_id", "seed", "alpha", "beta", "score"]
-    missing = set(needed) - set(runs.columns)
-    if missing:
-        fail(f"{sources[0]}: no column {', '.join(sorted(missing))}; expected what the scripts log to W&B")
-    for name in needed[2:]:
-        runs[name] = pd.to_numeric(runs[name], errors="coerce")
-    known = runs[needed[:-1]].notna().all(axis=1)
+        fail(f"{where}: no finished run there; expected some result.json below (or name a runs.csv itself)")
+    for name in ("seed", "alpha", "beta", "Z", "score", "global_step"):
+        runs[name] = pd.to_numeric(runs[name], errors="coerce") if name in runs else np.nan
+    known = runs[["script", "env_id", "seed"]].notna().all(axis=1) & runs.script.map(lambda script: str(script).endswith(".py"))
     others = int((~known).sum())
     runs = runs[known]
-    runs = runs.assign(noise=runs.noise.fillna("none") if "noise" in runs else "none")
-    runs = runs.assign(Z=pd.to_numeric(runs.Z, errors="coerce").fillna(-1.0) if "Z" in runs else -1.0)
-    runs = runs.assign(arm=[label(run) for run in runs.to_dict("records")])
-    scored = np.isfinite(runs.score)
-    left_out.update(("without a score", arm) for arm in runs[~scored].arm)
-    runs = runs[scored]
-    if runs.empty:
-        fail(f"{' '.join(map(str, sources))}: no run there has a score; expected some finished ones")
+    runs = runs.assign(furthest=runs.global_step.fillna(-1), scored=np.isfinite(runs.score))
+    runs = runs.assign(local=runs.folder.notna() if "folder" in runs else False)
+    runs = runs.sort_values(["local", "scored", "furthest"], ascending=False, kind="stable")
     twice = int(runs.duplicated("run_id").sum())
-    runs = runs.drop_duplicates("run_id").reset_index(drop=True)  # a folder and the export of the same runs
+    runs = runs.drop_duplicates("run_id").sort_index(ignore_index=True)
+    runs = runs.assign(noise=runs.noise.fillna("none") if "noise" in runs else "none", Z=runs.Z.fillna(-1.0))
+    rows = runs.to_dict("records")
+    runs = runs.assign(method=[label(run) for run in rows], paper=[paper_name(run) for run in rows])
+    runs = runs.assign(named=[name_of(run) is not None for run in rows], run_script=runs.script)
+    runs = runs.assign(arm=[name_of(run) or label(run) for run in rows])
+    left_out.update(("without a score", arm) for arm in runs[~runs.scored].arm)
+    runs = runs[runs.scored].drop(columns=["scored", "furthest", "local"]).reset_index(drop=True)
+    if runs.empty:
+        fail(f"{where}: no run there has a score; expected some finished ones")
     runs["env"] = [env_id.removeprefix("ALE/") for env_id in runs.env_id]
-    for i in [i for i in runs.index if runs.arm[i].startswith("control") and not is_control(runs, runs.loc[i])]:
-        runs.loc[i, "arm"] = f"{runs.arm[i].removeprefix('control ')} α {runs.alpha[i]:g}"
+    for i in [i for i in runs.index if runs.method[i].startswith("control ") and not is_control(runs, runs.loc[i])]:
+        runs.loc[i, "method"] = f"{runs.method[i].removeprefix('control ')} α {runs.alpha[i]:g}"
+    of_several = runs.groupby(["script", "env", "noise", "arm"]).method.transform("nunique") > 1  # one name, several methods
+    of_several = of_several.groupby([runs.script, runs.noise, runs.arm]).transform("any")
+    runs.loc[of_several, "arm"] += " " + runs[of_several].method
+    runs.loc[~runs.named, "arm"] = runs[~runs.named].method
+    if "grid.script" in runs:
+        runs["script"] = runs["grid.script"].fillna(runs.script)
     # one beta (of controls: one alpha) an arm and row is the arm itself; if any row has several, they are told apart in all
     for name, sign in (("beta", "β"), ("alpha", "α")):
         several = runs.groupby(["script", "env", "noise", "arm"])[name].transform("nunique") > 1
@@ -165,12 +306,12 @@ def load_runs(sources: tuple[Path, ...]) -> pd.DataFrame:
     telling = {}  # so too the settings by which runs with one seed are told apart
     for (script, _, noise, arm), group in runs.groupby(["script", "env", "noise", "arm"]):
         if group.seed.duplicated().any():
-            telling.setdefault((script, noise, arm), set()).update(differences(group, arguments() - {*ARM, *FREE}))
+            telling.setdefault((script, noise, arm), set()).update(differences(group, settings(runs) - {*ARM, *FREE}))
     for (script, noise, arm), names in telling.items():
         group = runs[(runs.script == script) & (runs.noise == noise) & (runs.arm == arm)]
         for name in sorted(names):
             runs.loc[group.index, "arm"] += group[name].map(shown).map(f" {name} {{}}".format)
-    runs["steps"] = runs.get("total_timesteps", np.nan)
+    runs["steps"] = pd.to_numeric(runs.get("total_timesteps", pd.Series(np.nan, runs.index)))
     if "iterations" in runs:
         runs["steps"] = runs.steps.fillna(runs.iterations)
     for name in [name for name in runs if name.startswith(("eval/", "test/"))]:  # W&B's summary has the last values
@@ -178,30 +319,69 @@ def load_runs(sources: tuple[Path, ...]) -> pd.DataFrame:
         after = f"after.{name.split('/', 1)[1]}"
         runs[after] = runs.get(after, pd.Series(np.nan, runs.index)).fillna(runs[name].where(of))
     lines = [f"{why}: {arm} ({count})" for (why, arm), count in sorted(left_out.items())]
-    runs.attrs = {"left out": lines, "others": others, "twice": twice, "telling": set().union(*telling.values())}
+    about = {"left out": lines, "others": others, "twice": twice, "lacks": sorted(set(lacks))}
+    runs.attrs = {**about, "telling": set().union(*telling.values())}
     return runs
 
 
 def label(run: dict) -> str:
-    """The arm of a run, by its arguments."""
+    """What a run's settings make of it; of a script that is not ours, whose loss nobody knows here, what its arm is called."""
+    if run["script"] not in FAMILIES:
+        weights = [f"{sign} {run[key]:g}" for key, sign in (("alpha", "α"), ("beta", "β")) if not pd.isna(run.get(key))]
+        name = name_of(run) or " ".join([Path(run["script"]).stem, *weights])
+        return name.upper() if name.upper() in (*BASELINES, *SYMMETRIC) else name
     algorithm = "A2C" if "a2c" in run["script"] else "PPO"
     continuous = "continuous" in run["script"]
-    discrete = "D" if continuous and run.get("num_bins", 11) else ""
-    if run.get("mean_weight") in (True, "True", 1):
+    discrete = "D" if continuous and run["num_bins"] else ""
+    if run.get("mean_weight") is True:
         name = f"control {discrete}{algorithm}"
     elif run["beta"]:
         name = f"{discrete}S{algorithm}"
         name += " factored" if run.get("reverse_prob") == "factored" else ""
-        name += " literal" if run.get("literal_signs") in (True, "True") else ""
+        name += " literal" if run.get("literal_signs") is True else ""
     else:
         name = discrete + algorithm if run["alpha"] == 1 else f"control {discrete}{algorithm}"
     default = algorithm == "PPO"
-    raw = run.get("norm_adv") in (False, "False", 0) if default else run.get("norm_adv") in (True, "True", 1)
+    raw = bool(run.get("norm_adv", default)) != default
     name += " raw" if raw and default else " normalised" if raw else ""
     name += f" Z {run['Z']:g}" if run.get("Z", -1) != -1 and run["beta"] else ""
-    name += f" {run['num_bins']:g} bins" if discrete and run.get("num_bins", 11) != 11 else ""
+    name += f" {run['num_bins']:g} bins" if discrete and run["num_bins"] != 11 else ""
     exp_name = str(run.get("exp_name"))
     return name + (f" {exp_name}" if exp_name.startswith("reweighted") else "")
+
+
+@functools.cache
+def hyperparameters() -> dict:
+    return tomllib.loads(PAPER.read_text())
+
+
+def paper_name(run: dict) -> str | None:
+    """The paper's name for a run of one of our scripts with the paper's settings, of any length; None for any other run."""
+    family, algorithm = FAMILIES.get(run["script"], (None, None))
+    if family not in ("atari", "continuous"):
+        return None
+    paper, expected = hyperparameters()[family], defaults(run["script"])
+    env, noise = re.sub(r"^ALE/(.*)-v5$", r"\1", run["env_id"]), run["noise"]
+    if env not in paper.get("games", paper.get("tasks")) or noise not in ("none", paper["noise"]["kind"]):
+        return None
+    if (algorithm, env) == ("a2c", "Swimmer-v4"):
+        expected = expected | {"gamma": 0.9999}
+    betas = paper[algorithm]["beta"][noise]
+    beta = betas if isinstance(betas, float) else betas.get(env, betas.get("default"))
+    weights, own = (run["alpha"], run["beta"]), {"alpha", "beta", "num_bins", "norm_adv"}
+    changed = {
+        name
+        for name in expected.keys() - {*FREE, *MACHINE} - own
+        if (noise != "none" or not name.startswith("noise_")) and shown(run.get(name)) != shown(expected[name])
+    }
+    raw = bool(run["norm_adv"]) != expected["norm_adv"]
+    discrete = "" if family == "atari" else {11: "D", 0: ""}.get(run["num_bins"])
+    if changed or discrete is None or (raw and (run["script"], weights) != ("sppo_atari.py", (1, 0))):
+        return None
+    if weights == (1, 0):  # on Atari normalised or not: which of them the paper's table has is not known
+        return discrete + algorithm.upper()
+    symmetric = weights == (paper["alpha"], beta) and (discrete or family == "atari")
+    return f"{discrete}S{algorithm.upper()}" if symmetric else None
 
 
 def is_control(runs: pd.DataFrame, run: pd.Series) -> bool:
@@ -218,7 +398,10 @@ def is_control(runs: pd.DataFrame, run: pd.Series) -> bool:
 
 
 def find_mixture(runs: pd.DataFrame) -> list[str]:
-    """What differs among runs that a table would compare: versions and settings anywhere, lengths within a row."""
+    """What differs among runs that a table would compare: versions anywhere, lengths within a row, settings within an arm.
+
+    Arms without a name must be alike in all but what makes an arm; those of a grid differ in what its author wrote.
+    """
     found = []
     for (script, env, noise), row in runs.groupby(["script", "env", "noise"]):
         steps = sorted(row.steps.dropna().unique())
@@ -227,14 +410,14 @@ def find_mixture(runs: pd.DataFrame) -> list[str]:
         for (arm, seed), count in row.groupby(["arm", "seed"]).size().items():
             if count > 1:
                 found.append(f"{env}, noise {noise}, {script}: {count} runs of {arm} with seed {seed}")
-        names, plain = arguments() - {*ARM, *FREE} - runs.attrs["telling"], row[~row.arm.str.contains("reweighted")]
-        for name, values in (differences(row, names - DIVIDED) | differences(plain, names & DIVIDED)).items():
-            if noise != "none" or not name.startswith("noise_"):
-                found.append(f"{env}, noise {noise}, {script}: {name} {', '.join(values)}")
+        names = settings(runs) - {*ARM, *FREE} - ({"noise_prob", "noise_std"} if noise == "none" else set())
+        unnamed = differences(row[~row.named], names - runs.attrs["telling"])
+        found += [f"{env}, noise {noise}, {script}: {name} {', '.join(values)}" for name, values in unnamed.items()]
         for arm, same in row.groupby("arm"):
-            for name, values in differences(same, runs.attrs["telling"] | (DIVIDED if "reweighted" in arm else set())).items():
+            own = same.run_script.isin(FAMILIES).all()
+            for name, values in differences(same, names - set(unnamed) | (set() if own else {*ARM} & set(runs))).items():
                 found.append(f"{env}, noise {noise}, {script}, {arm}: {name} {', '.join(values)}")
-    for script, same in runs.groupby("script"):
+    for script, same in runs.groupby("run_script"):
         versions = {name for name in runs.columns if name.startswith("versions.")}
         for name, values in differences(same, versions).items():
             found.append(f"{script}: {name} {', '.join(values)}")
@@ -252,8 +435,26 @@ def differences(runs: pd.DataFrame, names: set[str]) -> dict[str, list[str]]:
 
 
 def shown(value) -> str:
-    """A setting as text: None of a result.json and the empty field that it is in a csv alike."""
-    return "none" if pd.isna(value) else str(value)
+    """A setting as text: None of a result.json and the empty field that it is in a csv alike, 1 and 1.0, too."""
+    if pd.isna(value):
+        return "none"
+    return f"{value:.9g}" if isinstance(value, int | float | np.number) and not isinstance(value, bool) else str(value)
+
+
+def describe_arms(runs: pd.DataFrame) -> str:
+    """Of one script's runs: what each arm is, with its weights, and with the settings in which the arms differ."""
+    roles = roles_of(runs)
+    telling = set().union(*(differences(row, settings(runs) - {*ARM, *FREE}) for _, row in runs.groupby("env")))
+    texts = []
+    for arm in order(list(roles), roles):
+        mine = runs[runs.arm == arm]
+        parts = [mine.method.iloc[0]] if mine.method.iloc[0] != arm and not arm.startswith(mine.method.iloc[0]) else []
+        parts += [script for script in mine.run_script.unique() if script != mine.script.iloc[0]]
+        for name, sign in (("alpha", "α"), ("beta", "β"), *((name, name) for name in sorted(telling))):
+            values = sorted(mine[name].dropna().unique()) if name in mine else []
+            parts += [f"{sign} {', '.join(map(shown, values))}"] if values else []
+        texts.append(f"{arm} ({', '.join(parts)})" if parts else arm)
+    return f"Arms: {'; '.join(texts)}."
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -261,26 +462,34 @@ def shown(value) -> str:
 
 def cells(runs: pd.DataFrame) -> pd.DataFrame:
     """Mean, standard error and number of seeds of each script, environment, noise and arm, and the paper's numbers."""
-    grouped = runs.groupby(["script", "env", "noise", "arm"]).score
-    table = pd.DataFrame({"mean": grouped.mean(), "stderr": grouped.sem(), "seeds": grouped.count()}).reset_index()
+    grouped = runs.groupby(["script", "env", "noise", "arm"])
+    scores = grouped.score
+    # the paper's name, if all runs of the cell have it
+    paper = grouped.paper.agg(lambda names: names.iloc[0] if names.notna().all() and names.nunique() == 1 else None)
+    table = pd.DataFrame({"mean": scores.mean(), "stderr": scores.sem(), "seeds": scores.count(), "algo": paper}).reset_index()
     table["task"] = [re.sub(r"-v\d+$", "", env) for env in table.env]
-    published = pd.read_csv(PUBLISHED).rename(
-        columns={"algo": "arm", "env": "task", "mean": "paper_mean", "stderr": "paper_stderr"}
-    )
-    atari_ppo = published[(published.family == "atari") & (published.arm == "PPO")]
-    published = pd.concat([published, atari_ppo.assign(arm="PPO raw")])
-    return table.merge(
-        published[["task", "noise", "arm", "paper_mean", "paper_stderr"]], how="left", on=["task", "noise", "arm"]
-    )
+    published = pd.read_csv(PUBLISHED).rename(columns={"env": "task", "mean": "paper_mean", "stderr": "paper_stderr"})
+    published = published[["task", "noise", "algo", "paper_mean", "paper_stderr"]]
+    return table.merge(published, how="left", on=["task", "noise", "algo"]).drop(columns="algo")
 
 
-def order(arms: list[str]) -> list[str]:
+def roles_of(runs: pd.DataFrame) -> dict[str, str]:
+    """Arm -> what its settings make of it, with "baseline" before it if the grid names it as that."""
+    roles = dict(zip(runs.arm, runs.method, strict=True))
+    for arm in set(runs.get("grid.baseline", pd.Series(dtype=str)).dropna()) & set(roles):
+        roles[arm] = f"baseline {roles[arm]}"
+    return roles
+
+
+def order(arms: list[str], roles: dict[str, str] | None = None) -> list[str]:
     """Baselines first, then what is compared with them, then controls; β 2 before β 10."""
     first = {arm: i for i, arm in enumerate(BASELINES)}
 
     def key(arm: str) -> tuple:
+        role = (roles or {}).get(arm, arm)
         parts = re.split(r"(\d+\.?\d*)", arm)  # texts and numbers by turns
-        return arm.startswith("control"), first.get(arm, 9), [float(part) if i % 2 else part for i, part in enumerate(parts)]
+        place = -1 if role.startswith("baseline ") else first.get(role, 9)
+        return role.startswith("control"), place, [float(part) if i % 2 else part for i, part in enumerate(parts)]
 
     return sorted(arms, key=key)
 
@@ -326,13 +535,14 @@ def aggregate(runs: pd.DataFrame, baseline: str, reps: int) -> pd.DataFrame:
     from rliable import library, metrics
 
     np.random.seed(0)  # rliable draws from numpy's own generator
+    roles = roles_of(runs)
 
     def estimate(statistic, a: str, b: str, common: list[str]) -> tuple[float, float, float]:
         pair = {"pair": (matrix(runs, a, common), matrix(runs, b, common))}
         point, interval = library.get_interval_estimates(pair, lambda x, y: np.array([statistic(x, y)]), reps=reps)
         return point["pair"][0], *interval["pair"][:, 0]
 
-    arms = order(list(runs.arm.unique()))
+    arms = order(list(roles), roles)
     envs = runs.groupby("arm").env.agg(set)
     rows, usable = [], set(clear(runs, baseline))
     for arm in arms:
@@ -341,45 +551,83 @@ def aggregate(runs: pd.DataFrame, baseline: str, reps: int) -> pd.DataFrame:
             rows.append(("IQM", arm, baseline, *estimate(relative_iqm, arm, baseline, common), len(common)))
     for a, b in itertools.combinations(arms, 2):
         common = sorted(envs[a] & envs[b])
-        if common and (len(arms) <= 6 or is_reference(a) or is_reference(b)):
+        if common and (len(arms) <= 6 or is_reference(roles[a]) or is_reference(roles[b])):
             value, low, high = estimate(metrics.probability_of_improvement, a, b, common)
             rows.append(("P(arm > other)", a, b, value, low, high, len(common)))
             rows.append(("P(arm > other)", b, a, 1 - value, 1 - high, 1 - low, len(common)))
     return pd.DataFrame(rows, columns=["what", "arm", "other", "value", "low", "high", "environments"])
 
 
-def is_reference(arm: str) -> bool:
+def is_reference(role: str) -> bool:
     """What others are compared with: baselines and controls, raw or normalised ones too; not a baseline with an odd alpha."""
-    return arm.startswith("control") or (arm.split()[0] in BASELINES and " α " not in arm)
+    return role.startswith(("baseline ", "control")) or (role.split()[0] in BASELINES and " α " not in role)
 
 
-def load_curves(runs: pd.DataFrame, sources: tuple[Path, ...]) -> pd.DataFrame:
-    """Points of KEPT of the local runs, and of those from a csv that has this script's curves.csv beside it."""
+def shortfall(points: pd.DataFrame, end: float) -> str | None:
+    """What a run's curve lacks, as text; None if it is whole. points: tag, step of one run, which ended at the step `end`.
+
+    Every iteration that is logged logs the share of changed signs: these steps are evenly spaced and the last is the run's.
+    Returns are logged when episodes end. They may miss twice their longest gap at the end and, of a script that logs nothing
+    else, a quarter of the run in between.
+    """
+    even, returns = (np.unique(points[points.tag.isin(tags)].step) for tags in (CURVES[2:], RETURNS))
+    for steps, is_even in ((even, True), (returns, False)):
+        if not len(steps):
+            continue
+        gaps = np.diff([0, *steps])
+        if end - steps[-1] > (0 if is_even else 2 * gaps.max()):  # False if the end is not known
+            return f"ends at {steps[-1]:,.0f} of {end:,.0f} steps"
+        hole = gaps.argmax()
+        if gaps[hole] > (
+            1.5 * np.median(gaps) if is_even else math.inf if len(even) else max(0.25 * steps[-1], 5 * np.median(gaps))
+        ):
+            return f"has a hole before step {steps[hole]:,.0f}"
+    return None
+
+
+def load_curves(runs: pd.DataFrame, sources: tuple[Path, ...]) -> tuple[pd.DataFrame, list[str]]:
+    """Points of KEPT of the local runs, and of those from a csv that has this script's curves.csv beside it.
+
+    A damaged event file ends the curve there without a word, so that curves which lack something are left out; the second
+    value says which.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    rows = []
+    columns = ["run_id", "tag", "step", "value"]
+    tables = []
     for run in runs.to_dict("records"):
         if not isinstance(run.get("folder"), str):
             continue
         events = EventAccumulator(run["folder"], size_guidance={"scalars": 0}).Reload()
-        for tag in sorted(set(KEPT) & set(events.Tags()["scalars"])):
-            rows += [(run["run_id"], tag, event.step, event.value) for event in events.Scalars(tag)]
-    tables = [pd.DataFrame(rows, columns=["run_id", "tag", "step", "value"])]
-    known = set(tables[0].run_id)
-    for path in [source.with_name("curves.csv") for source in sources if source.is_file()]:
+        tags = sorted(set(KEPT) & set(events.Tags()["scalars"]))
+        rows = [(run["run_id"], tag, event.step, event.value) for tag in tags for event in events.Scalars(tag)]
+        tables.append(pd.DataFrame(rows, columns=columns))
+    for path in sorted(source.with_name("curves.csv") for source in sources if source.is_file()):
         if path.exists():
             found = read_curves(path)
-            tables.append(found[found.run_id.isin(set(runs.run_id) - known)])
-            known |= set(found.run_id)
-    return pd.concat([table for table in tables if len(table)] or tables[:1], ignore_index=True)
+            tables += [own for _, own in found[found.run_id.isin(set(runs.run_id))].groupby("run_id")]
+    ends = dict(zip(runs.run_id, runs.global_step.fillna(runs.get("total_timesteps", np.nan)), strict=True))
+    names = dict(
+        zip(runs.run_id, runs.arm + ", " + runs.env + ", noise " + runs.noise + ", seed " + runs.seed.map(shown), strict=True)
+    )
+    whole, lacks = {}, {}
+    for table in filter(len, tables):
+        run_id = table.run_id.iloc[0]
+        lack = shortfall(table, ends[run_id])
+        if lack:
+            lacks.setdefault(run_id, f"{names[run_id]}, {lack}")
+        elif run_id not in whole:
+            whole[run_id] = table
+    curves = pd.concat(whole.values(), ignore_index=True) if whole else pd.DataFrame(columns=columns)
+    return curves.astype({"step": int, "value": float}), [text for run_id, text in lacks.items() if run_id not in whole]
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def markdown(table: pd.DataFrame) -> list[str]:
+def markdown(table: pd.DataFrame, roles: dict[str, str]) -> list[str]:
     """The rows of one script and noise: ours by arm, the paper's in brackets; the best of ours in bold; wins below."""
-    arms = order(list(table.arm.unique()))
+    arms = order(list(table.arm.unique()), roles)
     lines = ["| | " + " | ".join(arms) + " |", "|---" * (len(arms) + 1) + "|"]
     for env, row in table.groupby("env"):
         best, texts = row["mean"].max(), []
@@ -397,7 +645,7 @@ def markdown(table: pd.DataFrame) -> list[str]:
             texts.append(text)
         lines.append(f"| {env} | {' | '.join(texts)} |")
     ours, papers = wins(table), wins(table, "paper_mean")
-    for other in filter(is_reference, arms):
+    for other in [arm for arm in arms if is_reference(roles[arm])]:
         texts = []
         for arm in arms:
             text = "{} of {}".format(*ours[arm, other]) if (arm, other) in ours else ""
@@ -429,8 +677,8 @@ def equal_curves(runs: pd.DataFrame, curves: pd.DataFrame) -> list[str]:
 
     rows = []
     # other gradients, and raw advantages, which change no signs: without returns nothing would tell two runs apart
-    symmetric = runs[(runs.beta > 0) & ~runs.arm.str.contains("literal|factored|raw")].sort_values("seed")
-    for env, arm in itertools.product(sorted(symmetric.env.unique()), order(list(symmetric.arm.unique()))):
+    symmetric = runs[(runs.beta > 0) & ~runs.method.str.contains("literal|factored|raw|control")].sort_values("seed")
+    for env, arm in itertools.product(sorted(symmetric.env.unique()), order(list(symmetric.arm.unique()), roles_of(symmetric))):
         same = [run for _, run in symmetric[(symmetric.env == env) & (symmetric.arm == arm)].iterrows()]
         control = [last_equal(run, run.alpha + run.beta * abs(run.Z)) for run in same]
         if not all(text.endswith("?") for text in control):
@@ -448,7 +696,8 @@ def measures(runs: pd.DataFrame) -> list[str]:
     names = [name for name in names if runs[f"after.{name}"].notna().any()]
     if not names:
         return []
-    arms = order(list(runs.arm.unique()))
+    roles = roles_of(runs)
+    arms = order(list(roles), roles)
     lines = ["Measured after training, by arm:", "", f"| | before | {' | '.join(arms)} |", "|---" * (len(arms) + 2) + "|"]
     for name in names:
         before = runs.get(f"before.{name}", pd.Series(dtype=float)).groupby(runs.seed).mean()  # the arms of a seed start as one
@@ -465,7 +714,7 @@ def training(runs: pd.DataFrame, curves: pd.DataFrame) -> list[str]:
         return []
     late = merged[merged.step > 0.9 * merged.groupby("run_id").step.transform("max")]
     values = late.groupby(["env", "arm", "run_id"]).value.mean()
-    arms = order(list(merged.arm.unique()))
+    arms = order(list(merged.arm.unique()), roles_of(runs))
     lines = ["While training, mean over the last tenth of it:", "", f"| | {' | '.join(arms)} |", "|---" * (len(arms) + 1) + "|"]
     for env in sorted(merged.env.unique()):
         columns = [values[env].get(arm, pd.Series(dtype=float)) for arm in arms]
@@ -476,8 +725,9 @@ def training(runs: pd.DataFrame, curves: pd.DataFrame) -> list[str]:
 
 def aggregates(runs: pd.DataFrame, several: pd.DataFrame, baseline: str, found: pd.DataFrame) -> list[str]:
     """What `found` says, as a table; `several` are those of the runs whose cell has two seeds or more."""
-    arms = order(list(several.arm.unique()))
-    others = [arm for arm in arms if len(arms) <= 6 or is_reference(arm)]
+    roles = roles_of(several)
+    arms = order(list(roles), roles)
+    others = [arm for arm in arms if len(arms) <= 6 or is_reference(roles[arm])]
     counts = several.groupby(["arm", "env"]).size()
     few = f", from {counts.min()} seeds and thus too narrow, as the bootstrap sees no others" if counts.min() < 10 else ""
     lines = [
@@ -527,18 +777,62 @@ def with_error(mean: float, error: float) -> str:
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def colours(arms: list[str]) -> dict[str, str]:
-    """Controls, which are dashed or hatched, have the colours of the symmetric arms, in their order."""
-    controls = [arm for arm in order(arms) if arm.startswith("control")]
-    others = [arm for arm in order(arms) if arm not in controls]
-    colour = {arm: f"C{i % 10}" for i, arm in enumerate(others)}
-    partners = [arm for arm in others if not is_reference(arm)] or others
-    return colour | {arm: colour[partners[i % len(partners)]] if partners else f"C{i % 10}" for i, arm in enumerate(controls)}
+def colours(roles: dict[str, str]) -> dict[str, str]:
+    """Arm -> colour: that of its kind in ARM_COLOURS, the next spare one if it has none or another arm has it.
+
+    Several controls, which are dashed, have the colours of the symmetric arms, in their order; one alone is black.
+    """
+    arms = order(list(roles), roles)
+    controls = [arm for arm in arms if is_control_role(roles[arm])]
+    found, spare = {}, itertools.cycle(SPARE_COLOURS)
+    for arm in [arm for arm in arms if arm not in controls]:
+        colour = ARM_COLOURS.get(roles[arm].removeprefix("baseline "))
+        taken = {*found.values(), *(ARM_COLOURS.get(role.removeprefix("baseline ")) for role in roles.values())}
+        if colour is None or colour in found.values():
+            colour = next((other for other in SPARE_COLOURS if other not in taken), None) or next(spare)
+        found[arm] = colour
+    partners = [arm for arm in found if not is_reference(roles[arm])]
+    for i, arm in enumerate(controls):
+        found[arm] = ARM_COLOURS["control"] if len(controls) == 1 or not partners else found[partners[i % len(partners)]]
+    return found
+
+
+def is_control_role(role: str) -> bool:
+    return role.removeprefix("baseline ").startswith("control")
+
+
+def weights_of(runs: pd.DataFrame) -> str:
+    """(α 0.5, β 10) of one arm's runs; nothing where they have none, or several."""
+    values = [(sign, runs[name].dropna().unique()) for name, sign in (("alpha", "α"), ("beta", "β")) if name in runs]
+    texts = [f"{sign} {found[0]:g}" for sign, found in values if len(found) == 1]
+    return f" ({', '.join(texts)})" if texts else ""
+
+
+def spread_of(runs: pd.DataFrame) -> str:
+    """mean ± standard error, 5 seeds: how many runs the arms have in one environment."""
+    counts = runs.groupby(["env", "noise", "arm"]).run_id.nunique()
+    least, most = counts.min(), counts.max()
+    if most == 1:
+        return "1 seed"
+    return f"mean ± standard error, {least if least == most else f'{least} to {most}'} seeds"
+
+
+def save(figure, path: Path) -> None:
+    """As SVG and as PNG, atomically; the same numbers give the same bytes."""
+    figure.tight_layout()
+    for suffix, options in ((".svg", {"metadata": {"Date": None}}), (".png", {"dpi": 200})):
+        buffer = io.BytesIO()
+        with plt.rc_context({"svg.hashsalt": "report"}):
+            figure.savefig(buffer, format=suffix[1:], **options)
+        write_atomically(path.with_suffix(suffix), buffer.getvalue())
+    plt.close(figure)
 
 
 def grid_of_axes(count: int):
-    columns = min(4, count)
-    figure, axes = plt.subplots(-(-count // columns), columns, figsize=(4 * columns, 3 * -(-count // columns)), squeeze=False)
+    columns = min(3, count) if count != 4 else 2
+    figure, axes = plt.subplots(
+        -(-count // columns), columns, figsize=(4.8 * columns, 3.6 * -(-count // columns)), squeeze=False
+    )
     for axis in axes.flat[count:]:
         axis.set_axis_off()
     return figure, axes.flat
@@ -562,57 +856,63 @@ def draw_curves(runs: pd.DataFrame, curves: pd.DataFrame, path: Path) -> None:
     if not groups:
         return
     figure, axes = grid_of_axes(len(groups))
-    colour = colours(list(merged.arm.unique()))
+    roles = roles_of(runs)
+    colour = colours(roles)
     for axis, ((script, env, noise), group) in zip(axes, groups, strict=False):
-        for arm in order(list(group.arm.unique())):
+        for arm in order(list(group.arm.unique()), roles):
             mine = group[group.arm == arm]
             table = curve_table(mine)
             mean, error = table.mean(axis=1), table.sem(axis=1).fillna(0)
-            axis.plot(table.index, mean, "--" if arm.startswith("control") else "-", color=colour[arm], label=arm)
-            axis.fill_between(table.index, mean - error, mean + error, color=colour[arm], alpha=0.2, linewidth=0)
-        title = f"{env}{'' if noise == 'none' else f', noise {noise}'}\n{script}"
-        rlhf = script.startswith("sppo_rlhf")
-        axis.set(title=title, xlabel="episodes" if rlhf else "steps", ylabel="score" if rlhf else "return")
-        axis.title.set_fontsize(9)
+            # thin and on top, so that what lies under a control can be seen
+            style = {"linestyle": "--", "linewidth": 1.3, "zorder": 3} if is_control_role(roles[arm]) else {"linewidth": 2.2}
+            axis.plot(table.index, mean, color=colour[arm], label=arm + weights_of(mine), **style)
+            axis.fill_between(table.index, mean - error, mean + error, color=colour[arm], alpha=0.15, linewidth=0)
+        rlhf = group.iterations.notna().any() if "iterations" in group else False
+        axis.set(xlabel="episodes" if rlhf else "environment steps", ylabel="score" if rlhf else "return while training")
+        noisy = "" if noise == "none" else f", noise {noise}"
+        axis.set_title(f"{env}{noisy} ({script})\n{spread_of(group)}", fontsize=9)
         axis.xaxis.set_major_formatter(EngFormatter())
         axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path)
 
 
 def draw_sign_changes(runs: pd.DataFrame, curves: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """Figure 2: share of advantages whose sign normalisation changes; mean over training, range of the seeds."""
+    """Figure 2: share of advantages whose sign normalisation changes, by run the mean over training."""
     merged = curves[curves.tag == "charts/adv_sign_change"].merge(runs, on="run_id")
     shares = merged.groupby(["script", "env", "noise", "arm", "seed"]).value.mean().reset_index()
     shares = shares[shares.value > 0]  # without normalisation there is none
     groups = list(shares.groupby(["env", "noise"]))
     if not groups:
         return shares
-    figure, axis = plt.subplots(figsize=(max(6, 1.2 * len(groups)), 4))
-    colour, handles = colours(list(shares.arm.unique())), {}
+    figure, axis = plt.subplots(figsize=(max(6, 1.4 * len(groups) + 2.5), 4))
+    roles = roles_of(runs)
+    colour, handles = colours(roles), {}
     for i, (_, group) in enumerate(groups):
-        arms = order(list(group.arm.unique()))
+        arms = order(list(group.arm.unique()), roles)
         for j, arm in enumerate(arms):
-            values = group[group.arm == arm].value * 100
+            mine = group[group.arm == arm]
+            values = mine.value * 100
             x = i + (j + 0.5) / len(arms) * 0.8 - 0.4
-            hatch = "///" if arm.startswith("control") else None
-            bar = axis.bar(x, values.mean(), 0.7 / len(arms), color=colour[arm], hatch=hatch, edgecolor="white")
+            control = {"fill": False, "linestyle": "--", "linewidth": 1.3} if is_control_role(roles[arm]) else {}
+            bar = axis.bar(x, values.mean(), 0.7 / len(arms), color=colour[arm], edgecolor=colour[arm], **control)
             handles.setdefault(arm, bar)
-            axis.plot([x, x], [values.min(), values.max()], color="black", linewidth=1)
+            axis.errorbar(x, values.mean(), values.sem() if len(values) > 1 else 0, color="#555555", linewidth=1, capsize=2)
     names = [f"{env}{'' if noise == 'none' else f', {noise}'}" for (env, noise), _ in groups]
     slant = {"rotation": 20, "ha": "right"} if len(groups) > 2 else {}
     axis.set_xticks(range(len(groups)), names, fontsize=7, **slant)
     axis.set_ylabel("advantages with another sign, %")
-    axis.legend(handles.values(), handles, fontsize=7, bbox_to_anchor=(1.0, 1.0), loc="upper left")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    axis.set_title(f"Advantages whose sign normalisation changes\n{spread_of(merged)}", fontsize=9)
+    labels = [arm + weights_of(runs[runs.arm == arm]) for arm in handles]
+    axis.legend(handles.values(), labels, fontsize=7, bbox_to_anchor=(1.0, 1.0), loc="upper left")
+    save(figure, path)
     return shares
 
 
 def draw_profiles(runs: pd.DataFrame, baseline: str, reps: int, title: str, path: Path) -> pd.DataFrame:
-    """Share of runs above a normalised score, with 95 % intervals (rliable), over the environments that all arms have."""
+    """Share of runs above a normalised score, with 95 % intervals (rliable), over the environments that all arms have.
+
+    None of arms with fewer than ten runs: a staircase of few steps says no more than the table does.
+    """
     from rliable import library
 
     scale = clear(runs, baseline)
@@ -620,22 +920,25 @@ def draw_profiles(runs: pd.DataFrame, baseline: str, reps: int, title: str, path
     if not envs:
         return pd.DataFrame()
     divisors = [scale[env] for env in envs]
-    scores = {arm: matrix(runs, arm, envs) / divisors for arm in order(list(runs.arm.unique()))}
+    roles = roles_of(runs)
+    scores = {arm: matrix(runs, arm, envs) / divisors for arm in order(list(roles), roles)}
+    if min(x.size for x in scores.values()) < 10:
+        return pd.DataFrame()
 
     low, high = np.quantile(np.concatenate([x.flatten() for x in scores.values()]), [0.0, 0.95])
     taus = np.linspace(low - 0.05 * (high - low), high + 0.05 * (high - low), 81)
     np.random.seed(0)
     profiles, intervals = library.create_performance_profile(scores, taus, reps=max(100, reps // 4))
     figure, axis = plt.subplots(figsize=(5, 3.5))
-    for arm, colour in colours(list(scores)).items():
-        axis.plot(taus, profiles[arm], "--" if arm.startswith("control") else "-", color=colour, label=arm)
+    for arm, colour in colours(roles).items():
+        label = arm + weights_of(runs[runs.arm == arm])
+        axis.plot(taus, profiles[arm], "--" if is_control_role(roles[arm]) else "-", color=colour, label=label)
         axis.fill_between(taus, *intervals[arm], color=colour, alpha=0.15, linewidth=0)
     axis.set(xlabel=f"score / {baseline}'s mean", ylabel="share of runs above it")
-    axis.set_title(f"{title}; {', '.join(envs) if len(envs) <= 3 else f'{len(envs)} environments'}", fontsize=9)
+    where = ", ".join(envs) if len(envs) <= 3 else f"{len(envs)} environments"
+    axis.set_title(f"{title}; {where}\n95 % intervals, {spread_of(runs).split(', ')[-1]}", fontsize=9)
     axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path)
     tables = [
         pd.DataFrame({"arm": arm, "score": taus, "share": profiles[arm], "low": low, "high": high})
         for arm, (low, high) in intervals.items()
@@ -645,41 +948,43 @@ def draw_profiles(runs: pd.DataFrame, baseline: str, reps: int, title: str, path
 
 def sweep(plain: pd.DataFrame) -> pd.DataFrame:
     """Symmetric and control runs with the beta that each stands for: a control's alpha less the symmetric ones' only alpha."""
-    swept = plain[plain.arm.str.contains("S(?:PPO|A2C)|control")].copy()
+    swept = plain[plain.method.str.contains("S(?:PPO|A2C)|control")].copy()
     alphas = swept[swept.beta > 0].alpha
     if alphas.nunique() != 1:
         return swept.iloc[:0].assign(weight=[], kind=[])
     swept["weight"] = swept.beta.where(swept.beta > 0, swept.alpha - alphas.iloc[0])
-    swept["kind"] = np.where(swept.arm.str.startswith("control"), "control", "symmetric")
+    swept["kind"] = np.where(swept.method.str.startswith("control"), "control", "symmetric")
     return swept
 
 
 def draw_betas(runs: pd.DataFrame, path: Path) -> None:
     """Scores by beta, or by the beta that a control stands for, where there are three or more; beta 0 as a line."""
-    plain = runs[~runs.arm.str.contains("raw|factored|literal|normalised|bins|reweighted")]
+    plain = runs[runs.run_script.isin(FAMILIES)]
+    plain = plain[~plain.method.str.contains("raw|factored|literal|normalised|bins|reweighted")]
     swept = sweep(plain)
     groups = [group for group in swept.groupby(["script", "env", "noise"]) if group[1].weight.nunique() >= 3]
     if not groups:
         return
     figure, axes = grid_of_axes(len(groups))
     for axis, ((script, env, noise), group) in zip(axes, groups, strict=False):
-        for kind, style in (("symmetric", "C3o-"), ("control", "C1s--")):
+        for kind, style in (("symmetric", "o-"), ("control", "s--")):
             by_beta = group[group.kind == kind].groupby("weight").score
             if len(by_beta):
-                axis.errorbar(by_beta.mean().index, by_beta.mean(), by_beta.sem().fillna(0), fmt=style, label=kind, capsize=3)
+                colour = ARM_COLOURS["control" if kind == "control" else "SPPO"]
+                x, mean, error = by_beta.mean().index, by_beta.mean(), by_beta.sem().fillna(0)
+                axis.errorbar(x, mean, error, fmt=style, color=colour, label=kind, capsize=3)
         same = plain[(plain.script == script) & (plain.env == env) & (plain.noise == noise)]
-        base = same[same.arm.isin(("DPPO", "DA2C") if "continuous" in script else ("PPO", "A2C"))].score
+        base = same[same.method.isin(("DPPO", "DA2C") if "continuous" in script else ("PPO", "A2C"))].score
         if len(base):
-            axis.axhline(base.mean(), color="C0", linewidth=1, label="α 1, β 0")
+            axis.axhline(base.mean(), color=ARM_COLOURS["PPO"], linewidth=1, label="α 1, β 0")
         ticks = sorted(group.weight.unique())
         title = f"{env}{'' if noise == 'none' else f', noise {noise}'}"
-        axis.set(title=title, xlabel="β (control: α less the symmetric arms' α)", ylabel="score", xscale="log")
+        axis.set(xlabel="β (control: α less the symmetric arms' α)", ylabel="score", xscale="log")
+        axis.set_title(f"{title} ({script})\n{spread_of(group)}", fontsize=9)
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
         axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path)
 
 
 # --- curves.csv -------------------------------------------------------------------------------------------------------
@@ -688,18 +993,38 @@ def draw_betas(runs: pd.DataFrame, path: Path) -> None:
 def write_curves(curves: pd.DataFrame, path: Path) -> None:
     """A line a tag and step, a column a run: a fifth of the size of a line a point."""
     points = curves.drop_duplicates(["run_id", "tag", "step"], keep="last")
-    points.pivot(index=["tag", "step"], columns="run_id", values="value").to_csv(path, float_format="%.6g")
+    table = points.pivot(index=["tag", "step"], columns="run_id", values="value")
+    write_atomically(path, table.to_csv(float_format="%.6g").encode())
 
 
 def read_curves(path: Path) -> pd.DataFrame:
-    """run_id, tag, step, value; also of an older file, which has a line a point."""
-    table = pd.read_csv(path, dtype={"run_id": str})
-    if "run_id" not in table:
-        table = table.melt(["tag", "step"], var_name="run_id", value_name="value").dropna(subset="value")
-    return table[["run_id", "tag", "step", "value"]]
+    """run_id, tag, step, value; also of an older file, which has a line a point. A last line that was cut off is left out."""
+    try:
+        text = path.read_text()
+        table = pd.read_csv(io.StringIO(text[: text.rindex("\n") + 1]), dtype={"run_id": str, "tag": str})
+        if "run_id" not in table:
+            table = table.melt(["tag", "step"], var_name="run_id", value_name="value")
+        table = table[["run_id", "tag", "step", "value"]].dropna()
+        return table.astype({"run_id": str, "step": int, "value": float})
+    except (OSError, ValueError, KeyError) as error:
+        fail(f"{path}: expected the curves.csv of a report ({str(error).splitlines()[0]})")
 
 
 # --- report -----------------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """A kill at any moment leaves the old file or the new one, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_csv(table: pd.DataFrame, path: Path, digits: int | None = None) -> None:
+    write_atomically(path, table.to_csv(index=False, float_format=f"%.{digits}g" if digits else None).encode())
 
 
 def parse_args(argv: list[str]) -> Args:
@@ -709,6 +1034,8 @@ def parse_args(argv: list[str]) -> Args:
         with contextlib.redirect_stderr(captured):
             return tyro.cli(Args, args=argv, prog=Path(__file__).name, description=__doc__)
     except SystemExit as stopped:
+        if MISSING:
+            fail(f"needs {MISSING}; expected what `{INSTALL}` installs")
         if stopped.code:
             text = " ".join(re.sub(r"[╭╮╰╯│─]+|-{3,}|[|+]", " ", captured.getvalue()).split())
             titles = "Value error|Parsing error|Missing argument|Invalid choice|Unrecognized options|Required options"
@@ -718,6 +1045,8 @@ def parse_args(argv: list[str]) -> Args:
 
 
 def main(args: Args) -> None:
+    if MISSING:
+        fail(f"needs {MISSING}; expected what `{INSTALL}` installs")
     if not args.sources:
         fail("expected folders with finished runs, or csv files with a line a run; see --help")
     if args.reps < 1:
@@ -727,12 +1056,13 @@ def main(args: Args) -> None:
     if mixture and not args.allow_mixed:
         rest = f"; and {len(mixture) - 1} more differences" if len(mixture) > 1 else ""
         fail(f"the runs differ: {mixture[0]}{rest}; expected alike ones, or --allow-mixed, which reports them and says so")
-    table, curves = cells(runs), load_curves(runs, args.sources)
+    table, (curves, lacking) = cells(runs), load_curves(runs, args.sources)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--out {args.out}: expected a folder to write in ({error.strerror})")
-    for name in ("aggregates.csv", "profiles.csv", "curves.png", "sign_changes.png", "betas.png", "profiles_*.png"):
+    pictures = [f"{name}.{kind}" for name in ("curves", "sign_changes", "betas", "profiles_*") for kind in ("svg", "png")]
+    for name in ("aggregates.csv", "profiles.csv", *pictures):
         for path in args.out.glob(name):  # of an earlier report, which this one may not replace
             path.unlink()
     seconds = runs.get("seconds", pd.Series(np.nan, runs.index))
@@ -757,7 +1087,11 @@ def main(args: Args) -> None:
         lines += [f"{runs.attrs['others']} lines were of something else than these scripts' runs.", ""]
     if runs.attrs["twice"]:
         lines += [f"{runs.attrs['twice']} lines were of runs that had been read already.", ""]
-    without_curves = len(runs) - curves.run_id.nunique()
+    for text in runs.attrs["lacks"]:
+        lines += [f"**{text}: runs that differ in these settings are taken as alike.**", ""]
+    if lacking:
+        lines += [f"**Curves left out, as their files are damaged or not whole: {'; '.join(lacking)}.**", ""]
+    without_curves = len(runs) - curves.run_id.nunique() - len(lacking)
     if without_curves:
         lines += [f"{without_curves} runs have no curves here.", ""]
     if mixture:
@@ -766,54 +1100,59 @@ def main(args: Args) -> None:
     for (script, noise), part in table.groupby(["script", "noise"]):
         steps = sorted(runs[(runs.script == script) & (runs.noise == noise)].steps.dropna().unique())
         lengths = ", ".join(f"{step:,.0f}" for step in steps)
-        unit = "iterations" if script.startswith("sppo_rlhf") else "steps"
+        mine = runs[(runs.script == script) & (runs.noise == noise)]
+        unit = "iterations" if "iterations" in mine and mine.iterations.notna().any() else "steps"
         lines += [f"### {script}, {'without noise' if noise == 'none' else f'noise {noise}'}; {lengths} {unit}", ""]
-        lines += [*markdown(part), ""]
-        if script == "sppo_atari.py" and part.arm.isin(["PPO", "PPO raw"]).any() and part.paper_mean.notna().any():
+        roles = roles_of(mine)
+        lines += [describe_arms(mine), "", *markdown(part, roles), ""]
+        beside = order(list(mine[(mine.script == "sppo_atari.py") & (mine.paper == "PPO")].arm.unique()), roles)
+        if beside and part.paper_mean.notna().any():
             lines += [
-                "The paper's PPO stands beside PPO and PPO raw: its released script does not normalise its advantages; "
+                f"The paper's PPO stands beside {' and '.join(beside)}: its released script does not normalise its advantages; "
                 "whether its table was made so is not known (README, fact 7).",
                 "",
             ]
-        mine = runs[(runs.script == script) & (runs.noise == noise)]
         lines += training(mine, curves)
         lines += measures(mine)
-        if "ppo" in script:
+        if script in FAMILIES and "ppo" in script:
             lines += equal_curves(mine, curves)
             symmetric = mine[mine.beta > 0].groupby("env").size().index
-            without = sorted(set(symmetric) - set(mine[mine.arm.str.startswith("control")].env))
+            without = sorted(set(symmetric) - set(mine[mine.method.str.startswith("control")].env))
             if without:
                 lines += [f"**No control (α + β|Z|, β 0) beside the symmetric loss on {', '.join(without)}.**", ""]
         several = mine[mine.groupby(["arm", "env"]).seed.transform("size") > 1]
         if several.groupby("env").arm.nunique().max() < 2 or several.empty:
             lines += ["No aggregates: they need two arms with two seeds in one environment.", ""]
             continue
-        baseline = next((arm for arm in BASELINES if arm in set(several.arm)), several.arm.iloc[0])
+        baseline = order(list(several.arm.unique()), roles)[0]
         found = aggregate(several, baseline, args.reps)
         collected.append(found.assign(script=script, noise=noise))
         lines += aggregates(mine, several, baseline, found)
         title = "without noise" if noise == "none" else f"noise {noise}"
-        path = args.out / f"profiles_{script.removesuffix('.py')}_{noise}.png"
+        path = args.out / f"profiles_{script.removesuffix('.py')}_{noise}.svg"
         profiles.append(draw_profiles(several, baseline, args.reps, title, path).assign(script=script, noise=noise))
-    draw_curves(runs, curves, args.out / "curves.png")
-    shares = draw_sign_changes(runs, curves, args.out / "sign_changes.png")
-    draw_betas(runs, args.out / "betas.png")
+    draw_curves(runs, curves, args.out / "curves.svg")
+    shares = draw_sign_changes(runs, curves, args.out / "sign_changes.svg")
+    draw_betas(runs, args.out / "betas.svg")
     if len(shares):
         lines += ["### Advantages whose sign normalisation changes", "", "| | share (range of the runs) |", "|---|---|"]
         for (env, noise), group in shares.groupby(["env", "noise"]):
             values = group.value * 100
             lines.append(f"| {env}, noise {noise} | {values.mean():.1f} % ({values.min():.1f} to {values.max():.1f}) |")
-    pictures = [("curves.png", "learning curves"), ("betas.png", "scores by beta"), ("sign_changes.png", "sign changes")]
-    pictures += [(path.name, "performance profile") for path in sorted(args.out.glob("profiles_*.png"))]
+    pictures = [("curves.svg", "learning curves"), ("betas.svg", "scores by beta"), ("sign_changes.svg", "sign changes")]
+    pictures += [(path.name, "performance profile") for path in sorted(args.out.glob("profiles_*.svg"))]
     lines += ["", *(f"![{text}]({name})" for name, text in pictures if (args.out / name).exists())]
-    here = ["folder", "run_dir", "resume"]  # paths of this machine
-    runs.drop(columns=[*here, "env", "arm", "steps"], errors="ignore").to_csv(args.out / "runs.csv", index=False)
-    table.to_csv(args.out / "cells.csv", index=False, float_format="%.8g")
+    made_here = ["env", "arm", "method", "named", "paper", "steps", "run_script"]
+    paths = ["folder", "run_dir", "resume"]  # of this machine
+    table_of_runs = runs.assign(script=runs.run_script).drop(columns=[*made_here, *paths], errors="ignore")
+    write_csv(table_of_runs, args.out / "runs.csv")
+    write_csv(table, args.out / "cells.csv", 8)
     write_curves(curves, args.out / "curves.csv")
     if collected:
-        pd.concat(collected).to_csv(args.out / "aggregates.csv", index=False, float_format="%.6g")
-        pd.concat(profiles).to_csv(args.out / "profiles.csv", index=False, float_format="%.6g")
-    (args.out / "report.md").write_text("\n".join(lines) + "\n")
+        write_csv(pd.concat(collected), args.out / "aggregates.csv", 6)
+    if any(map(len, profiles)):
+        write_csv(pd.concat(profiles), args.out / "profiles.csv", 6)
+    write_atomically(args.out / "report.md", ("\n".join(lines) + "\n").encode())
     try:
         print("\n".join(lines), flush=True)
     except BrokenPipeError:  # `| head` has seen enough; nothing is left to flush at exit

@@ -13,16 +13,22 @@ and steps are those of benchmark/paper/hyperparameters.toml. Their arms beside t
                     (which-setting has reweighted_vf, reweighted_ent and reweighted_clip_eps, too: only these are divided)
     a2c_half ...    A2C: the symmetric loss's alpha without its reverse term
 
-An arm's name is its runs' --exp-name. A grid of your own is a TOML file:
+A grid of your own is a TOML file:
 
-    script = "sppo_atari.py"
+    script = "my_loss.py"                 # relative to this file, to the current folder, or to the checkout
     envs = ["Gopher", "StarGunner"]
     noises = ["none", "bsc"]              # optional; ["none"] unless given
     seeds = [1, 2, 3]
     total_timesteps = 1_000_000           # RLHF scripts: iterations, and no envs or noises
+    baseline = "ppo"                      # optional: what report.py compares the other arms with
     [arms]
     ppo = "--alpha 1 --beta 0"
-    sppo = "--alpha 0.5 --beta 10"
+    mine = "--alpha 1 --beta 0 --my-coef 0.5"
+    sb3 = "sb3.py --algorithm ppo"        # an arm may name a script of its own
+
+An arm's name is its runs' --exp-name: it stands in their args.json and result.json, and in report.py's tables and curves. A
+script has a class Args with our names (exp_name, seed, run_dir, resume, num_threads, total_timesteps or iterations, and env_id
+and noise if it has them), goes on with --resume, and writes our args.json, checkpoint.pt and result.json: copy one of ours.
 
 Each run has a folder FOLDER/{grid}/{length}/{env}__{noise}__{arm}__{seed}/ with its own run folder and log.txt. A finished run
 is not run again, a killed one goes on from its checkpoint, one that fails is tried again twice and then reported (at once if
@@ -31,10 +37,12 @@ see no GPU. Ctrl-C lets the runs save and leaves. On a cluster this checkout, it
 all machines (a shared file system); a machine that dies costs its runs only the time since their checkpoints.
 """
 
+import ast
 import contextlib
 import ctypes
 import fcntl
-import importlib
+import functools
+import importlib.util
 import io
 import itertools
 import json
@@ -51,7 +59,14 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
+INSTALL = "pip install -r benchmark/requirements.txt"
+try:
+    import tyro
+except ModuleNotFoundError as error:
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+    print(f"{Path(__file__).name}: error: needs {error.name}; expected what `{INSTALL}` installs", file=sys.stderr)
+    sys.exit(2)
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = Path(__file__).parent / "paper/hyperparameters.toml"
@@ -66,14 +81,11 @@ TABLES = (
     "adv-norm",
     "which-setting",
 )
-SCRIPTS = {  # script: its argument for a run's length
-    "sppo_atari.py": "total_timesteps",
-    "sa2c_atari.py": "total_timesteps",
-    "dsppo_continuous.py": "total_timesteps",
-    "dsa2c_continuous.py": "total_timesteps",
-    "sppo_rlhf_imdb.py": "iterations",
-    "sppo_rlhf_tldr.py": "iterations",
+OWN = {  # the scripts of this project
+    *("sppo_atari.py", "sa2c_atari.py", "dsppo_continuous.py", "dsa2c_continuous.py"),
+    *("sppo_rlhf_imdb.py", "sppo_rlhf_tldr.py"),
 }
+NEEDED = {"exp_name", "seed", "run_dir", "resume", "num_threads"}  # of a script's arguments, beside its length
 LOST = 10  # times that a run may lose its machine
 HELD = 75  # exit status of a run that someone else is running (sysexits' EX_TEMPFAIL)
 OURS = {"--env-id", "--noise", "--seed", "--total-timesteps", "--iterations", "--num-threads", "--run-dir", "--resume"}
@@ -114,6 +126,7 @@ class Run:
     seed: int
     length: int
     script: str
+    """relative to the checkout, or absolute"""
     options: str
     """the arm's part of the command line"""
 
@@ -124,9 +137,9 @@ class Run:
 
     def command(self, args: Args) -> list[str]:
         """As a user would type it, in the checkout's folder."""
-        task = [] if self.script.startswith("sppo_rlhf") else ["--env-id", self.env]
+        task = ["--env-id", self.env] if "env_id" in arguments(self.script) else []
         noise = [] if self.noise == "none" else ["--noise", self.noise]
-        length = [f"--{SCRIPTS[self.script].replace('_', '-')}", str(self.length)]
+        length = [f"--{length_of(self.script).replace('_', '-')}", str(self.length)]
         rest = ["--seed", str(self.seed), "--exp-name", self.arm, "--num-threads", str(args.cpus), *shlex.split(args.args)]
         return [
             self.script,
@@ -138,6 +151,39 @@ class Run:
             "--run-dir",
             str(args.folder / self.folder),
         ]
+
+
+@functools.cache
+def arguments(script: str) -> set[str]:
+    """The names of a script's arguments: the fields of its class Args, read without running it."""
+    try:
+        tree = ast.parse((ROOT / script).read_text())
+    except (OSError, SyntaxError, ValueError) as error:
+        fail(f"{script}: expected a Python script ({error})")
+    classes = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
+    return {field.target.id for found in classes for field in found.body if isinstance(field, ast.AnnAssign)}
+
+
+def length_of(script: str) -> str:
+    """The argument for the length of a run."""
+    return "total_timesteps" if "total_timesteps" in arguments(script) else "iterations"
+
+
+def find_script(name: object, toml: Path) -> str:
+    """The script that a TOML file names: relative to that file, to the current folder, or to the checkout, in this order."""
+    if not (isinstance(name, str) and name.endswith(".py")):
+        fail(f"{toml}: script = {name!r}; expected the path of a script that ends with .py")
+    found = next((path.resolve() for folder in (toml.parent, Path(), ROOT) if (path := folder / name).is_file()), None)
+    if not found:
+        fail(f"{toml}: script = {name!r}; expected a file beside {toml.name}, in the current folder or in {ROOT}")
+    if found.name in OWN and found.parent != ROOT:
+        fail(f"{toml}: script = {name!r}; expected another file name, as {found.name} is a script of this project")
+    script = str(found.relative_to(ROOT)) if found.is_relative_to(ROOT) else str(found)
+    length = set() if "iterations" in arguments(script) else {"total_timesteps"}
+    missing = (NEEDED | length) - arguments(script)
+    if missing:
+        fail(f"{toml}: script = {name!r}; expected a class Args there with {', '.join(sorted(missing))}, too")
+    return script
 
 
 def check_options(name: str, text: str, taken: set[str]) -> None:
@@ -236,22 +282,18 @@ def named_grid(name: str) -> list[Run]:
 
 def toml_grid(path: Path) -> list[Run]:
     """The cells of a TOML file as the docstring above shows it."""
-    try:
-        grid = tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        fail(f"{path}: expected one of {', '.join(TABLES)}, or a TOML file ({error})")
-    script = grid.get("script")
-    if not (isinstance(script, str) and script in SCRIPTS):
-        fail(f"{path}: script = {script!r}; expected one of {', '.join(SCRIPTS)}")
-    rlhf = script.startswith("sppo_rlhf")
-    required = {"script", "seeds", SCRIPTS[script], "arms"} | (set() if rlhf else {"envs"})
-    unknown = grid.keys() - required - (set() if rlhf else {"noises"})
+    grid = read_toml(path)
+    script = find_script(grid.get("script"), path)
+    has_envs, length_name = "env_id" in arguments(script), length_of(script)
+    required = {"script", "seeds", length_name, "arms"} | ({"envs"} if has_envs else set())
+    optional = {"baseline"} | ({"noises"} if has_envs else set())
+    unknown = grid.keys() - required - optional
     if unknown or required - grid.keys():
         wrong = f"unknown: {', '.join(sorted(unknown))}" if unknown else f"missing: {', '.join(sorted(required - grid.keys()))}"
-        fail(f"{path}: {wrong}; expected {', '.join(sorted(required))}{'' if rlhf else ' and, if wanted, noises'}")
-    name = script.removesuffix(".py").split("_")[-1]
-    envs, noises = ([name], ["none"]) if rlhf else (grid["envs"], grid.get("noises", ["none"]))
-    length, arms = grid[SCRIPTS[script]], grid["arms"]
+        fail(f"{path}: {wrong}; expected {', '.join(sorted(required))} and, if wanted, {', '.join(sorted(optional))}")
+    name = Path(script).stem.split("_")[-1]
+    envs, noises = (grid["envs"], grid.get("noises", ["none"])) if has_envs else ([name], ["none"])
+    length, arms = grid[length_name], grid["arms"]
     for key, values, kind in (("envs", envs, str), ("noises", noises, str), ("seeds", grid["seeds"], int)):
         if not (isinstance(values, list) and values and all(type(value) is kind for value in values)):
             fail(f"{path}: {key} = {values!r}; expected a list of {'whole numbers' if kind is int else 'texts'}")
@@ -260,20 +302,32 @@ def toml_grid(path: Path) -> list[Run]:
     if min(grid["seeds"]) < 0:
         fail(f"{path}: seeds = {grid['seeds']!r}; expected whole numbers of 0 or more")
     if type(length) is not int or length < 1:
-        fail(f"{path}: {SCRIPTS[script]} = {length!r}; expected a whole number of 1 or more")
+        fail(f"{path}: {length_name} = {length!r}; expected a whole number of 1 or more")
     if not (isinstance(arms, dict) and arms and all(isinstance(options, str) for options in arms.values())):
         fail(f"{path}: arms = {arms!r}; expected a table of texts, the options of each arm")
+    if grid.get("baseline", next(iter(arms))) not in arms:
+        fail(f"{path}: baseline = {grid['baseline']!r}; expected one of the arms, {', '.join(arms)}")
+    own = {}
     for arm, options in arms.items():
         if not re.fullmatch(r"[\w.-]{1,100}", arm):
             fail(f"{path}: arm {arm!r}; expected a name of up to 100 letters, digits, '_', '.' or '-'")
         check_options(f"{path}: arm {arm}", options, OURS)
+        first, *rest = shlex.split(options) or [""]
+        own[arm] = (find_script(first, path), shlex.join(rest)) if first.endswith(".py") else (script, options)
         raw = "ppo_raw" in arm or any(re.match("--(no-)?norm[-_]adv", word) and "True" not in word for word in options.split())
-        if "a2c" in script and raw and "--norm-adv" not in options.split():
-            fail(f"{path}: arm {arm}: --no-norm-adv; expected another option, as {script} normalises no advantages")
+        if own[arm][0] in OWN and "a2c" in own[arm][0] and raw and "--norm-adv" not in options.split():
+            fail(f"{path}: arm {arm}: --no-norm-adv; expected another option, as {own[arm][0]} normalises no advantages")
     return [
-        Run(path.stem, env, noise, arm, seed, length, script, arms[arm])
+        Run(path.stem, env, noise, arm, seed, length, *own[arm])
         for env, noise, arm, seed in itertools.product(envs, noises, arms, grid["seeds"])
     ]
+
+
+def read_toml(path: Path) -> dict:
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        fail(f"{path}: expected one of {', '.join(TABLES)}, or a TOML file ({error})")
 
 
 def select(runs: list[Run], text: str) -> list[Run]:
@@ -297,23 +351,71 @@ def check_with_scripts(runs: list[Run], args: Args) -> None:
 
     For a cluster they only parse: it may have GPUs, folders or keys that this machine has not.
     """
-    sys.path.insert(0, str(ROOT))
     for run in {(run.env, run.noise, run.arm): run for run in runs}.values():
-        script, command = importlib.import_module(run.script.removesuffix(".py")), run.command(args)
+        command = run.command(args)
         sys.argv = command  # whose name the script's message has
+        script = load_script(run.script)
+        if not (hasattr(script, "parse_args") and hasattr(script, "check_args")):
+            continue  # it refuses its arguments when it starts
         own = script.parse_args(command[1:], script.OFFLINE if "--offline" in command else script.Args())
         if not args.address:
             script.check_args(own)
 
 
+@functools.cache
+def load_script(script: str):
+    """The script as a module, with its folder on the path as Python has it."""
+    path = ROOT / script
+    sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location(str(path), path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look up their types
+    try:
+        spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        fail(f"{script} needs {error.name}; expected what `pip install -r requirements.txt` installs")
+    return module
+
+
 def check_commands(runs: list[Run], args: Args) -> None:
     """A folder belongs to one command: another arm of the same name, or other --args, would take its result for their own."""
     for run in runs:
-        path = args.folder / run.folder / "command.json"
-        if path.exists():
-            old, new = json.loads(path.read_text()), run.command(args)
-            if essence(old) != essence(new):
-                fail(f"{path.parent}: begun as {shlex.join(old)}; expected that command, or another --folder")
+        old, new = read_command(args.folder / run.folder), run.command(args)
+        if old and essence(old) != essence(new):
+            fail(f"{args.folder / run.folder}: begun as {shlex.join(old)}; expected that command, or another --folder")
+
+
+def read_command(folder: Path) -> list[str] | None:
+    """The command that a run was begun with; None if none was, or a kill or a full disk left no whole file of it."""
+    with contextlib.suppress(OSError, ValueError):
+        command = json.loads((folder / "command.json").read_text())
+        if isinstance(command, list) and command and all(isinstance(word, str) for word in command):
+            return command
+    with contextlib.suppress(OSError):  # the log begins with it
+        for line in (folder / "log.txt").read_text(errors="replace").splitlines():
+            if line.startswith("$ python ") and " --resume " not in line:
+                return shlex.split(line.removeprefix("$ python "))
+    return None
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """A kill at any moment leaves the old file or the new one, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_grids(runs: list[Run], args: Args) -> None:
+    """In grid.json beside the runs: the script and the baseline that the TOML file names, for report.py."""
+    if args.grid in TABLES:
+        return
+    toml = read_toml(Path(args.grid))
+    about = {"script": Path(find_script(toml["script"], Path(args.grid))).name, "baseline": toml.get("baseline")}
+    folder = args.folder / runs[0].grid
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "grid.json", (json.dumps(about) + "\n").encode())
 
 
 def essence(command: list[str]) -> list[str]:
@@ -328,10 +430,12 @@ def essence(command: list[str]) -> list[str]:
 
 def find_state(folder: Path) -> tuple[str, Path | None]:
     """("finished", run folder), ("begun", run folder) if it has a checkpoint, or ("new", None)."""
-    for name, state in (("result.json", "finished"), ("checkpoint.pt", "begun")):
-        found = sorted(folder.glob(f"*/{name}"))
-        if found:
-            return state, found[0].parent
+    for path in sorted(folder.glob("*/result.json")):
+        with contextlib.suppress(OSError, ValueError):  # half a file is no result
+            json.loads(path.read_text())
+            return "finished", path.parent
+    for path in sorted(folder.glob("*/checkpoint.pt")):
+        return "begun", path.parent
     return "new", None
 
 
@@ -354,7 +458,7 @@ def execute(command: list[str], folder: Path, python: str, cpus: int, gpus: floa
         if state == "finished":
             return 0, ""
         if state == "new":
-            (folder / "command.json").write_text(json.dumps(command))  # what later starts compare theirs with
+            write_atomically(folder / "command.json", json.dumps(command).encode())  # what later starts compare theirs with
         if state == "begun":
             command = [command[0], "--resume", str(run_folder)]
         else:
@@ -437,7 +541,7 @@ class Progress:
                 loader = (path, EventFileLoader(str(path)))
             step = max((event.step for event in loader[1].Load()), default=step)
             self.loaders[run] = (loader, step)
-            if run.script.startswith("sppo_rlhf"):  # logs episodes
+            if length_of(run.script) == "iterations":  # the RLHF scripts log episodes
                 own = json.loads((path.parent / "args.json").read_text())["args"]
                 return step and step // own["trajectories_per_update"]
         return step
@@ -580,11 +684,14 @@ def main(args: Args) -> None:
         except BrokenPipeError:  # `| head` has seen enough; nothing is left to flush at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
+    if not importlib.util.find_spec("ray"):
+        fail(f"needs ray; expected what `{INSTALL}` installs")
     args.folder = args.folder.absolute()
     check_commands(runs, args)
     check_with_scripts(runs, args)
     try:
         args.folder.mkdir(parents=True, exist_ok=True)
+        write_grids(runs, args)
     except OSError as error:
         fail(f"--folder {args.folder}: expected a folder to write in ({error.strerror})")
     failed = run_all(runs, args)

@@ -173,7 +173,8 @@ def test_the_scripts_understand_each_command(name, monkeypatch):
             script = importlib.import_module(run.script.removesuffix(".py"))
             monkeypatch.setattr(sys, "argv", [run.script])
             args = script.parse_args(run.command(grid.Args(name))[1:], script.Args())
-            assert args.seed == 1 and getattr(args, grid.SCRIPTS[run.script]) == run.length
+            length = "iterations" if "rlhf" in run.script else "total_timesteps"
+            assert args.seed == 1 and getattr(args, length) == run.length
             assert args.run_dir.endswith(str(run.folder)) and args.num_threads == 1
             weights[arm] = (args.alpha + args.beta * abs(args.Z), args.beta > 0, getattr(args, "norm_adv", None))
         for weight, symmetric, norm_adv in weights.values():
@@ -224,14 +225,75 @@ def test_a_grid_of_ones_own(tmp_path):
     assert len(runs) == 1 * 2 * 2 * 2 and {run.grid for run in runs} == {"mine"} and {run.length for run in runs} == {2000}
 
 
+MINE = """
+class Args:
+    my_coef: float = 0.0
+    env_id: str = "Alien"
+    total_timesteps: int = 1
+    exp_name: str = "mine"
+    seed: int = 1
+    run_dir: str = "runs"
+    resume: str | None = None
+    num_threads: int = 1
+"""
+
+
+def test_a_script_of_ones_own(tmp_path, monkeypatch):
+    """Beside the TOML file, else in the current folder, else in the checkout; an arm may have another script."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    for path in ("here/mine.py", "there/mine.py", "here/other.py"):
+        (tmp_path / path).write_text(MINE)
+    text = GOOD.replace("sppo_atari.py", "mine.py").replace("[arms]", 'baseline = "ppo"\n[arms]')
+    text += 'new = "--my-coef 0.5"\nother = "other.py --my-coef 0.1"\nours = "sppo_atari.py --beta 0"\n'
+    (tmp_path / "there/mine.toml").write_text(text)
+    monkeypatch.chdir(tmp_path / "here")
+    args = grid.Args(str(tmp_path / "there/mine.toml"), folder=tmp_path / "runs")
+    runs = {run.arm: run for run in grid.toml_grid(tmp_path / "there/mine.toml") if run.seed == 1}
+    scripts = {arm: run.command(args)[0] for arm, run in runs.items()}
+    here, there = tmp_path / "here/other.py", tmp_path / "there/mine.py"
+    assert scripts == {"ppo": str(there), "new": str(there), "other": str(here), "ours": "sppo_atari.py"}
+    expected = "--env-id Alien --my-coef 0.5 --total-timesteps 2000 --seed 1 --exp-name new --num-threads 1 --run-dir"
+    assert shlex.join(runs["new"].command(args)[1:-1]) == expected
+    grid.write_grids(list(runs.values()), args)
+    assert json.loads((tmp_path / "runs/mine/grid.json").read_text()) == {"script": "mine.py", "baseline": "ppo"}
+
+
+def test_a_script_of_ones_own_is_refused_in_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "half.py").write_text(MINE.replace("resume", "go_on"))
+    (tmp_path / "broken.py").write_text("class Args(:")
+    (tmp_path / "sppo_atari.py").write_text(MINE)
+    for name, expected in (
+        ("half.py", "script = 'half.py'; expected a class Args there with resume, too"),
+        ("broken.py", "broken.py: expected a Python script ("),
+        ("missing.py", "script = 'missing.py'; expected a file beside mine.toml, in the current folder or in "),
+        ("sppo_atari.py", "expected another file name, as sppo_atari.py is a script of this project"),
+    ):
+        (tmp_path / "mine.toml").write_text(GOOD.replace("sppo_atari.py", name))
+        with pytest.raises(SystemExit) as stopped:
+            grid.toml_grid(tmp_path / "mine.toml")
+        err = capsys.readouterr().err
+        assert stopped.value.code == 2 and expected in err and err.count("\n") == 1
+
+
 BAD = [
+    ("baseline", GOOD.replace("[arms]", 'baseline = "dqn"\n[arms]'), "baseline = 'dqn'; expected one of the arms, ppo"),
     ("no such table", None, "no such table: expected one of atari-ppo, atari-a2c, "),
     ("broken", "script = ", "expected one of atari-ppo"),
-    ("script", GOOD.replace("sppo_atari", "ppo"), "script = 'ppo.py'; expected one of sppo_atari.py"),
+    (
+        "script",
+        GOOD.replace("sppo_atari", "ppo"),
+        "script = 'ppo.py'; expected a file beside script, in the current folder or in ",
+    ),
     ("missing", GOOD.replace("seeds", "#"), "missing: seeds; expected arms, envs, script, seeds, total_timesteps"),
     ("unknown", "nosie = 1\n" + GOOD, "unknown: nosie; expected"),
     ("seeds", GOOD.replace("[1, 2]", "[1, 1]"), "seeds = [1, 1]; expected each once"),
-    ("list", GOOD.replace('"sppo_atari.py"', '["sppo_atari.py"]'), "script = ['sppo_atari.py']; expected one of sppo_atari.py"),
+    (
+        "list",
+        GOOD.replace('"sppo_atari.py"', '["sppo_atari.py"]'),
+        "script = ['sppo_atari.py']; expected the path of a script that ends with .py",
+    ),
     ("negative", GOOD.replace("[1, 2]", "[-1, 1]"), "seeds = [-1, 1]; expected whole numbers of 0 or more"),
     ("seed", GOOD.replace("[1, 2]", '["1"]'), "seeds = ['1']; expected a list of whole numbers"),
     ("length", GOOD.replace("2000", "0"), "total_timesteps = 0; expected a whole number of 1 or more"),
@@ -330,6 +392,35 @@ def test_a_folder_belongs_to_one_command(tmp_path, capsys):
             grid.check_commands([other], grid.Args(str(path), folder=args.folder, args=changed.get("args", "")))
         err = capsys.readouterr().err
         assert "begun as dsppo_continuous.py" in err and "expected that command, or another --folder" in err
+
+
+@pytest.mark.parametrize("left", ["", '["dsppo_contin', "{}", "[1]"])
+def test_half_a_command_begins_anew(left, tmp_path):
+    """What a kill or a full disk left of command.json; if the run has gone on, its log still has the command."""
+    path, _ = write_grid(tmp_path, [1], 1024)
+    (run,) = grid.toml_grid(path)
+    args = grid.Args(str(path), folder=tmp_path / "runs")
+    folder = args.folder / run.folder
+    folder.mkdir(parents=True)
+    (folder / "command.json").write_text(left)
+    grid.check_commands([run], args)
+    script = tmp_path / "script.py"
+    script.write_text("print('ran')")
+    assert grid.execute([str(script)], folder, sys.executable, 1, 0) == (0, f"$ python {script}\nran")
+    assert json.loads((folder / "command.json").read_text()) == [str(script)] and not list(folder.glob("*.tmp"))
+    (folder / "command.json").write_text(left)
+    assert grid.read_command(folder) == [str(script)]
+    with pytest.raises(SystemExit):
+        grid.check_commands([run], args)
+
+
+def test_half_a_result_is_no_result(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/checkpoint.pt").write_text("")
+    (tmp_path / "a/result.json").write_text('{"score": 1')
+    assert grid.find_state(tmp_path) == ("begun", tmp_path / "a")
+    (tmp_path / "a/result.json").write_text('{"score": 1}')
+    assert grid.find_state(tmp_path) == ("finished", tmp_path / "a")
 
 
 @pytest.mark.parametrize(("name", "logged", "shown"), [("imdb", [112, 224, 560], 5), ("continuous-ppo", [2048, 4096], 4096)])

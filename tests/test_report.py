@@ -31,8 +31,15 @@ def result(env="Hopper", noise="none", arm="DPPO", seed=1, score=1.0, **changed)
     alpha, beta = OPTIONS[arm]
     args = {"seed": seed, "alpha": alpha, "beta": beta, "Z": -1.0, "noise": noise, "num_bins": 0 if arm == "PPO" else 11}
     args |= {"env_id": f"{env}-v4", "norm_adv": True, "total_timesteps": 1000, "learning_rate": 3e-4, "run_dir": f"x{seed}"}
-    args |= {"reverse_prob": "joint", "literal_signs": False, "target_kl": None, "exp_name": "x", "mean_weight": False}
+    args |= {
+        "reverse_prob": "joint",
+        "literal_signs": False,
+        "target_kl": None,
+        "exp_name": "dsppo_continuous",
+        "mean_weight": False,
+    }
     about = {"script": "dsppo_continuous.py", "run_id": f"{env}{noise}{arm}{seed}", "env_id": f"{env}-v4", "seconds": 36.0}
+    about["global_step"] = 1000
     versions = {"torch": "2.13.0", "mujoco": "4.0.0"}
     for key, value in changed.items():
         target = args if key in args else versions if key in versions else about
@@ -80,7 +87,8 @@ def test_cells_wins_and_the_papers_numbers(tmp_path):
 
 
 def test_gymnasiums_names_of_games_have_the_papers_numbers(tmp_path):
-    (tmp_path / "result.json").write_text(json.dumps(result(script="sppo_atari.py") | {"env_id": "ALE/Alien-v5"}))
+    one = result(script="sppo_atari.py", learning_rate=2.5e-4) | {"env_id": "ALE/Alien-v5"}
+    (tmp_path / "result.json").write_text(json.dumps(one))
     published = pd.read_csv(ROOT / "benchmark/paper/scores.csv").query("env == 'Alien' and noise == 'none' and algo == 'PPO'")
     assert list(report.cells(report.load_runs((tmp_path,))).paper_mean) == list(published["mean"]) != []
 
@@ -111,7 +119,7 @@ def test_intervals_hold_the_baselines_chance_too(tmp_path):
         runs = [
             {"arm": arm, "env": "Ant", "seed": i, "score": rng.normal(100, 20)} for arm in ("PPO", "SPPO") for i in range(4)
         ]
-        table = report.aggregate(pd.DataFrame(runs), "PPO", 200)
+        table = report.aggregate(pd.DataFrame(runs).assign(method=lambda runs: runs.arm), "PPO", 200)
         (row,) = table[table.what == "IQM"].itertuples()
         inside += row.low <= 1 <= row.high
     assert inside >= 30
@@ -189,12 +197,15 @@ def test_a_baseline_with_an_odd_alpha_is_no_reference():
     assert not any(map(report.is_reference, ("DPPO α 7", "SPPO", "DSPPO β 2")))
 
 
+TWELVE = {key: [values[i % 3] + i for i in range(12)] for key, values in SCORES.items()}
+
+
 def test_nothing_of_an_earlier_report_stays(tmp_path):
-    make([write_runs(tmp_path / "runs")], tmp_path / "out")
+    make([write_runs(tmp_path / "runs", TWELVE)], tmp_path / "out")
     (tmp_path / "out/mine.png").write_text("")
     before = {path.name for path in (tmp_path / "out").iterdir()}
     make([write_runs(tmp_path / "few", {("Hopper", "none", "DPPO"): [1.0]})], tmp_path / "out")
-    gone = {"aggregates.csv", "profiles.csv", "profiles_dsppo_continuous_none.png"}
+    gone = {"aggregates.csv", "profiles.csv", "profiles_dsppo_continuous_none.png", "profiles_dsppo_continuous_none.svg"}
     assert gone < before and {path.name for path in (tmp_path / "out").iterdir()} == before - gone
 
 
@@ -251,10 +262,11 @@ def test_the_last_tenth_of_training(tmp_path):
     points += [("of another script", "charts/episodic_return", 10, 1e9)]
     runs.append({"run_id": "without curves", "env": "Ant-v4", "arm": "DPPO"})
     curves = pd.DataFrame(points, columns=["run_id", "tag", "step", "value"])
-    *_, line, _ = report.training(pd.DataFrame(runs), curves)
+    runs = pd.DataFrame(runs).assign(method=lambda runs: runs.arm)
+    *_, line, _ = report.training(runs, curves)
     ends = [100, 110, 120 * (190 + 200) / 400]  # steps above 90 of 100 and 180 of 200
     assert line == f"| Ant-v4 | {statistics.mean(ends):.1f} ± {statistics.stdev(ends) / 3**0.5:.1f} (3) |"
-    assert report.training(pd.DataFrame(runs), curves[curves.run_id == "of another script"]) == []
+    assert report.training(runs, curves[curves.run_id == "of another script"]) == []
 
 
 def test_the_step_to_which_a_control_is_equal():
@@ -292,26 +304,25 @@ def test_the_step_to_which_a_control_is_equal():
     run("PPO", 3, 1, 0, num_bins=0)
     for arm, settings in (("factored", {"reverse_prob": "factored"}), ("literal", {"literal_signs": True}), ("raw", {})):
         run(f"DSPPO {arm}", 1, 0.5, 10, **settings)
-    table, curves = pd.DataFrame(runs[1:]), pd.DataFrame(points, columns=["run_id", "tag", "step", "value"])
+    runs = pd.DataFrame(runs).assign(method=lambda runs: runs.arm, run_script="dsppo_continuous.py")
+    table, curves = runs[1:], pd.DataFrame(points, columns=["run_id", "tag", "step", "value"])
     expected = "| DSPPO on Ant-v4 | 1: 200; 2: 100; 3: ?; 4: 100; 5: 400 (end) | 1: 0; 2: 400 (end); 3: ?; 4: ?; 5: ? |"
     head, *lines = report.equal_curves(table, curves)
     assert head.startswith("Last step") and [line for line in lines if line.startswith("| DS")] == [expected]
-    *_, line, _ = report.equal_curves(pd.DataFrame(runs), curves)
+    *_, line, _ = report.equal_curves(runs, curves)
     assert line.startswith("| DSPPO on Ant-v4 | 1: ?; 1: 200; 2: 100; ")
     assert report.equal_curves(table[table.arm != "control DPPO"], curves) == []
     assert report.equal_curves(table, curves[curves.run_id == "of another script"]) == []
 
 
 def test_controls_are_found_beside_a_csv(tmp_path):
-    """Whose empty fields are None in a folder: of target_kl, and of Z, which is -1 then."""
+    """Whose empty fields are None in a folder: of target_kl."""
     folder = write_runs(tmp_path / "runs", {key: SCORES[key] for key in SCORES if key[0] == "Hopper"}, curves=True)
     whole = make([folder], tmp_path / "one")
     assert "| DSPPO on Hopper-v4 | 1: " in whole
     for path in list(folder.glob("*control*")):
         path.rename(tmp_path / path.name)
     make([folder], tmp_path / "half")
-    exported = pd.read_csv(tmp_path / "half/runs.csv").drop(columns="Z")
-    exported.to_csv(tmp_path / "half/runs.csv", index=False)
     controls = list(tmp_path.glob("Hopper*control*"))
     assert make([*controls, tmp_path / "half/runs.csv"], tmp_path / "two") == whole
 
@@ -353,16 +364,25 @@ def drawn(monkeypatch, draw, *args):
 
 
 def test_profiles_are_shares_of_relative_scores(tmp_path, monkeypatch):
-    runs = report.load_runs((write_runs(tmp_path),))
+    runs = report.load_runs((write_runs(tmp_path, TWELVE),))
     found = drawn(monkeypatch, report.draw_profiles, runs, "DPPO", 100, "title", tmp_path / "x.png")
+    found = {label.split(" (")[0]: line for label, line in found.items()}
     table = report.draw_profiles(runs, "DPPO", 100, "title", tmp_path / "x.png").set_index("arm")
     assert (table.low <= table.share).all() and (table.share <= table.high).all() and (table.low < table.high).any()
-    units = runs.score / runs.env.map({"Hopper-v4": 110, "Ant-v4": 20})
+    units = runs.score / runs.env.map(runs[runs.arm == "DPPO"].groupby("env").score.mean())
     for arm in ("DPPO", "DSPPO", "control DPPO"):
         taus, shares = found[arm].get_data()
-        assert taus.max() < 2.5  # scores are up to 140
         np.testing.assert_allclose(shares, [(units[runs.arm == arm] > tau).mean() for tau in taus])
         np.testing.assert_array_equal(table.loc[arm, ["score", "share"]], np.transpose([taus, shares]))
+
+
+def test_no_profile_of_fewer_than_ten_runs(tmp_path):
+    few = {key: values[:9] for key, values in TWELVE.items() if key[0] == "Hopper"}
+    for name, scores, drawn in (("few", few, False), ("ten", {**few, ("Ant", "none", "DPPO"): [1.0]}, False)):
+        make([write_runs(tmp_path / name, scores)], tmp_path / f"{name}_out")
+        assert bool(list((tmp_path / f"{name}_out").glob("profiles*"))) == drawn
+    make([write_runs(tmp_path / "enough", TWELVE)], tmp_path / "out")
+    assert {path.suffix for path in (tmp_path / "out").glob("profiles*")} == {".svg", ".png", ".csv"}
 
 
 @pytest.mark.parametrize("script", ["dsppo_continuous.py", "sppo_rlhf_imdb.py"])
@@ -420,7 +440,7 @@ def test_labels(changed, expected):
     assert report.label(report.flatten(result(**changed))) == expected
 
 
-def write_atari(folder, arms, env="Alien", **changed):
+def write_atari(folder, arms, env="Alien", learning_rate=2.5e-4, **changed):
     """Runs of sppo_atari.py with bsc noise: arm -> (alpha, beta, other settings, scores)."""
     for arm, (alpha, beta, settings, scores) in arms.items():
         for seed, score in enumerate(scores, 1):
@@ -436,7 +456,7 @@ def write_atari(folder, arms, env="Alien", **changed):
                 "max_grad_norm": 0.5,
                 "adam_eps": 1e-5,
             }
-            one["args"] |= settings | changed
+            one["args"] |= settings | changed | {"learning_rate": learning_rate}
             (folder / f"{arm}{seed}").mkdir(parents=True)
             (folder / f"{arm}{seed}/result.json").write_text(json.dumps(one))
     return folder
@@ -457,15 +477,16 @@ def test_the_arms_of_the_atari_grids(tmp_path):
     """Each has its name, none is mixed with another; the paper's PPO (Alien, bsc: 1,042 +- 73) stands beside both baselines."""
     text = make([write_atari(tmp_path / "runs", ATARI)], tmp_path / "out")
     header = next(line for line in text.splitlines() if line.startswith("| | "))
-    assert header == "| | PPO | PPO raw | PPO reweighted | PPO reweighted_vf | SPPO | control PPO |"
+    assert header == "| | ppo | ppo_raw | reweighted | reweighted_vf | sppo | control |"
+    assert "Arms: ppo (PPO, α 1, β 0, adam_eps 1e-05, " in text and "; ppo_raw (PPO raw, α 1, β 0, " in text
     published = pd.read_csv(ROOT / "benchmark/paper/scores.csv")
     (paper,) = published[(published.env == "Alien") & (published.noise == "bsc") & (published.algo == "PPO")]["mean"]
     cell = next(line for line in text.splitlines() if line.startswith("| Alien |")).split(" | ")
     shown = [f"[{report.number(paper)} ± " in part for part in cell]
     assert shown == [False, True, True, False, False, False, False] and "[" in cell[5] and "[" not in cell[6]
-    assert "The paper's PPO stands beside PPO and PPO raw" in text
+    assert "The paper's PPO stands beside ppo and ppo_raw" in text
     # ours alone: the paper has one PPO, which is neither above nor below itself
-    above = next(line for line in text.splitlines() if line.startswith("| above PPO raw |")).split(" | ")
+    above = next(line for line in text.splitlines() if line.startswith("| above ppo_raw |")).split(" | ")
     assert above[1] == "1 of 1" and above[5] == "1 of 1 [1 of 1]"
     assert "Mixed" not in text and "No control" not in text
 
@@ -482,6 +503,9 @@ def test_a_divided_setting_is_mixed_in_every_other_arm(tmp_path, capsys):
         assert "vf_coef 0." in capsys.readouterr().err
 
 
+METHODS = {"a2c": "A2C", "a2c_half": "A2C α 0.5", "a2c_more": "A2C α 1.5", "sa2c": "SA2C", "control": "control A2C"}
+
+
 def test_a2c_has_its_controls(tmp_path):
     arms = {
         "a2c": (1.0, 0.0, {}, [1.0, 2.0]),
@@ -495,14 +519,350 @@ def test_a2c_has_its_controls(tmp_path):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"script": "sa2c_atari.py"}))
     text = make([folder], tmp_path / "out")
     header = next(line for line in text.splitlines() if line.startswith("| | "))
-    assert header == "| | A2C | A2C α 0.5 | A2C α 1.5 | SA2C | control A2C |" and "The paper's PPO" not in text
+    assert header == "| | a2c | a2c_half | a2c_more | sa2c | control |" and "The paper's PPO" not in text
+    for name in arms:  # by their settings, as runs without a name are called
+        assert f"{name} ({METHODS[name]}, α " in text
 
 
-def test_controls_have_the_colours_of_their_symmetric_arms():
-    colour = report.colours(["control PPO α 2.5", "SPPO β 10", "PPO", "control PPO α 10.5", "SPPO β 2"])
+# --- arms of a grid, and of scripts of one's own ---------------------------------------------------------------------
+
+GRID = {  # arm: alpha, beta, my_coef, scores
+    "ppo": (1.0, 0.0, 0.0, [100.0, 110.0, 120.0]),
+    "sppo": (0.5, 20.0, 0.0, [130.0, 140.0, 120.0]),
+    "control": (20.5, 0.0, 0.0, [128.0, 140.0, 119.0]),
+    "mine": (0.5, 20.0, 0.3, [150.0, 160.0, 170.0]),
+}
+
+
+def write_grid(folder, script, baseline="ppo", arms=GRID, curves=False, **changed):
+    """What run.py leaves of a TOML file's grid on Hopper-v4 without noise, where the paper has DPPO and DSPPO."""
+    folder.mkdir(parents=True)
+    (folder / "grid.json").write_text(json.dumps({"script": script, "baseline": baseline}))
+    for arm, (alpha, beta, my_coef, scores) in arms.items():
+        for seed, score in enumerate(scores, 1):
+            one = result(seed=seed, score=score, script=script, exp_name=arm, run_id=f"{arm}{seed}", **changed)
+            one["args"] |= {"alpha": alpha, "beta": beta} | ({} if script in report.FAMILIES else {"my_coef": my_coef})
+            path = folder / f"1000/Hopper-v4__none__{arm}__{seed}/a_run"
+            path.mkdir(parents=True)
+            (path / "result.json").write_text(json.dumps(one))
+            if curves:
+                write_events(path, score)
+    return folder
+
+
+def test_a_loss_of_ones_own_is_called_by_its_arm_and_has_no_published_numbers(tmp_path):
+    """A copy of dsppo_continuous.py with beta above 0 and one more argument: never DSPPO, never beside the paper's DSPPO."""
+    text = make([write_grid(tmp_path / "runs", "my_loss.py")], tmp_path / "out")
+    assert "### my_loss.py, without noise; 1,000 steps" in text
+    assert "| | ppo | mine | sppo | control |" in text
+    assert "| Hopper-v4 | 110.0 ± 5.8 (3) | **160.0 ± 5.8** (3) | 130.0 ± 5.8 (3) | 129.0 ± 6.1 (3) |" in text
+    assert "Interquartile mean in units of ppo's" in text and "| above ppo |  | 1 of 1 | 1 of 1 | 1 of 1 |" in text
+    assert "mine (α 0.5, β 20, my_coef 0.3)" in text and "ppo (PPO, α 1, β 0, my_coef 0)" in text
+    assert make([tmp_path / "out/runs.csv"], tmp_path / "again") == text
+
+
+def test_a_named_baseline_is_the_baseline(tmp_path):
+    text = make([write_grid(tmp_path / "runs", "my_loss.py", baseline="mine")], tmp_path / "out")
+    assert "| | mine | ppo | sppo | control |" in text and "Interquartile mean in units of mine's" in text
+    table = pd.read_csv(tmp_path / "out/aggregates.csv")
+    assert set(table[table.what == "IQM"].other) == {"mine"}
+
+
+def test_our_own_scripts_arms_have_the_papers_numbers_and_their_names(tmp_path):
+    """`ppo` of this grid has bins, so that it is the paper's DPPO."""
+    make(
+        [write_grid(tmp_path / "runs", "dsppo_continuous.py", arms={**GRID, "mine": (0.7, 20.0, 0, [1.0, 2.0])})],
+        tmp_path / "out",
+    )
+    published = pd.read_csv(ROOT / "benchmark/paper/scores.csv").query("env == 'Hopper' and noise == 'none'").set_index("algo")
+    found = pd.read_csv(tmp_path / "out/cells.csv").set_index("arm").paper_mean.dropna()
+    assert dict(found) == {"ppo": published["mean"]["DPPO"], "sppo": published["mean"]["DSPPO"]}
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, "DSPPO"),
+        ({"arm": "DPPO"}, "DPPO"),
+        ({"arm": "PPO"}, "PPO"),
+        ({"arm": "control DPPO"}, None),
+        ({"noise": "gaussian"}, None),  # its beta is 50 there
+        ({"noise": "gaussian", "beta": 50.0}, "DSPPO"),
+        ({"beta": 19.0}, None),
+        ({"alpha": 1.0}, None),
+        ({"Z": -2.0}, None),
+        ({"num_bins": 21}, None),
+        ({"num_bins": 0}, None),
+        ({"learning_rate": 1e-3}, None),
+        ({"reverse_prob": "factored"}, None),
+        ({"literal_signs": True}, None),
+        ({"norm_adv": False}, None),
+        ({"target_kl": 0.01}, None),
+        ({"arm": "DPPO", "norm_adv": False}, None),
+        ({"total_timesteps": 5, "exp_name": "mine", "seed": 7}, "DSPPO"),
+        ({"script": "my_loss.py"}, None),
+        ({"env": "Reacher"}, None),
+    ],
+)
+def test_the_papers_numbers_need_the_papers_settings(changed, expected):
+    row = report.flatten(result(**{"arm": "DSPPO", **changed}))
+    assert report.paper_name(row) == expected
+
+
+def test_the_papers_numbers_of_a2c_on_swimmer_need_its_gamma():
+    for gamma, expected in ((0.99, None), (0.9999, "DA2C")):
+        one = result("Swimmer", script="dsa2c_continuous.py", norm_adv=False, learning_rate=7e-4)
+        one["args"]["gamma"] = gamma
+        assert report.paper_name(report.flatten(one)) == expected
+
+
+def test_one_name_for_two_methods_is_told_apart(tmp_path):
+    """All runs of a study under one --exp-name: the settings tell its arms apart."""
+    arms = {"x": GRID["ppo"]}
+    folder = write_grid(tmp_path / "runs", "dsppo_continuous.py", arms=arms)
+    for i, score in enumerate((1.0, 2.0)):
+        (folder / f"b{i}").mkdir()
+        one = result(arm="DSPPO", seed=i, score=score, exp_name="x", run_id=f"b{i}")
+        (folder / f"b{i}/result.json").write_text(json.dumps(one))
+    assert set(report.load_runs((folder,)).arm) == {"x DPPO", "x DSPPO"}
+
+
+def test_settings_that_differ_within_an_arm_are_refused(tmp_path, capsys):
+    folder = write_grid(tmp_path / "runs", "my_loss.py")
+    for name, value in (("my_coef", 0.7), ("Z", -2.0), ("gamma", 0.5)):
+        path = next(folder.glob("1000/*mine__2/*/result.json"))
+        one = json.loads(path.read_text())
+        before, one["args"] = one["args"], one["args"] | {name: value}
+        path.write_text(json.dumps(one))
+        with pytest.raises(SystemExit):
+            make([folder], tmp_path / "out")
+        assert f"Hopper-v4, noise none, my_loss.py, mine: {name} " in capsys.readouterr().err
+        path.write_text(json.dumps(one | {"args": before}))
+    make([folder], tmp_path / "out")
+
+
+# --- damaged and partial sources -------------------------------------------------------------------------------------
+
+
+def write_events(path, score, steps=range(100, 1001, 100)):
+    with SummaryWriter(path) as writer:
+        for step in steps:
+            writer.add_scalar("charts/episodic_return", score * step / 1000, step)
+            writer.add_scalar("charts/adv_sign_change", 0.1, step)
+
+
+def damage(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 40] = b"\0" * 40
+    path.write_bytes(data)
+
+
+def last_tenth(text):
+    lines = text.splitlines()
+    return lines[lines.index("While training, mean over the last tenth of it:") + 4]
+
+
+def test_a_damaged_event_file_is_said_and_left_out(tmp_path):
+    """Of scores 100, 110, 120 that grow to their last step, the last tenth without the damaged third is 105 ± 5."""
+    folder = write_grid(tmp_path / "runs", "my_loss.py", arms={"ppo": GRID["ppo"]}, curves=True)
+    whole = make([folder], tmp_path / "whole")
+    assert last_tenth(whole) == "| Hopper-v4 | 110.0 ± 5.8 (3) |" and "left out" not in whole
+    damage(next(folder.glob("1000/*ppo__3/*/events*")))
+    text = make([folder], tmp_path / "out")
+    assert "**Curves left out, as their files are damaged or not whole: ppo, Hopper-v4, noise none, seed 3, ends at " in text
+    assert "of 1,000 steps.**" in text and last_tenth(text) == "| Hopper-v4 | 105.0 ± 5.0 (2) |"
+    assert set(pd.read_csv(tmp_path / "out/curves.csv")) == {"tag", "step", "ppo1", "ppo2"}
+    # the same of a csv whose curves.csv was cut off: it is sorted, so that the shares of changed signs are there, returns not
+    kept = (tmp_path / "whole/curves.csv").read_text()
+    (tmp_path / "whole/curves.csv").write_text(kept[: kept.index("charts/episodic_return,200") - 3])
+    text = make([tmp_path / "whole/runs.csv"], tmp_path / "out")
+    assert text.count("ends at") == 3 and "While training" not in text
+    # a whole copy mends it
+    again = make([folder], tmp_path / "fresh")
+    (tmp_path / "whole/curves.csv").write_text(kept)
+    assert "left out" in again and last_tenth(make([folder, tmp_path / "whole/runs.csv"], tmp_path / "out")) == last_tenth(
+        whole
+    )
+
+
+def test_a_hole_in_a_resumed_runs_curve_is_said(tmp_path):
+    """Two event files, of which the first is damaged: the last step is there, what is before it is not."""
+    folder = write_grid(tmp_path / "runs", "my_loss.py", arms={"ppo": GRID["ppo"]}, curves=True)
+    path = next(folder.glob("1000/*ppo__3/*"))
+    (events,) = path.glob("events*")
+    events.unlink()
+    write_events(path, 120.0, range(100, 601, 100))
+    damage(next(path.glob("events*")))
+    with SummaryWriter(path, filename_suffix=".2", purge_step=601) as writer:
+        for step in range(700, 1001, 100):
+            writer.add_scalar("charts/episodic_return", 120.0 * step / 1000, step)
+            writer.add_scalar("charts/adv_sign_change", 0.1, step)
+    assert "seed 3, has a hole before step 700.**" in make([folder], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("steps", "end", "expected"),
+    [
+        (range(128, 1281, 128), 1280, None),
+        (range(128, 1281, 128), 1408, "ends at 1,280 of 1,408 steps"),
+        (range(256, 1281, 128), 1280, "has a hole before step 256"),
+        ([128, 256, 512, 640], 640, "has a hole before step 512"),
+        (range(128, 1281, 128), float("nan"), None),
+        ([], 1280, None),
+    ],
+)
+def test_what_a_curve_lacks(steps, end, expected):
+    points = pd.DataFrame({"tag": "charts/adv_sign_change", "step": list(steps)})
+    assert report.shortfall(points, end) == expected
+
+
+def test_returns_may_be_uneven():
+    """Episodes end when they end: no hole beside the shares of changed signs, and without them only a quarter of the run is."""
+    steps = np.cumsum(np.random.default_rng(0).integers(5, 40, 400))
+    points = pd.DataFrame({"tag": "charts/episodic_return", "step": steps})
+    clock = pd.DataFrame({"tag": "charts/adv_sign_change", "step": np.arange(1, 101) * 100})
+    assert report.shortfall(points, steps[-1] + 70) is None
+    assert report.shortfall(points, steps[-1] + 100).startswith("ends at ")
+    holed = points[(points.index < 100) | (points.index > 220)]
+    assert report.shortfall(holed, steps[-1]).startswith("has a hole before step ")
+    few = pd.DataFrame({"tag": "charts/episodic_return", "step": [3000, 3100, 7000]})
+    assert report.shortfall(pd.concat([clock, few]), 10_000) is None
+    assert report.shortfall(pd.concat([clock, points[:100]]), 10_000).startswith("ends at ")
+
+
+@pytest.mark.parametrize("name", [*report.TELLING, "env_id", "seed"])
+def test_an_export_without_a_setting_that_tells_arms_apart_is_refused(name, tmp_path, capsys):
+    make(
+        [write_runs(tmp_path / "runs", {("Hopper", "none", "PPO"): [1.0, 2.0], ("Hopper", "gaussian", "DPPO"): [2.0]})],
+        tmp_path / "one",
+    )
+    exported = pd.read_csv(tmp_path / "one/runs.csv")
+    if name == "mean_weight":  # of A2C
+        exported["script"] = "dsa2c_continuous.py"
+    exported.drop(columns=name, errors="ignore").to_csv(tmp_path / "export.csv", index=False)
+    with pytest.raises(SystemExit) as stopped:
+        make([tmp_path / "export.csv"], tmp_path / "two")
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.count("\n") == 1 and not (tmp_path / "two").exists()
+    assert f"export.csv: no column {name}; expected what the scripts log to W&B, with all settings that tell arms apart" in err
+
+
+def test_an_export_without_another_setting_says_so(tmp_path):
+    make([write_runs(tmp_path / "runs")], tmp_path / "one")
+    exported = pd.read_csv(tmp_path / "one/runs.csv").drop(columns=["learning_rate", "gamma"])
+    exported.to_csv(tmp_path / "export.csv", index=False)
+    text = make([tmp_path / "export.csv"], tmp_path / "two")
+    said = "**export.csv lacks gamma, learning_rate: runs that differ in these settings are taken as alike.**"
+    assert (
+        said in text[: text.index("###")] and "[" not in text.split("###")[1].split("While")[0]
+    )  # and no number of the paper's
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("num_bins", ""), ("num_bins", "many"), ("alpha", ""), ("beta", ""), ("seed", ""), ("norm_adv", "")),
+        *(("norm_adv", "maybe"), ("noise", ""), ("Z", ""), ("exp_name", ""), ("reverse_prob", "")),
+        *(("learning_rate", "fast"), ("vf_coef", "")),
+    ],
+)
+def test_a_cell_without_its_setting_is_refused_by_name(name, value, tmp_path, capsys):
+    make([write_runs(tmp_path / "runs")], tmp_path / "one")
+    exported = pd.read_csv(tmp_path / "one/runs.csv", dtype=str)
+    exported.loc[3, name] = value
+    exported.to_csv(tmp_path / "export.csv", index=False)
+    with pytest.raises(SystemExit) as stopped:
+        make([tmp_path / "export.csv"], tmp_path / "two")
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.count("\n") == 1
+    assert f"export.csv: line 5: {name} is {value!r}; expected the setting of this run of dsppo_continuous.py" in err
+
+
+def test_wandbs_own_booleans_are_read(tmp_path):
+    """Its export writes true and false."""
+    first = make([write_runs(tmp_path / "runs")], tmp_path / "one")
+    text = (tmp_path / "one/runs.csv").read_text().replace("True", "true").replace("False", "false")
+    strange = ",".join(["x"] + [""] * text.splitlines()[0].count(","))  # with it, pandas reads texts
+    (tmp_path / "export.csv").write_text(text + strange + "\n")
+    second = make([tmp_path / "export.csv"], tmp_path / "two")
+    assert second.replace("1 lines were of something else than these scripts' runs.\n\n", "") == first != second
+
+
+def test_the_order_of_the_sources_is_nothing(tmp_path):
+    """A folder and its older export, whose first run had no score yet and whose second had got less far: the folder counts."""
+    folder = write_runs(tmp_path / "runs", curves=True)
+    make([folder], tmp_path / "one")
+    exported = pd.read_csv(tmp_path / "one/runs.csv")
+    exported.loc[0, "score"] = np.nan
+    exported.loc[1, ["score", "global_step"]] = [-1.0, 500]
+    exported.to_csv(tmp_path / "export.csv", index=False)
+    one, two = (
+        make(sources, tmp_path / "out") for sources in ([folder, tmp_path / "export.csv"], [tmp_path / "export.csv", folder])
+    )
+    assert one == two and "18 lines were of runs that had been read already" in one
+    assert "have no curves" not in one and "Left out" not in one and "-1" not in one
+    one, two = (
+        make(sources, tmp_path / "out")
+        for sources in (
+            [tmp_path / "one/runs.csv", tmp_path / "export.csv"],
+            [tmp_path / "export.csv", tmp_path / "one/runs.csv"],
+        )
+    )
+    assert one == two and "Left out" not in one and "have no curves" not in one
+
+
+def test_a_kill_while_a_report_is_written_loses_nothing(tmp_path, monkeypatch):
+    """A report made from its own runs.csv, in its own folder: the only copy stays whole until the new one is."""
+    make([write_runs(tmp_path / "runs")], tmp_path / "out")
+    before = (tmp_path / "out/runs.csv").read_text()
+
+    def killed(one, other):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make([tmp_path / "out/runs.csv"], tmp_path / "out")
+    assert (tmp_path / "out/runs.csv").read_text() == before
+
+
+def test_colours_are_fixed_by_arm():
+    """Of one kind in every picture, whatever else is in it; no two arms of a picture have one; names alone change nothing."""
+    alone = {
+        role: report.colours({"x": role})["x"] for role in ("PPO", "DPPO", "SPPO", "DSPPO", "A2C", "control PPO", "PPO raw")
+    }
+    assert alone["SPPO"] == alone["DSPPO"] and alone["PPO"] == alone["A2C"] and alone["control PPO"] == "#000000"
+    together = report.colours({"a": "PPO", "b": "DPPO", "c": "DSPPO", "d": "control DPPO", "e": "baseline PPO raw"})
+    assert [together[name] for name in "abcde"] == [alone[r] for r in ("PPO", "DPPO", "DSPPO", "control PPO", "PPO raw")]
+    many = report.colours({"ppo": "PPO", "ppo2": "PPO", "sppo": "SPPO", "mine": "mine", "mine2": "SPPO", "control": "control"})
+    assert len(set(many.values())) == 6 and many["ppo"] == alone["PPO"] and many["mine2"] == alone["SPPO"] != many["sppo"]
+    okabe_ito = {"#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999"}
+    assert {*report.ARM_COLOURS.values(), *report.SPARE_COLOURS} <= okabe_ito
+
+
+def test_several_controls_have_the_colours_of_their_symmetric_arms():
+    arms = ["control PPO α 2.5", "SPPO β 10", "PPO", "control PPO α 10.5", "SPPO β 2"]
+    colour = report.colours({arm: arm.split(" β")[0].split(" α")[0] for arm in arms})
     assert colour["control PPO α 2.5"] == colour["SPPO β 2"] != colour["SPPO β 10"] == colour["control PPO α 10.5"]
     assert colour["PPO"] not in (colour["SPPO β 2"], colour["SPPO β 10"])
-    assert set(report.colours(["control PPO"])) == {"control PPO"}
+
+
+def test_curves_tell_weights_seeds_and_controls(tmp_path, monkeypatch):
+    runs = report.load_runs((write_runs(tmp_path, curves=True),))
+    curves, _ = report.load_curves(runs, (tmp_path,))
+    found = drawn(monkeypatch, report.draw_curves, runs, curves, tmp_path / "x.svg")
+    styles = {label: line.get_linestyle() for label, line in found.items()}
+    assert styles == {"DPPO (α 1, β 0)": "-", "DSPPO (α 0.5, β 20)": "-", "control DPPO (α 20.5, β 0)": "--"}
+    title = next(iter(found.values())).axes.get_title()
+    assert title == "Hopper-v4 (dsppo_continuous.py)\nmean ± standard error, 3 seeds"
+    before = (tmp_path / "x.svg").read_bytes()
+    report.draw_curves(runs, curves, tmp_path / "x.svg")
+    assert (tmp_path / "x.svg").read_bytes() == before and (tmp_path / "x.png").stat().st_size > 20_000
+
+
+def test_numbers_of_seeds_that_differ_are_told():
+    runs = pd.DataFrame({"arm": ["a"] * 3 + ["b"] * 2, "run_id": list("12345"), "env": "x", "noise": "none"})
+    assert report.spread_of(runs) == "mean ± standard error, 2 to 3 seeds"
+    assert report.spread_of(runs[2:4]) == "1 seed"
 
 
 def test_the_returns_of_a_score_are_kept():
@@ -531,7 +891,7 @@ def test_several_betas_are_told_apart(tmp_path):
 
 
 def test_a_control_stands_for_its_beta():
-    runs = pd.DataFrame({"arm": ["SPPO β 10", "SPPO β 1", "control PPO α 10.5", "PPO"], "beta": [10.0, 1, 0, 0]})
+    runs = pd.DataFrame({"method": ["SPPO β 10", "SPPO β 1", "control PPO α 10.5", "PPO"], "beta": [10.0, 1, 0, 0]})
     swept = report.sweep(runs.assign(alpha=[0.5, 0.5, 10.5, 1]))
     assert list(zip(swept.kind, swept.weight, strict=True)) == [("symmetric", 10), ("symmetric", 1), ("control", 10)]
     assert report.sweep(runs.assign(alpha=[0.5, 0.7, 10.5, 1])).empty  # two alphas: no beta to tell
@@ -729,6 +1089,12 @@ def test_noise_that_is_off_is_no_mixture(tmp_path):
     assert "Mixed" not in make([tmp_path / "runs"], tmp_path / "out")
 
 
+BARE = (
+    "script,env_id,seed,alpha,beta,Z,norm_adv,literal_signs,vf_coef,ent_coef,max_grad_norm,adam_eps,noise,exp_name,score\n"
+    "sppo_atari.py,Alien,1,1,0,-1,True,False,0.5,0.01,0.5,1e-5,none,sppo_atari,{}\n"
+)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
@@ -736,9 +1102,10 @@ def test_noise_that_is_off_is_no_mixture(tmp_path):
         ("empty", "folder", "no finished run there; expected some result.json below"),
         ("odd.csv", "a,b\n1,2\n", "no column alpha, beta, env_id, score, script, seed; expected what the scripts log to W&B"),
         ("broken", "json", "result.json: expected a result.json of one of the scripts"),
+        ("binary.csv", b"\xff\xfe\0", "expected a csv with a line a run"),
         ("head.csv", "script,env_id,seed,alpha,beta,score\n", "no finished run there"),
-        ("none.csv", "script,env_id,seed,alpha,beta,score\nsppo_atari.py,Alien,1,1,0,\n", "no run there has a score"),
-        ("text.csv", "script,env_id,seed,alpha,beta,score\nsppo_atari.py,Alien,1,1,0,high\n", "no run there has a score"),
+        ("none.csv", BARE.format(""), "no run there has a score"),
+        ("text.csv", BARE.format("high"), "no run there has a score"),
     ],
 )
 def test_bad_sources_are_one_line(name, text, expected, tmp_path, capsys):
@@ -748,7 +1115,7 @@ def test_bad_sources_are_one_line(name, text, expected, tmp_path, capsys):
         if text == "json":
             (path / "result.json").write_text('{"score": 1}')
     elif text:
-        path.write_text(text)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(SystemExit) as stopped:
         make([path], tmp_path / "out")
     err = capsys.readouterr().err
@@ -777,15 +1144,15 @@ def test_report_of_a_small_set_of_runs(tmp_path):
     above = sum(published.loc[env, "DSPPO"]["mean"] > published.loc[env, "DPPO"]["mean"] for env in ("Ant", "Hopper"))
     assert GOLDEN.format(**values, wins=f"{above} of 2") in text
     assert text.startswith("18 runs, 0.2 hours of training; commit aaaaaaaaaaaa; device cpu.")
-    assert "Interquartile mean in units of DPPO's" in text and "![learning curves](curves.png)" in text
+    assert "Interquartile mean in units of DPPO's" in text and "![learning curves](curves.svg)" in text
     # sign changes: seeds 1, 2, 3 have 1, 2, 3 %
     assert "| Hopper-v4, noise none | 2.0 % (1.0 to 3.0) |" in text
     curves = pd.read_csv(tmp_path / "out/curves.csv", index_col=["tag", "step"])
     assert curves.shape == (2 * 10, 18) and curves.notna().all(axis=None)
     assert curves.loc[("charts/episodic_return", 500), "HoppernoneDSPPO2"] == pytest.approx(70.0)
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    tables = {"report.md", "runs.csv", "cells.csv", "aggregates.csv", "curves.csv", "profiles.csv"}
-    assert names == tables | {"curves.png", "sign_changes.png", "profiles_dsppo_continuous_none.png"}
+    tables = {"report.md", "runs.csv", "cells.csv", "aggregates.csv", "curves.csv"}
+    assert names == tables | {"curves.svg", "curves.png", "sign_changes.svg", "sign_changes.png"}
 
 
 # --- real runs --------------------------------------------------------------------------------------------------------
