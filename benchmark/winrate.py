@@ -16,6 +16,8 @@ The key is read from OPENAI_API_KEY by the library and is written nowhere. A que
 counts as refused; the next start asks it again. Exit status 1 if requests failed for good, or no pair has a readable verdict.
 """
 
+from __future__ import annotations  # openai's types, which --help does without
+
 import hashlib
 import json
 import math
@@ -28,9 +30,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import openai
-import tyro
-from tqdm import tqdm
+INSTALL = "pip install -r benchmark/requirements.txt"
+try:
+    import tyro
+except ModuleNotFoundError as error:
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+    print(f"{Path(__file__).name}: error: needs {error.name}; expected what `{INSTALL}` installs", file=sys.stderr)
+    sys.exit(2)
+MISSING = None
+try:
+    import openai
+    from tqdm import tqdm
+except ModuleNotFoundError as error:
+    MISSING = error.name
 
 QUESTION = """Below are a post and two summaries of it, A and B. Which summary is better? A good summary states the main \
 points of the post, is true to it, and is short and clear.
@@ -281,4 +294,9 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        arguments = tyro.cli(Args, description=__doc__)
+    finally:
+        if MISSING:  # after --help, too
+            fail(f"needs {MISSING}; expected what `{INSTALL}` installs")
+    main(arguments)

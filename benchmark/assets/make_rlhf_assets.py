@@ -39,19 +39,28 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-import transformers
-import tyro
-from peft import LoraConfig
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from tqdm import trange
-
 sys.path.insert(0, str(Path(__file__).parents[2]))
-import sppo_rlhf_imdb as imdb
-import sppo_rlhf_tldr as tldr
+try:
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+    import transformers
+    import tyro
+    from peft import LoraConfig
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from tqdm import trange
+
+    import sppo_rlhf_imdb as imdb
+    import sppo_rlhf_tldr as tldr
+except ModuleNotFoundError as error:
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+    print(
+        f"{Path(__file__).name}: error: needs {error.name}; expected what `pip install -r benchmark/requirements.txt` installs",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 LABELS = ("negative", "positive")
 HELD_OUT = 5000  # reviews

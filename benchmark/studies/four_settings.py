@@ -14,11 +14,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
-import tyro
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import sppo_atari
+try:
+    import torch
+    import tyro
+
+    import sppo_atari
+except ModuleNotFoundError as error:
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+    print(
+        f"{Path(__file__).name}: error: needs {error.name}; expected what `pip install -r benchmark/requirements.txt` installs",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 FOUR = ("vf_coef", "ent_coef", "max_grad_norm", "adam_eps")
 W = 10.5  # alpha 0.5, beta 10

@@ -7,15 +7,25 @@ control (alpha + beta |Z|, beta 0) and the baseline (alpha 1, beta 0). Prints th
 return to six digits, and writes the picture.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
+try:
+    import matplotlib
 
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
-import pandas as pd
-import tyro
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    import pandas as pd
+    import tyro
+except ModuleNotFoundError as error:
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+    print(
+        f"{Path(__file__).name}: error: needs {error.name}; expected what `pip install -r benchmark/requirements.txt` installs",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 
 @dataclass

@@ -24,15 +24,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import torch
-import transformers
-import tyro
-from accelerate import Accelerator
-from peft import LoraConfig
-
 sys.path.insert(0, str(Path(__file__).parents[2]))
-import sppo_rlhf_tldr as tldr
+try:
+    import numpy as np
+    import torch
+    import transformers
+    import tyro
+    from accelerate import Accelerator
+    from peft import LoraConfig
+
+    import sppo_rlhf_tldr as tldr
+except ModuleNotFoundError as error:
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+    print(
+        f"{Path(__file__).name}: error: needs {error.name}; expected what `pip install -r benchmark/requirements.txt` installs",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 PHASES = ("generate", "score", "forward", "update")
 GIB = 2**30
@@ -302,8 +311,8 @@ def main(args: Args) -> None:
     if not args.predict_only:
         folder = Path(__file__).parents[1] / "results/scale-tldr"
         folder.mkdir(exist_ok=True)
-        (folder / "report.md").write_text("\n".join(lines) + "\n")
-        (folder / "measured.json").write_text(json.dumps(content, indent=1) + "\n")
+        tldr.write_atomically(folder / "report.md", ("\n".join(lines) + "\n").encode())
+        tldr.write_atomically(folder / "measured.json", (json.dumps(content, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -30,13 +30,22 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import torch
-import tyro
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-
 sys.path.insert(0, str(Path(__file__).parents[2]))
-import sppo_atari
+try:
+    import numpy as np
+    import torch
+    import tyro
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    import sppo_atari
+except ModuleNotFoundError as error:
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+    print(
+        f"{Path(__file__).name}: error: needs {error.name}; expected what `pip install -r benchmark/requirements.txt` installs",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 WARM_UP = 2  # blocks
 SB3 = "Stable-Baselines3"
@@ -348,7 +357,7 @@ def main(args: Args) -> None:
         speed_rlhf.main(args.rounds, args.blocks, args.pairs)
     else:
         measure_suite(args)
-    (results / "report.md").write_text("\n".join(combine(results)) + "\n")
+    sppo_atari.write_atomically(results / "report.md", ("\n".join(combine(results)) + "\n").encode())
 
 
 def measure_suite(args: Args) -> None:
@@ -409,12 +418,12 @@ def measure_suite(args: Args) -> None:
             f"{parts['matmul GFLOP/s']:.0f} ({parts['update GFLOP/s'] / parts['matmul GFLOP/s']:.0%} of it).",
         ]
     stem = Path("benchmark/results/speed") / args.suite
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    sppo_atari.write_atomically(stem.with_suffix(".md"), ("\n".join(lines) + "\n").encode())
     about = {"commit": commit, "versions": versions, "cpu": cpu}
     content = {**about, "steps_per_second": speeds, "peak_mib": memory, "phases": parts}
-    stem.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+    sppo_atari.write_atomically(stem.with_suffix(".json"), (json.dumps(content, indent=1) + "\n").encode())
     print("\n".join(lines))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, description=__doc__))

@@ -134,9 +134,9 @@ def main(rounds: int, blocks: int, pairs: int) -> None:
         f"{np.median(ratios):.3f} x the time (quartiles {low:.3f} to {high:.3f} of {pairs} pairs).",
     ]
     stem = Path("benchmark/results/speed/imdb")
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    imdb.write_atomically(stem.with_suffix(".md"), ("\n".join(lines) + "\n").encode())
     versions = {"python": platform.python_version(), **{name: version(name) for name in imdb.PACKAGES}}
     about = {"commit": commit, "versions": versions, "cpu": cpu}
     content = {**about, "seconds": times, "peak_mib": memory, "symmetric / plain": ratios}
-    stem.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+    imdb.write_atomically(stem.with_suffix(".json"), (json.dumps(content, indent=1) + "\n").encode())
     print("\n".join(lines))

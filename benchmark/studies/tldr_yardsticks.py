@@ -12,11 +12,20 @@ import statistics
 import sys
 from pathlib import Path
 
-import torch
-from rouge_score.rouge_scorer import RougeScorer
-
 sys.path.insert(0, str(Path(__file__).parents[2]))
-import sppo_rlhf_tldr as script
+try:
+    import torch
+    from rouge_score.rouge_scorer import RougeScorer
+
+    import sppo_rlhf_tldr as script
+except ModuleNotFoundError as error:
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+    print(
+        f"{Path(__file__).name}: error: needs {error.name}; expected what `pip install -r benchmark/requirements.txt` installs",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 
 def main() -> None:
@@ -38,7 +47,7 @@ def main() -> None:
             found[name] |= {kind: statistics.mean(one[kind].fmeasure for one in rouge) for kind in rouge[0]}
     print(json.dumps(found, indent=1))
     path = Path(__file__).parents[1] / "results/learning-tldr/yardsticks.json"
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    script.write_atomically(path, (json.dumps(found, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":
