@@ -8,9 +8,8 @@ import tomllib
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, scalars
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 sys.path.insert(0, str(ROOT / "benchmark/studies"))
 import sb3_peer
@@ -103,14 +102,20 @@ def test_a_run_that_is_stopped_goes_on(tmp_path, monkeypatch, capsys):
     assert len(result["returns"]) == 2 and result["score"] == pytest.approx(sum(result["returns"]) / 2)
     assert (result["args"]["alpha"], result["args"]["beta"], result["args"]["num_bins"]) == (1, 0, 0)
 
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    rates = {event.step: event.value for event in events.Scalars("charts/learning_rate")}
+    curves = scalars(folder)
     # SB3 anneals to 0 at its last update; the schedule goes on where it was
     expected = {step: 7e-4 * (1 - step / total) for step in (*range(320, 1184, 320), 37 * batch, *range(1280, total + 1, 320))}
-    assert rates == pytest.approx(expected, rel=1e-5, abs=1e-12)
-    returns = [event.value for event in events.Scalars("charts/episodic_return")]  # raw: of normalised rewards it is not -100
-    assert returns and max(returns) < -300
-    assert {event.value for event in events.Scalars("charts/episodic_length")} == {200}
+    assert dict(curves["charts/learning_rate"]) == pytest.approx(expected, rel=1e-5, abs=1e-12)
+    returns = [value for _, value in curves["charts/episodic_return"]]
+    assert returns and max(returns) < -300  # raw: of normalised rewards it would be above
+    assert {value for _, value in curves["charts/episodic_length"]} == {200}
+
+    # killed between its last checkpoint and its result: the same greedy scores again
+    (folder / "result.json").unlink()
+    monkeypatch.setattr(sb3_peer.Loop, "_on_training_start", lambda loop: None)
+    assert start("--resume", folder) == 0
+    again = json.loads((folder / "result.json").read_text())
+    assert again["global_step"] == total and again["returns"] == pytest.approx(result["returns"], rel=1e-6)
 
 
 @pytest.mark.parametrize(

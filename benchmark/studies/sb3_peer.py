@@ -202,7 +202,8 @@ def train(args, run) -> None:
     loop = Loop(args, run)
     # whole rollouts, as in our scripts: SB3 would round up, and an annealed learning rate would end below 0
     left = args.total_timesteps - args.total_timesteps % (args.num_envs * args.num_steps) - run.start_step
-    model.learn(left, callback=loop, reset_num_timesteps=not run.checkpoint)
+    if left:  # else the run was killed after its last checkpoint
+        model.learn(left, callback=loop, reset_num_timesteps=not run.checkpoint)
     run.finish(loop.step, run.evaluate(model, loop.step))
 
 
