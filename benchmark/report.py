@@ -13,7 +13,8 @@ the mean over seeds ± its standard error. Writes into --out
     aggregates.csv  interquartile mean and probability of improvement with 95 % stratified bootstrap intervals (rliable)
     curves.csv      learning curves, advantage sign changes and shares of the gradient of local runs: tag, step, a column a run
     profiles.csv    performance profiles: share of an arm's runs above a relative score, with 95 % intervals (rliable)
-    *.svg, *.png    learning curves (Figure 3), advantage sign changes (Figure 2), performance profiles, scores by beta
+    samples.json    RLHF: ten prompts of each run with what followed before and after training, and the changes of the measures
+    *.svg, *.png    learning curves (Figure 3), advantage sign changes (Figure 2), profiles, scores by beta, RLHF: KL
 
 An arm is called by its runs' --exp-name, which run.py takes from the TOML file; runs of our scripts without one are called by
 what their settings make of them (PPO, SPPO, control PPO). The baseline is the TOML file's `baseline`, else PPO or A2C. The
@@ -73,7 +74,13 @@ PUBLISHED = Path(__file__).parent / "paper/scores.csv"
 PAPER = Path(__file__).parent / "paper/hyperparameters.toml"
 RETURNS = ("charts/episodic_return", "objective/scores")
 CURVES = (*RETURNS, "charts/adv_sign_change")
-KEPT = (*CURVES, "losses/grad_share_policy", "losses/grad_share_value", "losses/grad_share_entropy")  # in curves.csv
+KEPT = (
+    *CURVES,
+    "objective/kl",
+    "losses/grad_share_policy",
+    "losses/grad_share_value",
+    "losses/grad_share_entropy",
+)  # in curves.csv
 # Arguments that runs of one row may differ in: what makes an arm, what names a run, and what is no other experiment
 ARM = ("alpha", "beta", "Z", "num_bins", "reverse_prob", "norm_adv", "literal_signs", "mean_weight")
 DIVIDED = ("vf_coef", "ent_coef", "max_grad_norm", "adam_eps")  # in which run.py's reweighted arms differ from PPO
@@ -849,9 +856,10 @@ def curve_table(points: pd.DataFrame) -> pd.DataFrame:
     return table.rolling(5, center=True, min_periods=1).mean().where(table.notna()) if dense else table
 
 
-def draw_curves(runs: pd.DataFrame, curves: pd.DataFrame, path: Path) -> None:
-    """Figure 3: return while training by environment and noise, mean and standard error of the seeds."""
-    merged = curves[curves.tag.isin(RETURNS)].merge(runs, on="run_id")
+def draw_curves(runs: pd.DataFrame, curves: pd.DataFrame, path: Path, tags: tuple = RETURNS, what: str | None = None) -> None:
+    """Figure 3: return while training by environment and noise, mean and standard error of the seeds; or other tags, and what
+    they are."""
+    merged = curves[curves.tag.isin(tags)].merge(runs, on="run_id")
     groups = list(merged.groupby(["script", "env", "noise"]))
     if not groups:
         return
@@ -868,7 +876,8 @@ def draw_curves(runs: pd.DataFrame, curves: pd.DataFrame, path: Path) -> None:
             axis.plot(table.index, mean, color=colour[arm], label=arm + weights_of(mine), **style)
             axis.fill_between(table.index, mean - error, mean + error, color=colour[arm], alpha=0.15, linewidth=0)
         rlhf = group.iterations.notna().any() if "iterations" in group else False
-        axis.set(xlabel="episodes" if rlhf else "environment steps", ylabel="score" if rlhf else "return while training")
+        axis.set_xlabel("episodes" if rlhf else "environment steps")
+        axis.set_ylabel(what or ("score" if rlhf else "return while training"))
         noisy = "" if noise == "none" else f", noise {noise}"
         axis.set_title(f"{env}{noisy} ({script})\n{spread_of(group)}", fontsize=9)
         axis.xaxis.set_major_formatter(EngFormatter())
@@ -987,6 +996,71 @@ def draw_betas(runs: pd.DataFrame, path: Path) -> None:
     save(figure, path)
 
 
+# --- RLHF: prompt by prompt -------------------------------------------------------------------------------------------
+
+
+def load_samples(runs: pd.DataFrame, sources: tuple[Path, ...]) -> list[dict]:
+    """Of each RLHF run with a samples.json in its folder, or in the one beside a csv: the first ten prompts with what followed
+    before and after training, and the changes over all prompts."""
+    kept = {}
+    for path in [source.with_name("samples.json") for source in sources if source.is_file()]:
+        if path.exists():
+            kept |= {run["run_id"]: run for run in json.loads(path.read_text())}
+    for run in runs.to_dict("records"):
+        path = Path(str(run.get("folder")), "samples.json")
+        if path.exists():
+            samples = json.loads(path.read_text())
+            kept[run["run_id"]] = {"prompts": len(samples), "changes": changes(samples), "samples": samples[:10]}
+    names = ("run_id", "arm", "seed")
+    rows = runs.sort_values(["arm", "seed"]).to_dict("records")
+    return [kept[run["run_id"]] | {name: run[name] for name in names} for run in rows if run["run_id"] in kept]
+
+
+def changes(samples: list[dict]) -> dict:
+    """By measure, its mean change over the prompts and the standard error of that. Of summaries, too, what share of their
+    pairs of words is in the post: before, after, and of the references."""
+    found = {}
+    for name in samples[0]:
+        if isinstance(samples[0].get(f"{name}_before"), float):
+            change = np.array([sample[name] - sample[f"{name}_before"] for sample in samples])
+            found[name] = [float(change.mean()), float(change.std(ddof=1) / len(change) ** 0.5)]
+
+    def pairs(text: str) -> list[tuple[str, str]]:
+        return list(itertools.pairwise(re.findall(r"[\w'-]+", text.lower())))
+
+    for name in ("response_before", "response", "reference") if "post" in samples[0] else ():
+        shares = [
+            np.mean([pair in set(pairs(sample["post"])) for pair in pairs(sample[name])])
+            for sample in samples
+            if pairs(sample[name])
+        ]
+        found[f"copied, {name}"] = float(np.mean(shares)) if shares else 0.0
+    return found
+
+
+def prompt_by_prompt(kept: list[dict]) -> list[str]:
+    """The changes as a table, a line a run."""
+    lines = [
+        "### Before and after training, prompt by prompt",
+        "",
+        "Mean change ± its standard error over a run's prompts; copied: what share of a summary's pairs of words is in the "
+        "post, before → after (of the references). [Ten prompts of each run with what followed](samples.json).",
+        "",
+    ]
+    names = list(dict.fromkeys(name for run in kept for name in run["changes"] if not name.startswith("copied")))
+    copied = any("copied, response" in run["changes"] for run in kept)
+    heads = ["", "prompts", *names, *(["copied"] if copied else [])]
+    lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for run in kept:
+        found = run["changes"]
+        cells = [f"{run['arm']}, seed {run['seed']}", str(run["prompts"])]
+        cells += ["{:+.3g} ± {:.2g}".format(*found[name]) if name in found else "" for name in names]
+        shares = [found.get(f"copied, {name}") for name in ("response_before", "response", "reference")]
+        cells += (["{:.2f} → {:.2f} ({:.2f})".format(*shares) if None not in shares else ""]) if copied else []
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
 # --- curves.csv -------------------------------------------------------------------------------------------------------
 
 
@@ -1056,13 +1130,13 @@ def main(args: Args) -> None:
     if mixture and not args.allow_mixed:
         rest = f"; and {len(mixture) - 1} more differences" if len(mixture) > 1 else ""
         fail(f"the runs differ: {mixture[0]}{rest}; expected alike ones, or --allow-mixed, which reports them and says so")
-    table, (curves, lacking) = cells(runs), load_curves(runs, args.sources)
+    table, (curves, lacking), samples = cells(runs), load_curves(runs, args.sources), load_samples(runs, args.sources)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--out {args.out}: expected a folder to write in ({error.strerror})")
-    pictures = [f"{name}.{kind}" for name in ("curves", "sign_changes", "betas", "profiles_*") for kind in ("svg", "png")]
-    for name in ("aggregates.csv", "profiles.csv", *pictures):
+    pictures = [f"{name}.{kind}" for name in ("curves", "kl", "sign_changes", "betas", "profiles_*") for kind in ("svg", "png")]
+    for name in ("aggregates.csv", "profiles.csv", "samples.json", *pictures):
         for path in args.out.glob(name):  # of an earlier report, which this one may not replace
             path.unlink()
     seconds = runs.get("seconds", pd.Series(np.nan, runs.index))
@@ -1132,6 +1206,7 @@ def main(args: Args) -> None:
         path = args.out / f"profiles_{script.removesuffix('.py')}_{noise}.svg"
         profiles.append(draw_profiles(several, baseline, args.reps, title, path).assign(script=script, noise=noise))
     draw_curves(runs, curves, args.out / "curves.svg")
+    draw_curves(runs, curves, args.out / "kl.svg", ("objective/kl",), "KL to the reference, nats")
     shares = draw_sign_changes(runs, curves, args.out / "sign_changes.svg")
     draw_betas(runs, args.out / "betas.svg")
     if len(shares):
@@ -1139,7 +1214,15 @@ def main(args: Args) -> None:
         for (env, noise), group in shares.groupby(["env", "noise"]):
             values = group.value * 100
             lines.append(f"| {env}, noise {noise} | {values.mean():.1f} % ({values.min():.1f} to {values.max():.1f}) |")
-    pictures = [("curves.svg", "learning curves"), ("betas.svg", "scores by beta"), ("sign_changes.svg", "sign changes")]
+    if samples:
+        lines += prompt_by_prompt(samples)
+        write_atomically(args.out / "samples.json", (json.dumps(samples, indent=1) + "\n").encode())
+    pictures = [
+        ("curves.svg", "learning curves"),
+        ("kl.svg", "KL while training"),
+        ("betas.svg", "scores by beta"),
+        ("sign_changes.svg", "sign changes"),
+    ]
     pictures += [(path.name, "performance profile") for path in sorted(args.out.glob("profiles_*.svg"))]
     lines += ["", *(f"![{text}]({name})" for name, text in pictures if (args.out / name).exists())]
     made_here = ["env", "arm", "method", "named", "paper", "steps", "run_script"]
