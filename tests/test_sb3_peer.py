@@ -5,13 +5,16 @@ import os
 import signal
 import sys
 import tomllib
+from collections import Counter
 
 import pytest
 import torch
 from helpers import ROOT, scalars
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 
+sys.path.insert(0, str(ROOT / "benchmark"))
 sys.path.insert(0, str(ROOT / "benchmark/studies"))
+import run as grid
 import sb3_peer
 
 
@@ -136,3 +139,34 @@ def test_bad_arguments_are_one_line(argv, expected, capsys):
         sb3_peer.check_args(sb3_peer.parse_args(argv))
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and expected in err and err.count("\n") == 1
+
+
+# --- as an arm of a grid ----------------------------------------------------------------------------------------------
+
+
+def test_the_committed_grids_have_sb3_beside_our_baselines(monkeypatch):
+    monkeypatch.setattr(sys, "argv", sys.argv)  # check_with_scripts sets it
+    table = {"ppo": grid.named_grid("continuous-ppo"), "a2c": grid.named_grid("continuous-a2c")}
+    runs = grid.toml_grid(ROOT / "benchmark/sb3.toml")
+    arms = {run.arm: (run.script, run.options) for run in runs}
+    for name, script in (("ppo", "dsppo_continuous.py"), ("a2c", "dsa2c_continuous.py")):
+        (paper,) = {run.options for run in table[name] if (run.env, run.noise, run.arm) == ("Hopper-v4", "none", name)}
+        assert arms.pop(name) == (script, paper)
+        assert arms.pop(f"sb3_{name}") == ("benchmark/studies/sb3_peer.py", f"--peer-of {script}")
+    assert not arms and Counter((run.env, run.arm) for run in runs) == Counter(
+        {(env, arm): 5 for env in ("Hopper-v4", "InvertedDoublePendulum-v4") for arm in ("ppo", "sb3_ppo", "a2c", "sb3_a2c")}
+    )
+    atari = grid.toml_grid(ROOT / "benchmark/sb3_atari.toml")
+    assert {run.arm: run.script for run in atari}["sb3"] == "benchmark/studies/sb3_peer.py"
+    grid.check_with_scripts([run for run in (*runs, *atari) if "sb3" in run.arm], grid.Args("sb3"))  # they take the commands
+
+
+def test_a_grid_with_noise_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    text = (ROOT / "benchmark/sb3.toml").read_text().replace("seeds =", 'noises = ["gaussian"]\nseeds =')
+    (tmp_path / "noisy.toml").write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        grid.main(grid.Args(str(tmp_path / "noisy.toml"), folder=tmp_path / "runs"))
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and "--noise gaussian: expected none" in err and err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
