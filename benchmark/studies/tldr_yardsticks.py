@@ -28,8 +28,8 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 
-def main() -> None:
-    args = script.OFFLINE
+def yardsticks(args: script.Args) -> dict[str, dict[str, float]]:
+    """Score, its standard deviation, words and (of the beginnings) ROUGE against the references, means over the test posts."""
     posts = script.load_texts(args)["test"][: args.test_episodes]
     tokenizer, _, reward = script.load_models(args, torch.device("cpu"))
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
@@ -45,6 +45,11 @@ def main() -> None:
         if summaries is not references:
             rouge = [scorer.score(reference.strip(), text) for reference, text in zip(references, texts, strict=True)]
             found[name] |= {kind: statistics.mean(one[kind].fmeasure for one in rouge) for kind in rouge[0]}
+    return found
+
+
+def main() -> None:
+    found = yardsticks(script.OFFLINE)
     print(json.dumps(found, indent=1))
     path = Path(__file__).parents[1] / "results/learning-tldr/yardsticks.json"
     script.write_atomically(path, (json.dumps(found, indent=1) + "\n").encode())
