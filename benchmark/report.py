@@ -11,7 +11,7 @@ the mean over seeds ± its standard error. Writes into --out
     runs.csv        one line a run, as a table exported from W&B; may be given back to this script, with curves.csv beside it
     cells.csv       one line a cell: mean, standard error, seeds; the paper's
     aggregates.csv  interquartile mean and probability of improvement with 95 % stratified bootstrap intervals (rliable)
-    curves.csv      learning curves, advantage sign changes and shares of the gradient of local runs: run_id, tag, step, value
+    curves.csv      learning curves, advantage sign changes and shares of the gradient of local runs: tag, step, a column a run
     profiles.csv    performance profiles: share of an arm's runs above a relative score, with 95 % intervals (rliable)
     *.png           learning curves (Figure 3), advantage sign changes (Figure 2), performance profiles, scores by beta
 
@@ -368,7 +368,7 @@ def load_curves(runs: pd.DataFrame, sources: tuple[Path, ...]) -> pd.DataFrame:
     known = set(tables[0].run_id)
     for path in [source.with_name("curves.csv") for source in sources if source.is_file()]:
         if path.exists():
-            found = pd.read_csv(path, dtype={"run_id": str})
+            found = read_curves(path)
             tables.append(found[found.run_id.isin(set(runs.run_id) - known)])
             known |= set(found.run_id)
     return pd.concat([table for table in tables if len(table)] or tables[:1], ignore_index=True)
@@ -682,6 +682,23 @@ def draw_betas(runs: pd.DataFrame, path: Path) -> None:
     plt.close(figure)
 
 
+# --- curves.csv -------------------------------------------------------------------------------------------------------
+
+
+def write_curves(curves: pd.DataFrame, path: Path) -> None:
+    """A line a tag and step, a column a run: a fifth of the size of a line a point."""
+    points = curves.drop_duplicates(["run_id", "tag", "step"], keep="last")
+    points.pivot(index=["tag", "step"], columns="run_id", values="value").to_csv(path, float_format="%.6g")
+
+
+def read_curves(path: Path) -> pd.DataFrame:
+    """run_id, tag, step, value; also of an older file, which has a line a point."""
+    table = pd.read_csv(path, dtype={"run_id": str})
+    if "run_id" not in table:
+        table = table.melt(["tag", "step"], var_name="run_id", value_name="value").dropna(subset="value")
+    return table[["run_id", "tag", "step", "value"]]
+
+
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
@@ -792,7 +809,7 @@ def main(args: Args) -> None:
     here = ["folder", "run_dir", "resume"]  # paths of this machine
     runs.drop(columns=[*here, "env", "arm", "steps"], errors="ignore").to_csv(args.out / "runs.csv", index=False)
     table.to_csv(args.out / "cells.csv", index=False, float_format="%.8g")
-    curves.to_csv(args.out / "curves.csv", index=False, float_format="%.6g")
+    write_curves(curves, args.out / "curves.csv")
     if collected:
         pd.concat(collected).to_csv(args.out / "aggregates.csv", index=False, float_format="%.6g")
         pd.concat(profiles).to_csv(args.out / "profiles.csv", index=False, float_format="%.6g")

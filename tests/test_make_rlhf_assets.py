@@ -1,4 +1,4 @@
-"""benchmark/make_rlhf_assets.py with small stand-ins for the packages that it reads."""
+"""benchmark/assets/make_rlhf_assets.py with small stand-ins for the packages that it reads."""
 
 import csv
 import json
@@ -12,7 +12,7 @@ import torch
 import transformers
 from helpers import ROOT
 
-sys.path.insert(0, str(ROOT / "benchmark"))
+sys.path.insert(0, str(ROOT / "benchmark/assets"))
 import make_rlhf_assets as builder
 
 import sppo_rlhf_imdb as imdb

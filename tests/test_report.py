@@ -567,8 +567,7 @@ def test_a_report_given_back_keeps_its_curves(tmp_path):
     for path in list(folder.glob("Hopper*")):
         path.rename(tmp_path / path.name)
     assert make([folder, tmp_path / "hopper/runs.csv"], tmp_path / "two") == first
-    one, two = (pd.read_csv(tmp_path / name / "curves.csv").sort_values(["run_id", "tag", "step"]) for name in ("one", "two"))
-    pd.testing.assert_frame_equal(one.reset_index(drop=True), two.reset_index(drop=True))
+    assert (tmp_path / "one/curves.csv").read_text() == (tmp_path / "two/curves.csv").read_text()
 
 
 def test_a_folder_and_its_own_export_count_once(tmp_path):
@@ -781,12 +780,9 @@ def test_report_of_a_small_set_of_runs(tmp_path):
     assert "Interquartile mean in units of DPPO's" in text and "![learning curves](curves.png)" in text
     # sign changes: seeds 1, 2, 3 have 1, 2, 3 %
     assert "| Hopper-v4, noise none | 2.0 % (1.0 to 3.0) |" in text
-    curves = pd.read_csv(tmp_path / "out/curves.csv")
-    assert len(curves) == 18 * 2 * 10
-    (value,) = curves[
-        (curves.run_id == "HoppernoneDSPPO2") & (curves.tag == "charts/episodic_return") & (curves.step == 500)
-    ].value
-    assert value == pytest.approx(70.0)
+    curves = pd.read_csv(tmp_path / "out/curves.csv", index_col=["tag", "step"])
+    assert curves.shape == (2 * 10, 18) and curves.notna().all(axis=None)
+    assert curves.loc[("charts/episodic_return", 500), "HoppernoneDSPPO2"] == pytest.approx(70.0)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     tables = {"report.md", "runs.csv", "cells.csv", "aggregates.csv", "curves.csv", "profiles.csv"}
     assert names == tables | {"curves.png", "sign_changes.png", "profiles_dsppo_continuous_none.png"}

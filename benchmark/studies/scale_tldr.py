@@ -1,8 +1,8 @@
 """What sppo_rlhf_tldr.py needs at GPT-J's size: a model of its memory and time, checked against small models that are measured.
 
-    python benchmark/scale_tldr.py                   # 1 and 2 layers of GPT-J's width on this CPU, minutes; 8 GB
-    python benchmark/scale_tldr.py --predict-only    # the table for a GPU alone
-    python benchmark/scale_tldr.py --device cuda --layers 28 --dtype bfloat16 --trajectories 64 --minibatch-size 16 \\
+    python benchmark/studies/scale_tldr.py                   # 1 and 2 layers of GPT-J's width on this CPU, minutes; 8 GB
+    python benchmark/studies/scale_tldr.py --predict-only    # the table for a GPU alone
+    python benchmark/studies/scale_tldr.py --device cuda --layers 28 --dtype bfloat16 --trajectories 64 --minibatch-size 16 \\
         --accumulation 4 --epochs 4 --prompt 500 --response 50
 
 The model counts parameters (on torch's meta device, so nothing is downloaded or allocated), bytes, and operations: a pass of N
@@ -10,7 +10,7 @@ parameters over a token is 2 N operations, its backward pass through a frozen ba
 checkpointing computes the forward pass again; generation reads all weights, keys and values once a token. Phases are those of
 the script's `time/...`. Measured times are shown beside what the model predicts at the rates of this machine's matrix products,
 many rows and few; the measured peak of tensors beyond the base beside the predicted one. A process holds more than its tensors:
-what the allocator keeps, libraries' buffers. Nothing else should run. Writes benchmark/results/scale_tldr.md and .json.
+what the allocator keeps, libraries' buffers. Nothing else should run. Writes benchmark/results/scale-tldr/.
 """
 
 import itertools
@@ -31,7 +31,7 @@ import tyro
 from accelerate import Accelerator
 from peft import LoraConfig
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import sppo_rlhf_tldr as tldr
 
 PHASES = ("generate", "score", "forward", "update")
@@ -300,9 +300,10 @@ def main(args: Args) -> None:
         lines.append(f"| {label} | {' | '.join(f'{size / GIB:.1f} GiB' for size in sizes)} |")
     print("\n".join(lines))
     if not args.predict_only:
-        stem = Path(__file__).parent / "results/scale_tldr"
-        stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
-        stem.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+        folder = Path(__file__).parents[1] / "results/scale-tldr"
+        folder.mkdir(exist_ok=True)
+        (folder / "report.md").write_text("\n".join(lines) + "\n")
+        (folder / "measured.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

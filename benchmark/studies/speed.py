@@ -1,16 +1,18 @@
 """Speed of the scripts beside Stable-Baselines3: whole training loops, side by side, in the order A B A B.
 
-    python benchmark/speed.py atari-ppo        # sppo_atari.py on Alien; the others: atari-a2c, dppo, da2c (Walker2d-v4)
-    python benchmark/speed.py dppo --blocks 6 --rounds 1
-    python benchmark/speed.py imdb             # sppo_rlhf_imdb.py --offline beside rlhf_peer.py: see speed_rlhf.py
-    python benchmark/speed.py all              # one after another, an hour or two; speed.md has all in one table
+    python benchmark/studies/speed.py atari-ppo        # sppo_atari.py on Alien; the others: atari-a2c, dppo, da2c (Walker2d-v4)
+    python benchmark/studies/speed.py dppo --blocks 6 --rounds 1
+    python benchmark/studies/speed.py imdb             # sppo_rlhf_imdb.py --offline beside rlhf_peer.py: see speed_rlhf.py
+    python benchmark/studies/speed.py all              # one after another, an hour or two; report.md has all in one table
 
 Each arm is a process of its own (so that peak memory is its own) that trains for a few blocks of iterations; the first two
 of each process are warm-up and do not count. The figure is the median of environment steps per second over all others,
 and the ratio of these medians, on the CPU. What the reverse term costs is measured on updates alone, in pairs, against
-a loss that has no such term in its code. Writes benchmark/results/speed_{suite}.md and .json, and speed.md, the table of all
-suites that have a .json there. Nothing else should run. sppo_rlhf_tldr.py, whose updates are those of sppo_rlhf_imdb.py, is not
-among the suites: what it is for, a model of six billion weights, needs a GPU, and scale_tldr.py is about that.
+a loss that has no such term in its code. Writes {suite}.md and .json to benchmark/results/speed/, and report.md, the table
+of all suites that have a .json there. Nothing else should run. Two more peers are measured where they are installed
+(requirements-peers.txt): SBX on Walker2d, and EnvPool's games in our PPO loop on Atari. sppo_rlhf_tldr.py, whose updates are
+those of sppo_rlhf_imdb.py, is not among the suites: what it is for, a model of six billion weights, needs a GPU, and
+scale_tldr.py is about that.
 """
 
 import importlib
@@ -24,7 +26,7 @@ import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
@@ -33,11 +35,15 @@ import torch
 import tyro
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import sppo_atari
 
 WARM_UP = 2  # blocks
 SB3 = "Stable-Baselines3"
+OPTIONAL = {  # of a suite, peers that are measured where their package is installed: label: package, command
+    "atari-ppo": {"PPO (α 1, β 0) with EnvPool's games": ("envpool", "benchmark/studies/envpool_peer.py --alpha 1 --beta 0")},
+    "dppo": {"SBX (JAX)": ("sbx-rl", "benchmark/studies/sbx_peer.py --peer-of dsppo_continuous.py")},
+}
 
 
 @dataclass
@@ -126,31 +132,39 @@ class Args:
     """pairs of updates that measure what the reverse term costs"""
 
 
-def measure(args: Args, suite: Suite, arm: str | None, threads: int) -> tuple[list[float], float]:
+def commands(suite: str) -> dict[str, str]:
+    """Label and command of each arm, SB3 first. Of what cannot be measured here, one line says why."""
+    script = f"{SUITES[suite].script}.py"
+    found = {SB3: f"benchmark/studies/sb3_peer.py --peer-of {script}"}
+    for label, (package, command) in OPTIONAL.get(suite, {}).items():
+        try:
+            version(package)
+            found[label] = command
+        except PackageNotFoundError:
+            print(f"{label}: left out, as {package} is not installed (benchmark/studies/requirements-peers.txt)", flush=True)
+    # without bf16 instructions a CPU emulates them, at a tenth of the speed: nothing to compare
+    arms = {label: arm for label, arm in SUITES[suite].arms.items() if "bf16" not in arm or sppo_atari.cpu_has_bf16()}
+    return found | {label: f"{script} {arm}" for label, arm in arms.items()}
+
+
+def measure(args: Args, suite: Suite, arm: str, threads: int) -> tuple[list[float], float]:
     """Environment steps per second of each counted block, and the peak resident memory in MiB, of a fresh process."""
     batch = suite.num_envs * suite.num_steps * suite.block
     total = str(batch * (WARM_UP + args.blocks))
     with tempfile.TemporaryDirectory() as folder:
-        common = f"--env-id {suite.env_id} --total-timesteps {total} --num-threads {threads} --eval-episodes 0".split()
-        if arm is None:
-            command = ["benchmark/sb3_peer.py", "--algorithm", suite.algorithm, *common]
-            command += ["--csv", f"{folder}/sb3.csv", "--times", f"{folder}/times.json"]
-        else:
-            command = [f"{suite.script}.py", *common, *arm.split(), "--no-cuda", "--run-dir", folder]
-            if suite.block > 1:
-                command += ["--log-interval", str(suite.block), "--checkpoint-interval", str(1000 * suite.block)]
+        common = f"--env-id {suite.env_id} --total-timesteps {total} --num-threads {threads} --eval-episodes 0 --no-cuda"
+        command = [*arm.split(), *common.split(), "--run-dir", folder]
+        if suite.block > 1:
+            command += ["--log-interval", str(suite.block), "--checkpoint-interval", str(1000 * suite.block)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         process = subprocess.Popen([sys.executable, *command], env=environment, **quiet)
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             sys.exit(f"failed: {' '.join(command)}")
-        if arm is None:  # the time at which each rollout began
-            times = json.loads(Path(folder, "times.json").read_text())[:: suite.block]
-        else:  # the time at which each block was logged
-            (path,) = Path(folder).glob("*/events.out.tfevents.*")
-            events = EventFileLoader(str(path)).Load()
-            times = [e.wall_time for e in events for v in e.summary.value if v.tag == "charts/SPS"]
+        (path,) = Path(folder).glob("*/events.out.tfevents.*")
+        events = EventFileLoader(str(path)).Load()  # the time at which each block was logged
+        times = [e.wall_time for e in events for v in e.summary.value if v.tag == "charts/SPS"]
     return (batch / np.diff(times)[-args.blocks :]).tolist(), usage.ru_maxrss / 1024
 
 
@@ -292,7 +306,7 @@ def combine(folder: Path) -> list[str]:
     """All suites in one table: every arm beside its peer, and what the reverse term costs an update."""
     lines = ["| script | | median | against the peer | peak memory | update, beta > 0 / without | commit |", "|---" * 7 + "|"]
     for name in (*SUITES, "imdb"):
-        path = folder / f"speed_{name}.json"
+        path = folder / f"{name}.json"
         if not path.exists():
             continue
         found = json.loads(path.read_text())
@@ -321,8 +335,9 @@ def main(args: Args) -> None:
         if getattr(args, name) < 1:
             print(f"speed.py: error: --{name} {getattr(args, name)}: expected 1 or more", file=sys.stderr)
             sys.exit(2)
-    os.chdir(Path(__file__).parents[1])
-    results = Path("benchmark/results")
+    os.chdir(Path(__file__).parents[2])
+    results = Path("benchmark/results/speed")
+    results.mkdir(exist_ok=True)
     if args.suite == "all":
         for name in (*SUITES, "imdb"):
             more = ["--blocks", str(args.blocks), "--rounds", str(args.rounds), "--pairs", str(args.pairs)]
@@ -333,7 +348,7 @@ def main(args: Args) -> None:
         speed_rlhf.main(args.rounds, args.blocks, args.pairs)
     else:
         measure_suite(args)
-    (results / "speed.md").write_text("\n".join(combine(results)) + "\n")
+    (results / "report.md").write_text("\n".join(combine(results)) + "\n")
 
 
 def measure_suite(args: Args) -> None:
@@ -341,8 +356,7 @@ def measure_suite(args: Args) -> None:
     suite, commit = SUITES[args.suite], sppo_atari.git_commit()  # before the files of the results change
     threads = suite.threads or os.cpu_count()
     speeds, memory = defaultdict(list), defaultdict(float)
-    # without bf16 instructions a CPU emulates them, at a tenth of the speed: nothing to compare
-    arms = {SB3: None, **{label: arm for label, arm in suite.arms.items() if "bf16" not in arm or sppo_atari.cpu_has_bf16()}}
+    arms = commands(args.suite)
     for turn in range(args.rounds):
         for label, arm in arms.items():
             rates, peak = measure(args, suite, arm, threads)
@@ -355,7 +369,8 @@ def measure_suite(args: Args) -> None:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
     bf16 = "has" if sppo_atari.cpu_has_bf16() else "has no"
-    names = ("torch", "stable-baselines3", "gymnasium", "ale-py", "mujoco", "numpy")
+    names = ["torch", "stable-baselines3", "gymnasium", "ale-py", "mujoco", "numpy"]
+    names += [package for label, (package, _) in OPTIONAL.get(args.suite, {}).items() if label in arms]
     versions = {"python": platform.python_version(), **{name: version(name) for name in names}}
     lines = [
         f"{suite.env_id}, {suite.num_envs} x {suite.num_steps} steps, {threads} threads of {cpu}, which {bf16} bf16 "
@@ -393,8 +408,7 @@ def measure_suite(args: Args) -> None:
             f"The update runs at {parts['update GFLOP/s']:.0f} GFLOP/s; a 2048 x 2048 float32 matrix product at "
             f"{parts['matmul GFLOP/s']:.0f} ({parts['update GFLOP/s'] / parts['matmul GFLOP/s']:.0%} of it).",
         ]
-    stem = Path("benchmark/results") / f"speed_{args.suite}"
-    stem.parent.mkdir(exist_ok=True)
+    stem = Path("benchmark/results/speed") / args.suite
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
     about = {"commit": commit, "versions": versions, "cpu": cpu}
     content = {**about, "steps_per_second": speeds, "peak_mib": memory, "phases": parts}

@@ -1,6 +1,6 @@
 """How far PPO's first update ends from SPPO's when only some of the four settings are divided by w = alpha + beta (fact 5).
 
-    python benchmark/four_settings.py --env-id Alien
+    python benchmark/studies/four_settings.py --env-id Alien
 
 One rollout of a game with noisy rewards, then one update (four epochs of four minibatches) from the same first weights, in the
 same order of the minibatches, by SPPO and by PPO with the settings named. The number is the norm of the difference between
@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import sppo_atari
 
 FOUR = ("vf_coef", "ent_coef", "max_grad_norm", "adam_eps")

@@ -5,7 +5,7 @@
   log-softmax for the ratio, [B, T, V] each;
 * AdamW is torch's default one.
 
-    python benchmark/rlhf_peer.py --offline --iterations 2 --eval-episodes 0
+    python benchmark/studies/rlhf_peer.py --offline --iterations 2 --eval-episodes 0
 """
 
 import sys
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import sppo_rlhf_imdb as imdb
 
 

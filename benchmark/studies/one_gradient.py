@@ -1,6 +1,6 @@
 """One picture of fact 2: in a real run the symmetric PPO lies on its control until rounding parts them; PPO does not.
 
-    python benchmark/one_gradient.py benchmark/results/continuous-ppo-lunarlander
+    python benchmark/studies/one_gradient.py benchmark/results/continuous-ppo-lunarlander
 
 The folder is one of benchmark/report.py, with runs.csv and curves.csv. One seed of one environment: the symmetric loss, its
 control (alpha + beta |Z|, beta 0) and the baseline (alpha 1, beta 0). Prints the last step up to which two runs log the same
@@ -28,7 +28,7 @@ class Args:
     """noise of the three runs"""
     steps: int = 26_000
     """steps to draw"""
-    out: Path = Path(__file__).parent / "results/one_gradient.png"
+    out: Path = Path(__file__).parents[1] / "results/one-gradient/one_gradient.png"
     """the picture"""
 
 
@@ -46,8 +46,8 @@ def load(args: Args) -> tuple[dict[str, pd.Series], dict]:
     plain = runs[runs.beta == 0].set_index("alpha").run_id
     ids = {"symmetric": symmetric.run_id, "control": plain[symmetric.alpha + symmetric.beta], "baseline": plain[1.0]}
     curves = pd.read_csv(args.folder / "curves.csv")
-    curves = curves[curves.tag.isin(["charts/episodic_return", "objective/scores"])]
-    return {name: curves[curves.run_id == run_id].set_index("step").value for name, run_id in ids.items()}, symmetric.to_dict()
+    curves = curves[curves.tag.isin(["charts/episodic_return", "objective/scores"])].set_index("step")
+    return {name: curves[run_id].dropna() for name, run_id in ids.items()}, symmetric.to_dict()
 
 
 def main(args: Args) -> None:

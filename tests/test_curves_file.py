@@ -1,0 +1,46 @@
+"""curves.csv of benchmark/report.py: what is written is read back, also from a file of the older form, a line a point."""
+
+import sys
+
+import pandas as pd
+from helpers import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+import report
+
+POINTS = pd.DataFrame(
+    [
+        ("b1", "charts/episodic_return", 100, 1.23456789),
+        ("b1", "charts/episodic_return", 200, -2.0),
+        ("a2", "charts/episodic_return", 150, 3e-9),  # another run has another step
+        ("0042", "charts/adv_sign_change", 100, 0.5),  # not the number 42
+    ],
+    columns=["run_id", "tag", "step", "value"],
+)
+
+
+def in_order(points):
+    return points.sort_values(["run_id", "tag", "step"], ignore_index=True)
+
+
+def test_points_are_read_back_to_six_digits(tmp_path):
+    report.write_curves(POINTS, tmp_path / "curves.csv")
+    assert (tmp_path / "curves.csv").read_text().splitlines() == [
+        "tag,step,0042,a2,b1",
+        "charts/adv_sign_change,100,0.5,,",
+        "charts/episodic_return,100,,,1.23457",
+        "charts/episodic_return,150,,3e-09,",
+        "charts/episodic_return,200,,,-2",
+    ]
+    expected = POINTS.assign(value=[1.23457, -2.0, 3e-9, 0.5])
+    pd.testing.assert_frame_equal(in_order(report.read_curves(tmp_path / "curves.csv")), in_order(expected))
+
+
+def test_a_file_with_a_line_a_point_is_read(tmp_path):
+    POINTS.to_csv(tmp_path / "curves.csv", index=False)
+    pd.testing.assert_frame_equal(in_order(report.read_curves(tmp_path / "curves.csv")), in_order(POINTS))
+
+
+def test_no_points(tmp_path):
+    report.write_curves(POINTS[:0], tmp_path / "curves.csv")
+    assert report.read_curves(tmp_path / "curves.csv").empty
