@@ -902,7 +902,7 @@ def load_reviews(args: Args) -> tuple[list[str], list[str]]:
 
 
 def load_judge(args: Args) -> dict | None:
-    """What `judge_scores` takes, if there is one."""
+    """The judge for `judge_score`, or None."""
     if args.judge is None:
         return None
     try:
