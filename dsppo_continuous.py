@@ -504,11 +504,16 @@ def grad_shares(agent, args, loss_fn, batch):
     weights = {weight for own in PARTS.values() for weight in own}
     grads = {}
     for name, own in PARTS.items():
-        loss, _ = loss_fn(agent, replace(args, **dict.fromkeys(weights - set(own), 0.0)), *batch)
-        grads[name] = torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, parameters)]).double()
-    total = sum(grads.values())
-    square = total.dot(total).clamp(min=1e-300)
-    return {f"losses/grad_share_{name}": (grad.dot(total) / square).item() for name, grad in grads.items()}
+        if any(getattr(args, weight) for weight in own):  # else the part has no gradient
+            loss, _ = loss_fn(agent, replace(args, **dict.fromkeys(weights - set(own), 0.0)), *batch)
+            grads[name] = torch.autograd.grad(loss, parameters)
+    total = [sum(parts) for parts in zip(*grads.values(), strict=True)]
+
+    def dot_total(grad):
+        return sum(torch.dot(own.flatten().double(), whole.flatten().double()) for own, whole in zip(grad, total, strict=True))
+
+    square = dot_total(total).clamp(min=1e-300)
+    return {f"losses/grad_share_{name}": (dot_total(grads[name]) / square).item() if name in grads else 0.0 for name in PARTS}
 
 
 def train(args, run):

@@ -1,37 +1,41 @@
-"""PPO and SPPO that make a language model write positive movie reviews: RLHF with the symmetric RL loss, in one file.
+"""PPO and SPPO that teach a language model to write positive movie reviews: RLHF with the symmetric RL loss, in one file.
 
 Byun and Perrault, "Symmetric Reinforcement Learning Loss for Robust Learning on Diverse Tasks and Model Scales"
 (ICML 2025, arXiv:2405.17618). The policy is a causal language model, an action is a token, and the k actions are the whole
-vocabulary; token i has probability pi_i, r = pi_i / pi_old_i, and A is its advantage:
+vocabulary. Token i has probability pi_i, r = pi_i / pi_old_i, and A is its advantage:
 
     Eq. 3   L_ppo  = -min(A r, A clip(r, 1 - eps, 1 + eps))
     Eq. 8   L_rppo = -A Z sum_{j != i} pi_j / pi_old_i = -A Z (1 - pi_i) / pi_old_i     where the clip does not cut
     Eq. 9   L      = alpha L_ppo + beta L_rppo                                          Z < 0, -1 in the paper
 
-A prompt is the first half of a review; the policy continues it; a classifier's probability that the whole is positive is the
-score, given at the last token; every token costs kl_coef (log pi - log pi_ref), pi_ref being the policy before training.
+A prompt is the first half of a review, and the policy continues it. A classifier's probability that the whole text is
+positive is the score, and the last token gets it as its reward. Every token costs kl_coef (log pi - log pi_ref); pi_ref is
+the policy before training. The algorithm ends at the line "Operations".
 
 Examples:
 
-    python sppo_rlhf_imdb.py --offline                              # SPPO on assets of benchmark/assets/make_rlhf_assets.py
+    python sppo_rlhf_imdb.py --offline                              # SPPO on small models from benchmark/assets
     python sppo_rlhf_imdb.py --offline --alpha 1 --beta 0           # PPO, the baseline
     python sppo_rlhf_imdb.py                                        # the paper's models and data, from the Hub
     accelerate launch --num_processes 4 sppo_rlhf_imdb.py           # the same on four GPUs
+    python sppo_rlhf_imdb.py --evaluate RUN_FOLDER --prompts FILE   # continuations of a finished run, as JSON lines
 
 What differs from the paper and its released code:
 
-* The signs of Eq. 8 where A < 0, and that `--alpha 0.9 --beta 0` is the control of `--alpha 0.5 --beta 0.4` and must learn
-  alike: see README, "The loss, and seven facts about it".
-* Tokens are sampled from the `top_k` likeliest, as there, while log pi is that of the whole vocabulary. So r is no importance
-  weight of what was sampled, and the mean of grad log pi is not 0 but grad log m, with m the probability of the top k: an
-  advantage common to all tokens moves probability into or out of the top k. Whitened advantages have mean 0, which takes
-  most of this away; `--top-k 0 --min-response-length 0` samples from the whole vocabulary and is exact.
-* The value is a linear head on the policy's last hidden states: one forward pass for both. It begins at 0. There the critic is
-  a language model of its own with a random head. So here the value loss trains the policy's layers, too; there it does not.
-* `reference_nll_coef` trains on how the review really goes on behind the prompt. There the target is the whole review, so that
-  behind the first half of a review stands the beginning of the same review.
-* Advantages are whitened over the whole rollout's real tokens; there over each part of a minibatch, padding included. Dropout
-  is off. Each token, EOS included, counts the same in every mean.
+* The signs of Eq. 8 for A < 0: docs/loss.md, fact 1. `--alpha 0.9 --beta 0` is the control of `--alpha 0.5 --beta 0.4`: both
+  have one gradient, fact 2.
+* Tokens are sampled from the `top_k` likeliest, as there, but log pi is that of the whole vocabulary. So r is not an exact
+  importance weight: the mean of grad log pi under the sampling is grad log m, where m is the probability of the top k. An
+  advantage that all tokens share moves probability into or out of the top k. Whitened advantages have mean 0, which removes
+  most of this. `--top-k 0 --min-response-length 0` samples from the whole vocabulary and is exact.
+* The value is a linear head on the policy's last hidden states. One forward pass serves both, and the head begins at 0. The
+  released critic is a language model of its own with a random head. So the value loss trains the policy's layers here, and
+  does not there.
+* `reference_nll_coef` trains on how the review really goes on after the prompt. The released target is the whole review: the
+  first half of a review is followed by the same review from its beginning.
+* Advantages are whitened over all real tokens of the rollout. The released code whitens each part of a minibatch, padding
+  included.
+* Dropout is off. Every token counts the same in every mean, EOS included.
 """
 
 # /// script
@@ -45,6 +49,8 @@ What differs from the paper and its released code:
 #     "huggingface_hub==2.4.0",
 #     "numpy==2.4.6",
 #     "tyro==1.0.17",
+#     "pydantic==2.14.4",
+#     "filelock==4.2.12",
 #     "tensorboard==2.21.0",
 #     "wandb==0.31.0",
 #     "tqdm==4.70.1",
@@ -54,7 +60,8 @@ What differs from the paper and its released code:
 import contextlib
 import copy
 import ctypes
-import importlib.metadata
+import difflib
+import errno
 import io
 import itertools
 import json
@@ -69,14 +76,17 @@ import time
 import uuid
 import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, make_dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import datasets
 import huggingface_hub
 import numpy as np
+import pydantic
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -84,131 +94,144 @@ import transformers
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 from peft import LoraConfig, PeftModel, get_peft_model
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers.utils.peft_utils import find_adapter_config_file
 
+Probability = Annotated[float, Field(ge=0, le=1)]
 
+
+@pydantic.with_config(allow_inf_nan=False, use_attribute_docstrings=True)
 @dataclass
 class Args:
-    """PPO and SPPO on positive movie reviews. `--alpha 1 --beta 0` is PPO; the defaults are the paper's SPPO."""
+    """PPO and SPPO on positive movie reviews. The defaults are the paper's SPPO; `--alpha 1 --beta 0` is PPO."""
 
     # symmetric loss
-    alpha: float = 0.5
+    alpha: NonNegativeFloat = 0.5
     """weight of the PPO loss (Eq. 9)"""
-    beta: float = 0.4
+    beta: NonNegativeFloat = 0.4
     """weight of the reverse loss (Eq. 9)"""
-    Z: float = -1.0
-    """the constant that stands for log 0 in the reverse loss (Eq. 8), below 0"""
+    Z: Annotated[float, Field(lt=0)] = -1.0
+    """the constant that stands for log 0 in the reverse loss (Eq. 8)"""
     literal_signs: bool = False
-    """the reverse loss with the signs that Eq. 8 prints for A < 0, for study"""
+    """use the sign that Eq. 8 prints for A < 0; its gradient opposes PPO's"""
 
     # models and data
     offline: bool = False
-    """other defaults: the models and reviews that benchmark/assets/make_rlhf_assets.py builds, at a size for CPUs"""
+    """small models and reviews from assets/, made by benchmark/assets/make_rlhf_assets.py, with defaults for a CPU"""
     policy: str = "rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews"
     """causal language model to train, and the reference: Hub id or folder"""
     tokenizer: str = "lvwerra/gpt2-imdb"
     """the policy's tokenizer: Hub id or folder; no BOS is put before a prompt"""
     reward_model: str = "lvwerra/distilbert-imdb"
-    """text classifier whose probability of `reward_label` is the score: Hub id or folder, with its tokenizer"""
+    """text classifier, with its tokenizer: Hub id or folder; its probability of `reward_label` is the score"""
     reward_label: str = "1"
     """label of the classifier, by name or number"""
     dataset: str = "stanfordnlp/imdb"
-    """reviews: Hub id (its train split), folder, or file of JSON lines; with a column `text`"""
+    """reviews, in a column `text`: Hub id (its train split), folder, or file of JSON lines"""
     judge: str | None = None
-    """a second classifier, for evaluation only: JSON file of a TF-IDF regression (benchmark/assets/make_rlhf_assets.py)"""
-
+    """a second classifier, for evaluation only: JSON file of a TF-IDF logistic regression"""
     allow_pickle: bool = False
     """load pickled weights (.bin) where a repository has no safetensors, by torch.load with weights_only"""
 
     # algorithm
-    iterations: int = 60
+    iterations: PositiveInt = 60
     """rollouts, each followed by one update"""
-    trajectories_per_update: int = 112
+    trajectories_per_update: PositiveInt = 112
     """prompts of a rollout, one continuation each, over all processes"""
-    max_prompt_length: int = 64
-    """tokens kept at the end of a prompt, which is the first half of the words of a review"""
-    response_length: int = 48
-    """new tokens at most"""
-    min_response_length: int = 48
-    """new tokens before which EOS is not sampled; as many as response_length: never"""
-    temperature: float = 1.0
-    """of sampling, and of log pi everywhere"""
-    top_k: int = 50
-    """tokens are sampled from the so many likeliest; 0 for all"""
-    gamma: float = 0.99
-    """discount factor for each token, 0 to 1"""
-    gae_lambda: float = 0.95
-    """lambda of generalised advantage estimation, 0 to 1"""
-    kl_coef: float = 0.001
-    """what log pi - log pi_ref of a token costs in its reward"""
-    learning_rate: float = 5e-6
-    """AdamW's step size, constant"""
-    weight_decay: float = 1e-6
-    """AdamW's"""
-    update_epochs: int = 5
+    max_prompt_length: PositiveInt = 64
+    """a prompt is the first half of the words of a review; its last tokens, at most this many, are kept"""
+    response_length: PositiveInt = 48
+    """maximum number of new tokens"""
+    min_response_length: NonNegativeInt = 48
+    """number of new tokens before EOS may be sampled; response_length: never"""
+    temperature: PositiveFloat = 1.0
+    """temperature of sampling, and of log pi everywhere"""
+    top_k: NonNegativeInt = 50
+    """sample from this many of the likeliest tokens; 0: from all"""
+    gamma: Probability = 0.99
+    """discount factor per token"""
+    gae_lambda: Probability = 0.95
+    """lambda of generalised advantage estimation"""
+    kl_coef: NonNegativeFloat = 0.001
+    """weight of log pi - log pi_ref in a token's reward"""
+    learning_rate: PositiveFloat = 5e-6
+    """learning rate of AdamW, constant"""
+    weight_decay: NonNegativeFloat = 1e-6
+    """weight decay of AdamW"""
+    update_epochs: PositiveInt = 5
     """passes over each rollout"""
-    minibatch_size: int = 28
+    minibatch_size: PositiveInt = 28
     """trajectories per gradient step, over all processes; divides trajectories_per_update"""
-    gradient_accumulation: int = 1
-    """parts in which a process computes its share of a minibatch, one after another, to need less memory"""
+    gradient_accumulation: PositiveInt = 1
+    """parts in which a process computes its share of a minibatch, one after another, to save memory"""
     norm_adv: bool = True
-    """whiten the advantages over all tokens of a rollout; the released code: over each part of a minibatch, with its padding"""
-    clip_coef: float = 0.2
-    """PPO's eps: the ratio's clip range is [1 - eps, 1 + eps]"""
-    clip_coef_value: float = 0.2
-    """how far from its old value a value may go before its loss stops falling"""
-    vf_coef: float = 0.5
-    """weight of the value loss, half a mean square; it trains the policy's layers, too (the released critic has its own)"""
-    ent_coef: float = 0.0
+    """whiten the advantages over all tokens of a rollout"""
+    clip_coef: PositiveFloat = 0.2
+    """eps of PPO: the ratio's clip range is [1 - eps, 1 + eps]"""
+    clip_coef_value: PositiveFloat = 0.2
+    """the value loss stops falling when a value is this far from its old value"""
+    vf_coef: NonNegativeFloat = 0.5
+    """weight of the value loss (half a mean squared error); it trains the policy's layers, too"""
+    ent_coef: NonNegativeFloat = 0.0
     """weight of the entropy bonus, over the whole vocabulary"""
-    max_grad_norm: float = 1.0
-    """norm to which the gradient is clipped"""
-    reference_nll_coef: float = 0.1
-    """weight of the next-token loss on how the review really goes on (in the released code: on the review's beginning); 0 saves
-    half an update"""
-    lora_r: int = 0
-    """rank of LoRA adapters, trained in place of the weights; 0 trains the weights"""
+    max_grad_norm: PositiveFloat = 1.0
+    """maximum norm of the gradient"""
+    reference_nll_coef: NonNegativeFloat = 0.1
+    """weight of the next-token loss on how the review really goes on; 0 saves half an update"""
+    lora_r: NonNegativeInt = 0
+    """rank of LoRA adapters, trained in place of the weights; 0: train the weights"""
     lora_target_modules: str | None = None
-    """layers that get adapters, as names with commas between them; default: all linear layers"""
+    """layers that get adapters, names separated by commas; default: all linear layers"""
 
-    # evaluation, checkpoints, machine
-    eval_episodes: int = 256
-    """validation prompts that are continued and scored in an evaluation; 0 for none"""
-    eval_every: int = 10
-    """iterations between two evaluations, beside those before and after training; 0 for these alone"""
-    perplexity_tokens: int = 65_536
-    """tokens of the validation reviews on which perplexity is measured"""
-    reward_batch_size: int = 64
-    """texts that the classifier scores at a time"""
-    checkpoint_interval: int = 10
-    """iterations between two checkpoints"""
-    save_model: bool = False
-    """write the trained policy to model/ in the run folder, for from_pretrained, with LoRA merged in"""
-    resume: str | None = None
-    """run folder to continue, with its own arguments; only a larger --iterations and tracking flags may be added"""
-    bf16: bool = True
-    """run the layers in bfloat16 on a GPU that has it; weights, logits and log-probabilities stay float32"""
-    num_threads: int = 0
-    """CPU threads of torch; 0 lets it take all cores"""
-    run_dir: str = "runs"
-    """folder in which the run's own folder is made"""
+    # evaluation
+    eval_episodes: NonNegativeInt = 256
+    """held-out prompts that are continued and scored in an evaluation; 0: no evaluation"""
+    eval_interval: NonNegativeInt = 10
+    """evaluate every this many iterations; 0: only before and after training"""
+    perplexity_tokens: PositiveInt = 65_536
+    """tokens of the held-out reviews on which perplexity is measured"""
 
-    # run
-    exp_name: str = "sppo_rlhf_imdb"
+    # logging
+    track: bool = False
+    """log to Weights & Biases (WANDB_MODE=offline works without an account)"""
+    wandb_project_name: Annotated[str, Field(pattern=r"^[^/\\#?%:]{1,128}$")] = "symmetric-rl"
+    """project in W&B"""
+    wandb_entity: str | None = None
+    """user or team in W&B"""
+    wandb_group: str | None = None
+    """group of the run in W&B"""
+    wandb_tags: Annotated[str, Field(pattern=r"^[^,]{1,64}(,[^,]{1,64})*$")] | None = None
+    """tags of the run in W&B, separated by commas"""
+
+    # run and machine
+    exp_name: Annotated[str, Field(pattern=r"^[\w.-]{1,100}$")] = "sppo_rlhf_imdb"
     """name of the experiment, part of the run folder's name"""
-    seed: int = 1
-    """seed of the split of the reviews, the prompts' order, the sampled tokens and the minibatches"""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
+    """seed of everything random, the split of the reviews included"""
+    run_dir: str = "runs"
+    """folder in which the run folder is made"""
+    resume: str | None = None
+    """continue the run in this folder with its own arguments"""
+    evaluate: str | None = None
+    """print what the policy of the run in this folder writes, as JSON lines, and exit"""
+    prompts: str | None = None
+    """with --evaluate: continue these prompts, one a line (.jsonl: the column `prompt`); default: the held-out ones"""
+    checkpoint_interval: PositiveInt = 10
+    """save a checkpoint every this many iterations"""
+    save_model: bool = False
+    """write the trained policy to model/ of the run folder, for from_pretrained, with LoRA merged in"""
     cuda: bool = True
     """use a GPU if there is one"""
-    track: bool = False
-    """log to Weights & Biases (WANDB_MODE=offline works)"""
-    wandb_project_name: str = "symmetric-rl"
-    """the W&B project"""
-    wandb_entity: str | None = None
-    """the W&B user or team"""
+    bf16: bool = True
+    """run the layers in bfloat16 on a GPU that has it; weights, logits and log-probabilities stay float32"""
+    reward_batch_size: PositiveInt = 64
+    """texts that the classifier scores at a time"""
+    num_threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    """CPU threads of torch; 0: all cores"""
 
 
 OFFLINE = Args(
@@ -229,11 +252,11 @@ OFFLINE = Args(
     learning_rate=2e-5,
     reference_nll_coef=0.0,
     eval_episodes=64,
-    eval_every=0,
+    eval_interval=0,
     perplexity_tokens=2048,
 )
 TASK = "imdb"  # in the names of assets and run folders
-LENGTH = "iterations"  # the argument that a resumed run may raise
+SCORED = "eval_episodes"  # the argument: how many texts are scored before and after training
 # Parts of the loss, each with the arguments that weight it
 PARTS = {"policy": ("alpha", "beta"), "value": ("vf_coef",), "entropy": ("ent_coef",), "reference": ("reference_nll_coef",)}
 # Generators beside torch's own, so that none disturbs another: each is seeded with [seed, its number, ...]
@@ -273,11 +296,12 @@ def symmetric_ppo_loss(logprobs, old_logprobs, advantages, clip_coef, Z=-1.0, li
 
 
 def minibatch_loss(agent, args, share, reference_share, tokens, old_logprobs, old_values, advantages, returns, references):
-    """What this part of a minibatch adds to its loss, and to the statistics by name: alpha L_ppo + beta L_rppo
-    + vf_coef L_value - ent_coef H + reference_nll_coef NLL, each a mean over all real tokens of the minibatch.
+    """This part's contribution to the loss of a minibatch, and to its statistics by name.
 
-    Shapes: tokens [B, P + R]; old_logprobs, old_values, advantages, returns [B, R], 0 where a token is PAD; references
-    [B, R]. share, reference_share: this part's real tokens over the minibatch's, in responses and in references.
+    The loss is alpha L_ppo + beta L_rppo + vf_coef L_value - ent_coef H + reference_nll_coef NLL, each a mean over all real
+    tokens of the minibatch. Shapes: tokens [B, P + R]; old_logprobs, old_values, advantages, returns [B, R], 0 where a token
+    is PAD; references [B, R]. share, reference_share: this part's real tokens divided by the minibatch's, in responses and
+    in references.
     """
     prompt_length = tokens.shape[1] - old_logprobs.shape[1]
     logprobs, values, entropies = agent(tokens, prompt_length, args.temperature, args.ent_coef > 0)
@@ -306,7 +330,7 @@ def minibatch_loss(agent, args, share, reference_share, tokens, old_logprobs, ol
 
 
 class Agent(nn.Module):
-    """A causal language model, the policy, with a value head on its last hidden states."""
+    """The policy, a causal language model, with a value head on its last hidden states."""
 
     def __init__(self, lm: transformers.PreTrainedModel, lora_r: int = 0, bf16: bool = False, lora_targets="all-linear"):
         super().__init__()
@@ -317,14 +341,16 @@ class Agent(nn.Module):
             lm = get_peft_model(lm, config)
         self.lm = lm
         self.value_head = nn.Linear(lm.get_output_embeddings().weight.shape[1], 1)
-        nn.init.zeros_(self.value_head.weight)  # no value, and no gradient into the policy, before it has learned one
+        nn.init.zeros_(
+            self.value_head.weight
+        )  # the value begins at 0, and sends no gradient into the policy before it has learned
         nn.init.zeros_(self.value_head.bias)
-        self.eval()  # for good: dropout would make the ratio of the first minibatch other than 1
+        self.eval()  # always: with dropout the ratio of the first minibatch would not be 1
 
     def backbone(self, tokens: torch.Tensor, real: torch.Tensor, **cache):
         """The model without its vocabulary head. tokens: [B, T]; real: [B, <= T, cached tokens before them] bool."""
         lm = self.lm.get_base_model() if isinstance(self.lm, PeftModel) else self.lm
-        # positions count real tokens, so that padding on the left moves nothing; what PAD is replaced by is never attended to
+        # positions count real tokens, so that padding on the left shifts nothing; PAD becomes token 0, which the mask hides
         positions = (real.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         inputs = {"input_ids": tokens.clamp(min=0), "attention_mask": real.long(), "position_ids": positions}
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
@@ -336,11 +362,11 @@ class Agent(nn.Module):
             return self.lm.get_output_embeddings()(hidden.float()).div_(temperature)
 
     def forward(self, tokens: torch.Tensor, prompt_length: int, temperature: float, with_entropy: bool = False):
-        """For tokens [B, prompt_length + R] and the N of their R columns' entries that are not PAD, row by row:
+        """Log-probabilities, values and entropies (or None), [N] each, of the N response tokens that are not PAD, row by row.
 
-        log-probabilities [N] under the whole vocabulary at that temperature, values [N] of the states before the tokens, and
-        entropies [N], or None. Neither logits of prompts and padding are computed, nor any copy of [N, V] kept but
-        cross_entropy's log-softmax.
+        tokens: [B, prompt_length + R]. Log-probabilities are those of the whole vocabulary at that temperature, values those
+        of the states before the tokens. To save memory, logits are computed for these N tokens alone, and the log-softmax of
+        cross_entropy is the only array [N, V] that is kept.
         """
         responses = tokens[:, prompt_length:]
         real = responses != PAD
@@ -351,10 +377,15 @@ class Agent(nn.Module):
         return logprobs, self.value_head(hidden.float()).squeeze(-1), entropies
 
 
+def trained_parameters(agent):
+    """What is trained, by name: all weights, or the adapters and the value head."""
+    return {name: parameter for name, parameter in agent.named_parameters() if parameter.requires_grad}
+
+
 def sample(logits: torch.Tensor, uniforms: torch.Tensor, top_k: int) -> torch.Tensor:
     """[B] tokens from the top_k likeliest of logits [B, V] (0: of all), by inverting their distribution at uniforms [B].
 
-    Random numbers that come from outside belong to a trajectory, however many processes share the batch.
+    The random numbers are given, so that a trajectory does not depend on how many processes share the batch.
     """
     top, tokens = logits.topk(top_k or logits.shape[-1])
     cumulative = top.double().softmax(-1).cumsum(-1)
@@ -364,14 +395,14 @@ def sample(logits: torch.Tensor, uniforms: torch.Tensor, top_k: int) -> torch.Te
 
 @torch.no_grad()
 def generate(agent: Agent, prompts: torch.Tensor, uniforms: torch.Tensor, eos: int, args: Args) -> torch.Tensor:
-    """Continuations [B, response_length] of prompts [B, P], EOS included and PAD behind it.
+    """Continuations [B, response_length] of prompts [B, P], each with its EOS, then PAD.
 
-    uniforms: [B, response_length], one number in [0, 1) for each token. Each step feeds the newest token alone: keys and
-    values of the others are kept (the KV cache).
+    uniforms: [B, response_length], one number in [0, 1) for each token. Each step reads the newest token alone: the cache
+    holds the keys and values of the others.
     """
     responses = torch.full((len(prompts), args.response_length), PAD, device=prompts.device)
     running = torch.ones(len(prompts), dtype=torch.bool, device=prompts.device)
-    may_end = args.min_response_length < args.response_length  # else no step waits for the GPU to say whether all have ended
+    may_end = args.min_response_length < args.response_length  # if not, no step needs to ask the GPU whether all have ended
     tokens, real, cache = prompts, prompts != PAD, transformers.DynamicCache(config=agent.lm.config)
     for t in range(args.response_length):
         hidden = agent.backbone(tokens, real, past_key_values=cache).last_hidden_state[:, -1]
@@ -392,31 +423,35 @@ def generate(agent: Agent, prompts: torch.Tensor, uniforms: torch.Tensor, eos: i
 
 
 def tokenize_behind(tokenizer, before: str, text: str) -> tuple[list[int], list[int]]:
-    """Tokens of `before`, and those of `text` behind it: together the tokens of the joint text.
+    """Tokens of `before`, and of `text` after it. Together they are the tokens of the joint text.
 
-    Tokenizers of Llama's kind put a space before a text of its own.
+    Llama's tokenizer and its like would put a space before `text` alone.
     """
     joint, alone = tokenizer([before + text, before], add_special_tokens=False).input_ids
     shared = sum(itertools.takewhile(bool, (a == b for a, b in zip(joint, alone, strict=False))))
     return joint[:shared], joint[shared:]
 
 
+def pad_left(ids: list[int], length: int) -> torch.Tensor:
+    """[length]: the ids, PAD before them."""
+    return F.pad(torch.tensor(ids), (length - len(ids), 0), value=PAD)
+
+
 def encode(texts: list[str], tokenizer, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts [B, max_prompt_length], PAD on the left, and how the reviews go on [B, response_length], PAD on the right.
 
-    The prompt is the first half of the words, its last tokens; what follows are the tokens of the other half.
+    A prompt is the first half of a review's words, its last tokens. The review goes on with the other half.
     """
-    prompts = torch.full((len(texts), args.max_prompt_length), PAD)
-    references = torch.full((len(texts), args.response_length), PAD)
+    prompts, references = [], torch.full((len(texts), args.response_length), PAD)
     for row, text in enumerate(texts):
         words = text.split()
         half = len(words) // 2
         ids, rest = tokenize_behind(tokenizer, " ".join(words[:half]), " " + " ".join(words[half:]))
         ids = ids[-args.max_prompt_length :] or [tokenizer.eos_token_id]  # a review of one word
-        prompts[row, args.max_prompt_length - len(ids) :] = torch.tensor(ids)
+        prompts.append(pad_left(ids, args.max_prompt_length))
         ids = [*rest, tokenizer.eos_token_id][: args.response_length]
         references[row, : len(ids)] = torch.tensor(ids)
-    return prompts, references
+    return torch.stack(prompts), references
 
 
 def decode(tokens: torch.Tensor, tokenizer) -> list[str]:
@@ -539,15 +574,20 @@ def grad_shares(agent, args, loss_fn, batch):
     weights = {weight for own in PARTS.values() for weight in own}
     grads = {}
     for name, own in PARTS.items():
-        loss, _ = loss_fn(agent, replace(args, **dict.fromkeys(weights - set(own), 0.0)), *batch)
-        grads[name] = torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, parameters)]).double()
-    total = sum(grads.values())
-    square = total.dot(total).clamp(min=1e-300)
-    return {f"losses/grad_share_{name}": (grad.dot(total) / square).item() for name, grad in grads.items()}
+        if any(getattr(args, weight) for weight in own):  # else the part has no gradient
+            loss, _ = loss_fn(agent, replace(args, **dict.fromkeys(weights - set(own), 0.0)), *batch)
+            grads[name] = torch.autograd.grad(loss, parameters)
+    total = [sum(parts) for parts in zip(*grads.values(), strict=True)]
+
+    def dot_total(grad):
+        return sum(torch.dot(own.flatten().double(), whole.flatten().double()) for own, whole in zip(grad, total, strict=True))
+
+    square = dot_total(total).clamp(min=1e-300)
+    return {f"losses/grad_share_{name}": (dot_total(grads[name]) / square).item() if name in grads else 0.0 for name in PARTS}
 
 
 def sum_over_processes(accelerator: Accelerator, tensors: list[torch.Tensor]) -> None:
-    """Sums each tensor over all processes, in place, in buckets of up to 16 million numbers: a call for each bucket."""
+    """Sums each tensor over all processes, in place, in buckets of up to 16 million numbers."""
     while tensors:
         bucket = [tensors[0]]
         for tensor in tensors[1:]:
@@ -563,9 +603,9 @@ def sum_over_processes(accelerator: Accelerator, tensors: list[torch.Tensor]) ->
 def update(agent, optimizer, accelerator, args, batch: tuple[torch.Tensor, ...], iteration: int) -> dict[str, float]:
     """`update_epochs` passes over the rollout in shuffled minibatches of trajectories; the mean of each statistic.
 
-    batch: what `minibatch_loss` takes behind the shares, the whole rollout in every process. Each process computes its
-    rows of every minibatch in `gradient_accumulation` parts; gradients are summed over parts and processes, and as every
-    part is weighted by its real tokens, the sum does not depend on how the minibatch was cut.
+    batch: the inputs of `minibatch_loss` after the shares; every process has the whole rollout. Each process computes its
+    rows of every minibatch, in `gradient_accumulation` parts. The gradients are summed over parts and processes. Each part
+    is weighted by its real tokens, so that the sum does not depend on how the minibatch was split.
     """
     rng = torch.Generator().manual_seed(int(np.random.default_rng([args.seed, MINIBATCHES, iteration]).integers(2**63)))
     real = (batch[0][:, -args.response_length :] != PAD).sum(-1)
@@ -601,7 +641,7 @@ def train(args, run, texts, tokenizer, agent, reference, reward):
     """Writes, scores and learns `iterations` times. `run` keeps the curves, checkpoints and scores (see Operations)."""
     reviews, eval_reviews, judge = texts
     accelerator = run.accelerator
-    trained = {name: parameter for name, parameter in agent.named_parameters() if parameter.requires_grad}
+    trained = trained_parameters(agent)
     optimizer = torch.optim.AdamW(trained.values(), lr=args.learning_rate, eps=1e-5, weight_decay=args.weight_decay, fused=True)
     run.load(trained, optimizer, agent)
     run.say(describe_models(args, run, agent, trained, reward, len(reviews)))
@@ -642,7 +682,7 @@ def train(args, run, texts, tokenizer, agent, reference, reward):
         stats["charts/SPS"] = real.sum().item() / seconds  # a step is a token
         run.log(iteration, stats, seconds)
         done, stopping = iteration + 1, run.stopping()
-        if args.eval_every and done % args.eval_every == 0 and done < args.iterations:
+        if args.eval_interval and done % args.eval_interval == 0 and done < args.iterations:
             run.evaluate("eval", done, args.eval_episodes, evaluation)
         if done % args.checkpoint_interval == 0 or stopping or done == args.iterations:
             run.save(done, trained, optimizer)
@@ -683,21 +723,18 @@ def describe(batch: dict, eos: int, args: Args) -> dict[str, float]:
     return {name: value.item() for name, value in stats.items()}
 
 
-def judge_scores(texts: list[str], judge: dict) -> list[float]:
+def judge_score(text: str, judge: dict) -> float:
     """Probability of a positive review by logistic regression on TF-IDF of words and pairs of words.
 
-    judge: {"intercept": b, "terms": {term: [idf, weight]}}. It has seen neither the policy nor the reward model: a score that
-    rises while the judge's does not is the reward model being fooled.
+    judge: {"intercept": b, "terms": {term: [idf, weight]}}. The judge is trained apart from the policy and the reward model.
+    Where the score rises and the judge's does not, the policy exploits the reward model.
     """
-    scores = []
-    for text in texts:
-        words = re.findall(r"\b\w\w+\b", text.lower())
-        terms = Counter(itertools.chain(words, (f"{a} {b}" for a, b in itertools.pairwise(words))))
-        known = [(count, *judge["terms"][term]) for term, count in terms.items() if term in judge["terms"]]
-        norm = math.sqrt(sum((count * idf) ** 2 for count, idf, _ in known)) or 1.0
-        logit = judge["intercept"] + sum(count * idf * weight for count, idf, weight in known) / norm
-        scores.append(1 / (1 + math.exp(-logit)))
-    return scores
+    words = re.findall(r"\b\w\w+\b", text.lower())
+    terms = Counter(itertools.chain(words, (f"{a} {b}" for a, b in itertools.pairwise(words))))
+    known = [(count, *judge["terms"][term]) for term, count in terms.items() if term in judge["terms"]]
+    norm = math.sqrt(sum((count * idf) ** 2 for count, idf, _ in known)) or 1.0
+    logit = judge["intercept"] + sum(count * idf * weight for count, idf, weight in known) / norm
+    return 1 / (1 + math.exp(-logit))
 
 
 @torch.no_grad()
@@ -722,15 +759,14 @@ def perplexity(agent: Agent, texts: list[str], tokenizer, num_tokens: int) -> fl
         tokens = ids[:, start : done + new]
         total -= agent(tokens, tokens.shape[1] - new, 1.0)[0].sum().item()
         done += new
-    return math.exp(total / (ids.shape[1] - 1))
+    return float(np.exp(total / (ids.shape[1] - 1)))  # inf where math.exp would raise
 
 
-def evaluate(agent, reference, reward, tokenizer, reviews, judge, args, accelerator) -> tuple[dict[str, float], list[dict]]:
-    """Scores the continuations of the first `eval_episodes` validation prompts, with the same random numbers each time.
+def continue_prompts(agent, reference, reward, tokenizer, prompts, args, accelerator):
+    """Continues prompts [N, P], with the same random numbers each time.
 
-    Returns score, its standard error, KL, shares, perplexity on the reviews, the judge's score; and every sample.
+    Returns `rollout`'s batch of them all, and of each its texts and score.
     """
-    prompts, _ = encode(reviews[: args.eval_episodes], tokenizer, args)
     rng = np.random.default_rng([args.seed, EVALUATION])
     uniforms = torch.from_numpy(rng.random((len(prompts), args.response_length)))
     parts = []
@@ -739,26 +775,46 @@ def evaluate(agent, reference, reward, tokenizer, reviews, judge, args, accelera
         rows = slice(start, start + size)
         parts.append(rollout(agent, reference, reward, tokenizer, prompts[rows], uniforms[rows], args, accelerator)[0])
     batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    stats = describe(batch, tokenizer.eos_token_id, args)
-    scores = batch["scores"]
-    result = {"score": stats.pop("scores"), "score_stderr": scores.std().item() / math.sqrt(len(scores)), **stats}
-    result["perplexity"] = perplexity(agent, reviews, tokenizer, args.perplexity_tokens)
     texts = decode(batch["tokens"], tokenizer)
     responses = decode(batch["tokens"][:, -args.response_length :], tokenizer)
     samples = [
         {"prompt": text.removesuffix(response), "response": response, "score": value}
-        for text, response, value in zip(texts, responses, scores.tolist(), strict=True)
+        for text, response, value in zip(texts, responses, batch["scores"].tolist(), strict=True)
     ]
+    return batch, samples
+
+
+def evaluate(agent, reference, reward, tokenizer, reviews, judge, args, accelerator) -> tuple[dict[str, float], list[dict]]:
+    """Scores the continuations of the first `eval_episodes` held-out prompts.
+
+    Returns the score, its standard error, KL, shares, perplexity on the reviews and the judge's score; and every sample.
+    """
+    prompts, _ = encode(reviews[: args.eval_episodes], tokenizer, args)
+    batch, samples = continue_prompts(agent, reference, reward, tokenizer, prompts, args, accelerator)
+    stats, scores = describe(batch, tokenizer.eos_token_id, args), batch["scores"]
+    result = {"score": stats.pop("scores"), "score_stderr": scores.std().item() / math.sqrt(len(scores)), **stats}
+    result["perplexity"] = perplexity(agent, reviews, tokenizer, args.perplexity_tokens)
     if judge:
-        judged = judge_scores(texts, judge)
-        result["judge_score"] = float(np.mean(judged))
-        for sample_, value in zip(samples, judged, strict=True):
-            sample_["judge_score"] = value
+        for sample_ in samples:
+            sample_["judge_score"] = judge_score(sample_["prompt"] + sample_["response"], judge)
+        result["judge_score"] = float(np.mean([sample_["judge_score"] for sample_ in samples]))
     return result, samples
 
 
+def evaluate_texts(prompts, texts, models, args, accelerator):
+    """--evaluate: `evaluate` on the held-out reviews, or the mean score and the samples of the user's prompts."""
+    tokenizer, agent, reference, reward = models
+    if prompts is None:
+        _, reviews, judge = texts
+        return evaluate(agent, reference, reward, tokenizer, reviews, judge, args, accelerator)
+    rows = tokenizer(prompts, add_special_tokens=False).input_ids
+    ids = torch.stack([pad_left(row[-args.max_prompt_length :], args.max_prompt_length) for row in rows])
+    batch, samples = continue_prompts(agent, reference, reward, tokenizer, ids, args, accelerator)
+    return {"score": batch["scores"].mean().item()}, samples
+
+
 def from_pretrained(args: Args, name: str, loader):
-    """What `loader` makes of the argument `name`, a Hub id or a folder: safetensors, all weights there, no code of its own."""
+    """Loads the argument `name`, a Hub id or a folder, with `loader`: safetensors with all weights, without remote code."""
     source = getattr(args, name)
     options = {"local_files_only": args.offline, "trust_remote_code": False}
     try:
@@ -846,7 +902,7 @@ def load_reviews(args: Args) -> tuple[list[str], list[str]]:
 
 
 def load_judge(args: Args) -> dict | None:
-    """What `judge_scores` takes, if there is one."""
+    """The judge for `judge_score`, or None."""
     if args.judge is None:
         return None
     try:
@@ -888,7 +944,7 @@ def save_policy(run_folder, agent, tokenizer, args):
 
 
 def describe_models(args, run, agent, trained, reward, count):
-    """The first line of a run."""
+    """A run's first line."""
     millions = [sum(p.numel() for p in parameters) / 1e6 for parameters in (agent.parameters(), trained.values())]
     return (
         f"{args.policy}, {millions[0]:.1f}M parameters, {millions[1]:.1f}M trained; {count:,} reviews; "
@@ -896,60 +952,151 @@ def describe_models(args, run, agent, trained, reward, count):
     )
 
 
-def check_args(args: Args) -> None:
-    """Refuses values that no run can have, before anything is made or loaded."""
-    check_rlhf(args)
-    check_episodes(args, "eval_episodes")
-    require(args, "perplexity_tokens", args.perplexity_tokens >= 1, "a whole number of 1 or more")
-    check_tracking(args)
+def check_task(args):
+    """Refuses combinations of arguments that this script cannot learn with."""
 
 
 # --- run: one text in the RLHF scripts from here on -------------------------------------------------------------------
 
 SCRIPT = Path(__file__).name
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 class Run:
     """A run's folder: arguments, curves, checkpoint, samples and result. Resumes a run, and ends it in order on a signal.
 
-    Every process calls it alike; one of them, the leader, writes and talks.
+    It differs from the control scripts' Run where accelerate asks for it: every process calls it, and one, the leader,
+    writes and talks. And it counts iterations of whole texts; the curves' x axis is the number of texts.
     """
 
-    def __init__(self, args, accelerator, signals):
-        self.args, self.accelerator, self.signals = args, accelerator, signals
-        self.device, self.leads = accelerator.device, accelerator.is_main_process
-        self.folder, self.checkpoint, self.record = open_run(args, TASK, self.device) if self.leads else (None, None, None)
+    def __init__(self, args, accelerator):
+        self.args, self.accelerator, self.checkpoint, self.signals = args, accelerator, None, []
+        self.device, self.leads, self.cleanup = accelerator.device, accelerator.is_main_process, contextlib.ExitStack()
+        self.folder, self.record = (
+            None,
+            {
+                "script": SCRIPT,
+                "run_id": uuid.uuid4().hex[:8],
+                "env_id": TASK,
+                "args": asdict(args) | {"resume": None},
+                "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
+                "commit": git_commit(),
+                "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            },
+        )
+        if self.leads:
+            self.open_folder()
         (self.folder,) = broadcast_object_list([self.folder])
         if not self.leads and args.resume and (self.folder / "checkpoint.pt").exists():
-            self.checkpoint = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+            self.checkpoint = load_checkpoint(self.folder, "--resume")
         known = self.checkpoint or {"iteration": 0, "seconds": 0.0, "before": None, "samples_before": []}
-        self.start, self.seconds, self.saved = known["iteration"], known["seconds"], self.checkpoint is not None
+        self.start, self.saved = known["iteration"], self.checkpoint is not None
+        self.seconds = self.start_seconds = known["seconds"]
         self.before = (known["before"], known["samples_before"]) if self.checkpoint else None
-        self.finished = self.start >= args.iterations and (self.folder / "result.json").exists()
-        accelerator.wait_for_everyone()  # until all have looked for result.json
-        if self.finished or not self.leads:
-            self.progress = None
-            return
-        (self.folder / "result.json").unlink(missing_ok=True)
-        write_json(self.folder / "args.json", self.record)
-        if args.track:
-            self.wandb = track_run(args, self.folder, self.record)
-        self.writer = SummaryWriter(self.folder)
-        rows = "\n".join(f"|{name}|{value}|" for name, value in self.record["args"].items())
-        self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
-        self.progress = tqdm(total=args.iterations, initial=self.start, unit="iteration", disable=None)
+        if self.leads:
+            # purge_step hides what was logged after the checkpoint, so that no step shows twice
+            self.writer = SummaryWriter(self.folder, purge_step=self.texts(self.start) + 1 if self.saved else 0)
+            self.cleanup.callback(self.writer.close)
+            rows = "\n".join(f"|{name}|{value}|" for name, value in self.record["args"].items())
+            self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+            self.last_line = time.monotonic()
+            self.progress = tqdm(total=args.iterations, initial=self.start, unit="iteration", disable=None)
+            self.cleanup.callback(self.progress.close)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+
+    def open_folder(self):
+        """Makes the run's folder, or opens the one to resume, and writes args.json."""
+        args = self.args
+        try:
+            if args.resume:
+                self.open(Path(args.resume).resolve())
+            else:
+                self.make_folder()
+            if args.track:
+                self.track()
+            (self.folder / "result.json").unlink(missing_ok=True)
+            write_json(self.folder / "args.json", self.record)
+        except OSError as error:
+            fail(f"{f'--resume {args.resume}' if args.resume else f'--run-dir {args.run_dir}'}: {error.strerror}")
+
+    def make_folder(self):
+        """runs/{task}__{exp_name}__{seed}__{unix time}/"""
+        while True:
+            self.folder = Path(self.args.run_dir) / f"{TASK}__{self.args.exp_name}__{self.args.seed}__{int(time.time())}"
+            try:
+                self.folder.mkdir(parents=True)
+                break
+            except FileExistsError:
+                if not self.folder.is_dir():
+                    raise
+                time.sleep(1)  # a run of the same name began in this second
+        self.lock()
+
+    def open(self, folder):
+        """The run to resume: its checkpoint, its id, and the versions, commit and device it had before, if they changed."""
+        self.folder = folder
+        self.lock()
+        before = json.loads((folder / "args.json").read_text())
+        changed = {key: before.get(key) for key in ("versions", "commit", "device") if before.get(key) != self.record[key]}
+        self.record |= {"run_id": before["run_id"], "earlier": before.get("earlier", []) + [changed] * bool(changed)}
+        if (folder / "checkpoint.pt").exists():
+            self.checkpoint = load_checkpoint(folder, "--resume")
+
+    def lock(self):
+        """Only one job may train a run. The operating system releases the lock of a process that is killed."""
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            fail(f"--resume {self.args.resume}: another process is training this run")
+        self.cleanup.callback(lock.release)
+
+    def track(self):
+        """Starts the W&B run, or continues it. W&B logs what TensorBoard gets."""
+        import wandb  # a second and 20 MB that only a tracked run pays
+
+        self.wandb = wandb
+        try:
+            wandb.init(
+                project=self.args.wandb_project_name,
+                entity=self.args.wandb_entity,
+                group=self.args.wandb_group,
+                tags=self.args.wandb_tags.split(",") if self.args.wandb_tags else None,
+                id=self.record["run_id"],
+                name=self.folder.name,
+                resume="allow",
+                dir=self.folder.parent,  # in the run folder W&B would find its own copies of the event files
+                config=self.record["args"] | {key: value for key, value in self.record.items() if key != "args"},
+                sync_tensorboard=True,  # with global_step as the x axis
+                save_code=True,
+            )
+        except (wandb.errors.Error, ValueError) as error:
+            if not self.args.resume:
+                shutil.rmtree(self.folder)
+            fail(f"--track: {one_line(error)}")
+
+    def on_signal(self, number, frame):
+        """The first signal ends the run after this iteration, the second one at once."""
+        self.signals.append(number)
+        if len(self.signals) > 1:
+            sys.exit(128 + number)
+        if self.leads:
+            with contextlib.suppress(OSError):  # not print, which may be what the signal has interrupted
+                os.write(2, b"\nfinishing this iteration, then saving; Ctrl-C again quits now\n")
 
     def say(self, line):
         if self.leads:
-            print(f"{SCRIPT}: {line}", flush=True)
+            say(line)
+
+    def texts(self, iterations):
+        """The x axis: texts written in training."""
+        return iterations * self.args.trajectories_per_update
 
     def load(self, trained, optimizer, agent):
         """Puts the checkpoint's weights and optimiser in place, and frees it: as much memory as these take."""
         if self.checkpoint:
-            if self.checkpoint["agent"].keys() != trained.keys():
-                wrong = f"its checkpoint.pt has other weights than {self.args.policy} has with these versions"
-                fail(f"--resume {self.args.resume}: {wrong}")
-            agent.load_state_dict(self.checkpoint["agent"], strict=False)  # what is trained; the rest is as it was loaded
+            load_weights(agent, trained, self.checkpoint, self.args, "--resume")
             optimizer.load_state_dict(self.checkpoint["optimizer"])
         self.checkpoint = None
 
@@ -960,24 +1107,30 @@ class Run:
                 sys.exit(f"{SCRIPT}: {name} is {value} in iteration {iteration + 1}; the run ends, {kept}")
 
     def log(self, iteration, stats, seconds):
-        """The curves of one iteration, which took `seconds`. The x axis counts trajectories."""
+        """The curves of one iteration, which took `seconds`."""
         self.seconds += seconds
         if not self.leads:
             return
         for name, value in stats.items():
-            self.writer.add_scalar(name, value, (iteration + 1) * self.args.trajectories_per_update)
-        status = f"score {stats['objective/scores']:.3f}, {stats['charts/SPS']:.0f} tokens/s"
+            self.writer.add_scalar(name, value, self.texts(iteration + 1))
+        status = f"score {stats['objective/scores']:.3f}, {stats['charts/SPS']:,.0f} tokens/s"
         self.progress.set_postfix_str(status, refresh=False)
         self.progress.update()
+        now = time.monotonic()
+        if self.progress.disable and now > self.last_line + 60:  # no terminal: one line a minute
+            self.last_line = now
+            speed = (iteration + 1 - self.start) / (self.seconds - self.start_seconds)
+            left = tqdm.format_interval((self.args.iterations - iteration - 1) / speed)
+            say(f"iteration {iteration + 1} of {self.args.iterations}, {status}, {left} left")
 
     def stopping(self):
         """Whether any process has got a signal."""
         return bool(self.accelerator.reduce(torch.tensor(float(bool(self.signals)), device=self.device)).item())
 
     def save(self, iterations, trained, optimizer):
-        # the last step of an update can break the policy after its losses were finite
+        # the last gradient step can break the policy after its losses were finite
         weights = sum(parameter.detach().sum() for parameter in trained.values()).item()
-        self.exit_if_not_finite(iterations - 1, {"a weight": weights})
+        self.exit_if_not_finite(iterations - 1, {"the sum of the weights": weights})
         if self.leads:
             self.writer.flush()
             state = {
@@ -987,44 +1140,41 @@ class Run:
                 "seconds": self.seconds,
                 "before": self.before[0],
                 "samples_before": self.before[1],
-                "event_files": {path.name: path.stat().st_size for path in self.folder.glob("events.out.tfevents.*")},
             }
             save_checkpoint_atomically(self.folder / "checkpoint.pt", state)
         self.saved = True
 
     def evaluate(self, name, iterations, episodes, inputs):
-        """What `evaluate` measures of `episodes` texts, as name/..., and its samples; (None, []) of none."""
+        """What `evaluate` measures of `episodes` texts, logged as name/..., and its samples; (None, []) of none."""
         if not episodes:
             return None, []
         result, samples = evaluate(*inputs, self.args, self.accelerator)
+        self.exit_if_not_finite(iterations - 1, {"the mean score of the evaluation": result["score"]})
         if self.leads:
             for key, value in result.items():
-                self.writer.add_scalar(f"{name}/{key}", value, iterations * self.args.trajectories_per_update)
-        return result, samples
+                self.writer.add_scalar(f"{name}/{key}", value, self.texts(iterations))
+        # JSON has no infinity, which a perplexity can be
+        return {key: value if math.isfinite(value) else None for key, value in result.items()}, samples
 
     def exit_stopped(self, iterations):
         """After a signal: prints how to resume."""
+        number = self.signals[0] if self.signals else signal.SIGTERM  # another process may have got it
         if self.leads:
-            self.progress.close()
-            self.writer.close()
-            if self.args.track:
-                self.wandb.finish()
-        name = signal.Signals(self.signals[0]).name if self.signals else "a signal"
-        self.say(f"{name} after iteration {iterations}, saved; continue with --resume {self.folder}")
-        sys.exit(128 + (self.signals[0] if self.signals else signal.SIGTERM))
+            self.close()
+        self.say(f"{signal.Signals(number).name} after iteration {iterations}, saved; continue with --resume {self.folder}")
+        sys.exit(128 + number)
 
     def finish(self, after, trained, optimizer, agent, tokenizer):
         """Writes samples, models and result.json. after: what `evaluate` has returned for the trained policy."""
         if not self.leads:
             return
-        self.progress.close()
         (before, samples_before), (after, samples) = self.before, after
         table = save_samples(self.folder, samples_before, samples) if samples else None
         if table:
             rows = ["| " + " | ".join(re.sub(r"[\n|]", " ", str(cell)) for cell in row) + " |" for row in table]
             text = "\n".join([rows[0], "|---" * len(table[0]) + "|", *rows[1:]])
-            self.writer.add_text("samples", text, self.args.iterations)
-        self.save(self.args.iterations, trained, optimizer)  # with the event files that hold the scores
+            self.writer.add_text("samples", text, self.texts(self.args.iterations))
+        self.save(self.args.iterations, trained, optimizer)
         if self.args.save_model:
             save_policy(self.folder, agent, tokenizer, self.args)
         result = {
@@ -1032,26 +1182,31 @@ class Run:
             "score_stderr": after["score_stderr"] if after else None,
             "before": before,
             "after": after,
-            "global_step": self.args.iterations * self.args.trajectories_per_update,
+            "global_step": self.texts(self.args.iterations),
             "seconds": self.seconds,
             **self.record,
         }
         write_json(self.folder / "result.json", result)
-        self.writer.close()
         if self.args.track:
             if table:
                 self.wandb.log({"samples": self.wandb.Table(columns=table[0], data=table[1:])})
             self.wandb.summary.update({name: result[name] for name in ("score", "score_stderr", "seconds")})
-            self.wandb.finish()
+        self.close()
         score = f"score {before['score']:.3f} before, {after['score']:.3f} after" if after else "not evaluated"
         self.say(f"{self.args.iterations} iterations in {self.seconds:.0f} s, {score}; {self.folder / 'result.json'}")
+
+    def close(self):
+        self.progress.close()
+        self.writer.close()
+        if self.args.track:
+            self.wandb.finish()
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
 def prepare_hub(args: Args, *names: str) -> None:
-    """With --offline nothing leaves this machine. If the Hub does not answer within five seconds, only its cache is used.
+    """Asks the Hub for an answer. Without one within five seconds, and with --offline, only the local cache is used.
 
     names: the arguments that may be Hub ids.
     """
@@ -1074,7 +1229,7 @@ def prepare_hub(args: Args, *names: str) -> None:
 
 
 def cannot_load(args: Args, name: str, error: Exception, expected: str) -> None:
-    """Ends in one line: what of the argument `name` could not be loaded, why, and what there is instead."""
+    """Fails in one line: the argument `name`, its value, why it could not be loaded, and what to do."""
     source = getattr(args, name)
     reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
     hint = f"python benchmark/assets/make_rlhf_assets.py {TASK} builds what --offline takes"
@@ -1088,7 +1243,7 @@ def cannot_load(args: Args, name: str, error: Exception, expected: str) -> None:
 
 
 def check_weights(args: Args, name: str, info: dict) -> None:
-    """Refuses a model some of whose weights were not in its files, or had another shape there."""
+    """Refuses a model whose files lack some of its weights, or have them in another shape."""
     missing = ", ".join(sorted(info["missing_keys"]))
     require(args, name, not missing, f"a model with all its weights; {missing} are missing")
     wrong = ", ".join(f"{key} {tuple(found)}, not {tuple(wanted)}" for key, found, wanted in sorted(info["mismatched_keys"]))
@@ -1096,15 +1251,16 @@ def check_weights(args: Args, name: str, info: dict) -> None:
 
 
 def is_adapter(args: Args, name: str) -> bool:
-    """Whether the argument names an adapter, which transformers would load, frozen, onto its base."""
+    """Whether the argument names an adapter. transformers would load it onto its base without a word, and freeze it."""
     return find_adapter_config_file(getattr(args, name), local_files_only=huggingface_hub.constants.HF_HUB_OFFLINE) is not None
 
 
 def check_lm(args: Args, name: str, lm: transformers.PreTrainedModel, backbone) -> None:
-    """Refuses a model that would compute wrong numbers here: two texts of different length through `backbone` and the model's
-    head, padded on the left and cached token by token, against the plain model, each text alone and in one pass.
+    """Refuses a model that would compute wrong numbers in this script.
 
-    backbone: `Agent.backbone` without adapters.
+    Two texts of different length go through `backbone` and the model's head: padded on the left, and token by token with
+    the cache. The logits must be those of the plain model, which reads each text alone and in one pass. backbone:
+    `Agent.backbone` without adapters.
     """
     short, long = (torch.arange(length, device=lm.device) * 7919 % lm.config.vocab_size for length in (5, 9))
     batch = torch.stack([F.pad(short, (4, 0), value=PAD), long])
@@ -1139,7 +1295,7 @@ def check_lm(args: Args, name: str, lm: transformers.PreTrainedModel, backbone) 
 
 
 def read_json_lines(path: str) -> datasets.Dataset:
-    """A file of JSON lines in UTF-8; errors name the line."""
+    """Reads a file of JSON lines in UTF-8. An error names the line."""
     rows = []
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -1163,8 +1319,8 @@ def write_atomically(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def save_checkpoint_atomically(path: Path, state: dict) -> None:
-    """As `write_atomically`, for more than should be in memory twice."""
+def save_checkpoint_atomically(path, state):
+    """As `write_atomically`, for a state too large to be in memory twice."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         torch.save(state, file)
@@ -1173,9 +1329,9 @@ def save_checkpoint_atomically(path: Path, state: dict) -> None:
     os.replace(temporary, path)
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path, content):
     """`content` as indented JSON, atomically."""
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+    write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
 def git_commit() -> str | None:
@@ -1187,76 +1343,80 @@ def git_commit() -> str | None:
         return None
 
 
-def name_both(before: str | None, now: str | None) -> str | None:
-    """What a resumed run was made with, "2.12.1 then 2.13.0", or the one name if nothing has changed."""
-    return before if str(before).split(" then ")[-1] == str(now) else f"{before} then {now}"
+def load_checkpoint(folder, argument):
+    """Loads a run's checkpoint, or fails in one line."""
+    try:
+        checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+        checkpoint["iteration"], checkpoint["seconds"], checkpoint["agent"]  # KeyError if it is of something else
+        return checkpoint
+    except Exception as error:  # torch has no common type for them
+        fail(f"{argument} {folder}: cannot load its checkpoint.pt ({type(error).__name__})")
 
 
-def open_run(args: Args, env_id: str, device: torch.device) -> tuple[Path, dict | None, dict]:
-    """Makes the run folder, or opens the one to resume.
+def load_weights(agent, trained, checkpoint, args, argument):
+    """Puts the trained weights of a checkpoint into the agent; all others are as they were loaded."""
+    if checkpoint["agent"].keys() != trained.keys():
+        folder = args.resume or args.evaluate
+        fail(f"{argument} {folder}: its checkpoint.pt has other weights than {args.policy} has with these versions")
+    agent.load_state_dict(checkpoint["agent"], strict=False)
 
-    Returns the folder, the checkpoint to go on from (None for a new run) and what identifies the run.
-    """
-    identity = {
-        "script": Path(__file__).name,
-        "run_id": uuid.uuid4().hex[:8],
-        "env_id": env_id,
-        "args": {**asdict(args), "resume": None},
-        "versions": {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in PACKAGES}},
-        "commit": git_commit(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-    }
-    checkpoint = None
-    if args.resume:
-        run_folder = Path(args.resume).resolve()
-        before = json.loads((run_folder / "args.json").read_text())
-        identity["run_id"] = before["run_id"]
-        if (run_folder / "checkpoint.pt").exists():
-            try:
-                checkpoint = torch.load(run_folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-            except Exception as error:  # torch names no common type for a file that is no checkpoint
-                fail(f"--resume {args.resume}: cannot load its checkpoint.pt ({type(error).__name__})")
-            for key in ("commit", "device"):
-                identity[key] = name_both(before.get(key), identity[key])
-            for name, version in identity["versions"].items():
-                identity["versions"][name] = name_both(before["versions"].get(name), version)
-    while not args.resume:
-        run_folder = Path(args.run_dir) / f"{env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        try:
-            run_folder.mkdir(parents=True)
-            break
-        except FileExistsError:  # a run of the same name began in the same second
-            time.sleep(1)
-        except OSError as error:
-            fail(f"--run-dir {args.run_dir}: cannot make {run_folder} ({error.strerror}); expected a folder to write in")
-    # Take back what the TensorBoard files hold beyond the checkpoint, so that no step is logged twice
-    sizes = checkpoint["event_files"] if checkpoint else {}
-    for path in run_folder.glob("events.out.tfevents.*"):
-        if path.name in sizes:
-            os.truncate(path, min(sizes[path.name], path.stat().st_size))
+
+def read_prompts(args):
+    """The texts of --prompts: the column `prompt` of a file of JSON lines, or the lines of another file."""
+    try:
+        if args.prompts.endswith(".jsonl"):
+            prompts = read_json_lines(args.prompts)["prompt"][:]
         else:
-            path.unlink()
-    return run_folder, checkpoint, identity
-
-
-def track_run(args: Args, run_folder: Path, identity: dict) -> object:
-    """Starts the W&B run, or continues the one with this `run_id`; returns W&B. It logs what TensorBoard gets."""
-    import wandb  # a second and 20 MB that only a tracked run pays
-
-    wandb.init(
-        project=args.wandb_project_name,
-        entity=args.wandb_entity,
-        id=identity["run_id"],
-        name=run_folder.name,
-        resume="allow",
-        dir=run_folder.parent,  # in the run folder W&B would find its own copies of the event files and log them again
-        config={**identity["args"], **{key: value for key, value in identity.items() if key != "args"}},
-        sync_tensorboard=True,  # with global_step as the x axis
-    )
-    return wandb
+            prompts = [line for line in Path(args.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        require(args, "prompts", False, f"a file of lines, or of JSON lines with a column prompt ({one_line(error)})")
+    texts = all(isinstance(prompt, str) and prompt.strip() for prompt in prompts)
+    require(args, "prompts", prompts and texts, "a file of prompts, all of them texts")
+    return prompts
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
+
+# the groups of --help, by their first argument
+GROUPS = {
+    "alpha": "symmetric loss",
+    "offline": "models and data",
+    "iterations": "algorithm",
+    "eval_episodes": "evaluation",
+    "track": "logging",
+    "exp_name": "run and machine",
+}
+# names of other libraries
+HINTS = {
+    "batch-size": "trajectories-per-update",
+    "rollout-batch-size": "trajectories-per-update",
+    "mini-batch-size": "minibatch-size",
+    "num-mini-batches": "minibatch-size",
+    "num-ppo-epochs": "update-epochs",
+    "total-episodes": "iterations",
+    "cliprange": "clip-coef",
+    "cliprange-value": "clip-coef-value",
+    "init-kl-coef": "kl-coef",
+    "lam": "gae-lambda",
+    "lr": "learning-rate",
+    "max-new-tokens": "response-length",
+    "model-name-or-path": "policy",
+    "reward-model-path": "reward-model",
+    "eval-every": "eval-interval",
+    "eval-steps": "eval-interval",
+}
+# what may change with --resume, and with --evaluate
+RESUMABLE = "iterations track wandb_project_name wandb_entity wandb_group wandb_tags eval_interval checkpoint_interval"
+RESUMABLE = [*RESUMABLE.split(), "save_model", "reward_batch_size", "num_threads", "cuda"]
+EVALUABLE = ["prompts", SCORED, "reward_batch_size", "num_threads", "cuda"]
+
+
+def say(line):
+    """One line on stdout, at once. A closed pipe or a full disk there does not end the run."""
+    try:
+        print(f"{SCRIPT}: {line}", flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def fail(message):
@@ -1265,12 +1425,45 @@ def fail(message):
     sys.exit(2)
 
 
-def parse_args(argv: list[str], defaults: Args) -> Args:
-    """The command line as Args; with --resume, the run's own arguments, changed where that is allowed."""
+def one_line(error):
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def flag(name):
+    return f"--{name.replace('_', '-')}"
+
+
+def require(args, name, accepted, expected):
+    """Unless `accepted`: one line that names the argument, its value and what is expected, exit status 2."""
+    if not accepted:
+        fail(f"{flag(name)} {getattr(args, name)}: expected {expected}")
+
+
+def read_command_line(argv, defaults):
+    """The command line as Args: tyro with the groups of --help, hints for unknown names, and errors of one line."""
+    names = {flag(field.name) for field in fields(Args)}
+    for word in argv:
+        name = word.split("=")[0].replace("_", "-").replace("--no-", "--")
+        if word.startswith("--") and name not in names | {"--help"}:
+            close = [f"--{HINTS[name[2:]]}"] if name[2:] in HINTS else difflib.get_close_matches(name, names, n=1)
+            hint = next((f"; did you mean {other}?" for other in close if other in names), "; see --help")
+            fail(f"{word.split('=')[0]}: unknown argument{hint}")
+    for name, value in itertools.pairwise(argv):
+        if value in ("True", "False"):
+            fail(f"{name} {value}: a switch takes no value; write {name} or {name.replace('--', '--no-', 1)}")
+
+    about = pydantic.TypeAdapter(Args).json_schema()["properties"]
+    groups, title = {}, None
+    for field in fields(Args):
+        title = GROUPS.get(field.name, title)
+        helped = Annotated[field.type, tyro.conf.arg(help=about[field.name]["description"])]
+        groups.setdefault(title, []).append((field.name, helped, getattr(defaults, field.name)))
+    groups = {title.replace(" ", "_"): make_dataclass(title.replace(" ", "_"), group) for title, group in groups.items()}
+    Grouped = make_dataclass("Grouped", [(title, tyro.conf.OmitArgPrefixes[group]) for title, group in groups.items()])
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
-            args = tyro.cli(Args, args=argv, default=defaults)
+            parsed = tyro.cli(Grouped, args=argv, prog=SCRIPT, description=Args.__doc__)
     except SystemExit as stopped:
         if stopped.code:  # tyro's box of several lines, as one line
             text = " ".join(re.sub(r"[╭╮╰╯│─]+|-{3,}|[|+]", " ", captured.getvalue()).split())
@@ -1278,130 +1471,144 @@ def parse_args(argv: list[str], defaults: Args) -> Args:
             text = re.sub(rf"^({titles}) (?=[A-Z]|invalid)", "", text)
             fail(re.split(r" (For full|Argument) helptext", text)[0] + "; see --help")
         raise
-    if args.resume is None:
-        return args
+    return Args(**{name: value for group in asdict(parsed).values() for name, value in group.items()})
 
-    allowed = ("resume", LENGTH.replace("_", "-"), "track", "no-track", "wandb-project-name", "wandb-entity")
-    given = [word[2:].split("=")[0].replace("_", "-") for word in argv if word.startswith("--")]
-    refused = [name for name in given if name not in allowed]
-    if refused:
-        fail(f"--{refused[0]}: not accepted beside --resume; only --{', --'.join(allowed[1:])} are")
+
+def parse_args(argv, defaults):
+    """The command line as Args. With --resume or --evaluate, that run's own arguments, of which some may change."""
+    args = read_command_line(argv, defaults)
+    if args.resume and args.evaluate:
+        fail("--resume and --evaluate: expected one of them")
+    if not (args.resume or args.evaluate):
+        return args
+    name, folder, allowed = ("resume", args.resume, RESUMABLE) if args.resume else ("evaluate", args.evaluate, EVALUABLE)
     try:
-        saved = json.loads((Path(args.resume) / "args.json").read_text())
-        if saved["script"] != Path(__file__).name:
-            fail(f"--resume {args.resume}: a run of {saved['script']}; expected a run of {Path(__file__).name}")
-        resumed = Args(**{**saved["args"], "resume": args.resume})
+        saved = json.loads(Path(folder, "args.json").read_text())
+        if saved["script"] != SCRIPT:
+            fail(f"{flag(name)} {folder}: a run of {saved['script']}; expected a run of {SCRIPT}")
+        own = replace(Args(**saved["args"]), **{name: folder})
         saved["run_id"]  # KeyError for a folder without one
     except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"--resume {args.resume}: not the folder of a run of this script; expected one with its args.json ({error})")
-    for name in {name.removeprefix("no-").replace("-", "_") for name in given} - {"resume"}:
-        if name == LENGTH and getattr(args, name) < getattr(resumed, name):
-            require(args, name, False, f"{getattr(resumed, name)}, the run's own, or more")
-        setattr(resumed, name, getattr(args, name))
-    return resumed
+        fail(f"{flag(name)} {folder}: not the folder of a run of this script; expected one with its args.json ({error})")
+    args = read_command_line(argv, own)
+    for field in fields(Args):
+        value, old = getattr(args, field.name), getattr(own, field.name)
+        if value != old and field.name not in allowed:
+            others = ", ".join(map(flag, allowed))
+            fail(f"{flag(field.name)} {value}: with {flag(name)} the run keeps its own, {old}; only {others} may change")
+    require(args, "iterations", args.iterations >= own.iterations, f"{own.iterations}, the run's own, or more")
+    return args
 
 
-def require(args: Args, name: str, accepted: object, expected: str) -> None:
-    """Unless `accepted`: one line that names the argument, its value and what is expected, exit status 2."""
-    if not accepted:
-        fail(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {expected}")
+def check_args(args):
+    """Rejects invalid arguments before any file is written or model loaded."""
+    try:
+        pydantic.TypeAdapter(Args).validate_python(asdict(args))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        fail(f"{flag(first['loc'][0])} {first['input']}: {re.sub('^(Input|String|Value) should', 'must', first['msg'])}")
+    shorter = args.min_response_length <= args.response_length
+    require(args, "min_response_length", shorter, f"response_length = {args.response_length} or less")
+    divides = args.trajectories_per_update % args.minibatch_size == 0
+    require(args, "minibatch_size", divides, f"a divisor of trajectories_per_update = {args.trajectories_per_update}")
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # set by `accelerate launch`
+    parts = processes * args.gradient_accumulation
+    wanted = f"a multiple of processes x gradient_accumulation = {processes} x {args.gradient_accumulation}"
+    require(args, "minibatch_size", args.minibatch_size % parts == 0, wanted)
+    for name in {"eval_episodes", SCORED}:
+        require(args, name, getattr(args, name) % processes == 0, f"a multiple of the {processes} processes")
+        require(args, name, getattr(args, name) != 1, "0, or 2 or more for a standard error")
+    require(args, "evaluate", processes == 1 or not args.evaluate, "one process with it")
+    require(args, "evaluate", args.prompts or getattr(args, SCORED) or not args.evaluate, f"{flag(SCORED)} 2 or more with it")
+    require(args, "prompts", args.evaluate or args.prompts is None, "--evaluate with it")
+    check_task(args)
+    check_tracking(args)
 
 
-def check_tracking(args: Args) -> None:
-    """Refuses to track in a mode that there is not, or online without a key; last, as W&B may ask for one."""
-    modes = ("online", "offline", "shared", "disabled", "dryrun", "run")
-    if args.track and os.environ.get("WANDB_MODE", "online") not in modes:
-        fail(f"--track: WANDB_MODE is {os.environ['WANDB_MODE']}; expected one of {', '.join(modes)}")
-    if args.track and os.environ.get("WANDB_MODE", "online") == "online":
+def check_tracking(args):
+    """Fails early if W&B cannot start. Last of all checks, as W&B may ask for a key."""
+    mode, modes = os.environ.get("WANDB_MODE", "online"), ("online", "offline", "shared", "disabled", "dryrun", "run")
+    if args.track and mode not in modes:
+        fail(f"--track: WANDB_MODE is {mode}; expected one of {', '.join(modes)}")
+    if args.track and mode == "online":
         import wandb
 
         try:
             wandb.login()
         except wandb.errors.Error as error:
-            fail(f"--track: {str(error).splitlines()[0]} Expected that, a WANDB_API_KEY or WANDB_MODE=offline")
-
-
-def check_rlhf(args: Args) -> None:
-    """Refuses values that no run of either RLHF script can have."""
-    whole = ("iterations", "trajectories_per_update", "max_prompt_length", "response_length", "update_epochs", "minibatch_size")
-    for name in (*whole, "gradient_accumulation", "reward_batch_size", "checkpoint_interval"):
-        require(args, name, getattr(args, name) >= 1, "a whole number of 1 or more")
-    for name in ("min_response_length", "top_k", "lora_r", "eval_episodes", "eval_every", "num_threads"):
-        require(args, name, getattr(args, name) >= 0, "a whole number of 0 or more")
-    require(args, "num_threads", args.num_threads <= 1024, "1,024 or less")
-    require(args, "seed", 0 <= args.seed < 2**63, "a whole number from 0 to 2^63 - 1")
-    for name in ("gamma", "gae_lambda"):
-        require(args, name, 0 <= getattr(args, name) <= 1, "a number from 0 to 1")
-    for name in ("temperature", "learning_rate", "clip_coef", "clip_coef_value", "max_grad_norm"):
-        require(args, name, math.isfinite(getattr(args, name)) and getattr(args, name) > 0, "a finite number above 0")
-    for name in ("alpha", "beta", "kl_coef", "weight_decay", "vf_coef", "ent_coef", "reference_nll_coef"):
-        require(args, name, math.isfinite(getattr(args, name)) and getattr(args, name) >= 0, "a finite number of 0 or more")
-    require(args, "Z", math.isfinite(args.Z) and args.Z < 0, "a finite number below 0")
-    shorter = args.min_response_length <= args.response_length
-    require(args, "min_response_length", shorter, f"response_length = {args.response_length} or less")
-    divides = args.trajectories_per_update % args.minibatch_size == 0
-    require(args, "minibatch_size", divides, f"a divisor of trajectories_per_update = {args.trajectories_per_update}")
-    processes = int(os.environ.get("WORLD_SIZE", 1))  # what `accelerate launch` sets
-    parts = processes * args.gradient_accumulation
-    wanted = f"a multiple of processes x gradient_accumulation = {processes} x {args.gradient_accumulation}"
-    require(args, "minibatch_size", args.minibatch_size % parts == 0, wanted)
-    require(args, "exp_name", re.fullmatch(r"[\w.-]{1,100}", args.exp_name), "1 to 100 letters, digits, '_', '.' or '-'")
-    project = re.fullmatch(r"[^/\\#?%:]{1,128}", args.wandb_project_name)
-    require(args, "wandb_project_name", project, "1 to 128 characters but /\\#?%:")
-
-
-def check_episodes(args: Args, name: str) -> None:
-    """Refuses numbers of episodes that the processes cannot share, or that have no standard error."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    require(args, name, getattr(args, name) % processes == 0, f"a multiple of the {processes} processes")
-    require(args, name, getattr(args, name) != 1, "0, or 2 or more for a standard error")
+            fail(f"--track: {str(error).splitlines()[0]} Log in, set WANDB_API_KEY, or use WANDB_MODE=offline")
 
 
 # --- main -------------------------------------------------------------------------------------------------------------
 
 
-def keep_freed_memory() -> None:
-    """Asks glibc to keep freed memory (no mmap for large blocks, no trimming): the kernel would otherwise zero every
-    large array anew, a tenth of a CPU update. Elsewhere than on Linux with glibc it does nothing."""
+def keep_freed_memory():
+    """Asks glibc to keep freed memory; else the kernel zeroes every large array anew, a sixth of the time of PPO on Atari
+    on two cores. Does nothing without glibc."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, 2**31 - 1)
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def catch_signals() -> list[int]:
-    """SIGINT and SIGTERM ask for an orderly end: they fill the returned list. The second one ends at once."""
-    caught = []
+def has_finished(args):
+    """Whether the run to resume has nothing left to do."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        done = json.loads(Path(args.resume, "result.json").read_text())["global_step"] // args.trajectories_per_update
+        if done >= args.iterations:
+            say(f"{args.resume} has finished its {done:,} iterations; a larger --iterations continues it")
+            return True
+    return False
 
-    def on_signal(signum, frame):
-        caught.append(signum)
-        for again in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(again, signal.SIG_DFL)
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, on_signal)
-    return caught
+def evaluate_run(args, accelerator):
+    """--evaluate: prints what the policy of a finished or stopped run writes, as JSON lines. Writes no file."""
+    folder = Path(args.evaluate).resolve()
+    if not (folder / "checkpoint.pt").exists():
+        fail(f"--evaluate {args.evaluate}: has no checkpoint yet")
+    checkpoint = load_checkpoint(folder, "--evaluate")
+    prompts = read_prompts(args) if args.prompts else None
+    texts = None if prompts else load_texts(args)
+    models = load_models(args, accelerator.device)
+    load_weights(models[1], trained_parameters(models[1]), checkpoint, args, "--evaluate")
+    result, samples = evaluate_texts(prompts, texts, models, args, accelerator)
+    for sample in samples:
+        print(json.dumps(sample, ensure_ascii=False))
+    numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
+    print(f"{SCRIPT}: {numbers}; {len(samples)} texts, iteration {checkpoint['iteration']}", file=sys.stderr)
 
 
 def main(args):
-    signals = catch_signals()
     keep_freed_memory()
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     if args.cuda and torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
     accelerator = Accelerator(cpu=not (args.cuda and torch.cuda.is_available()))
+    finished = args.resume and has_finished(args)
+    accelerator.wait_for_everyone()  # until every process has looked for result.json
+    if finished:
+        return
     prepare_hub(args, *SOURCES)
-    texts, models = load_texts(args), load_models(args, accelerator.device)  # refused, if at all, before a folder is made
-    run = Run(args, accelerator, signals)
-    if run.finished:
-        if run.leads:
-            print(f"{run.folder} has finished its {run.start:,} iterations; a larger --iterations continues it", flush=True)
-    else:
-        train(args, run, texts, *models)
+    if args.evaluate:
+        evaluate_run(args, accelerator)
+        return
+    texts, models = load_texts(args), load_models(args, accelerator.device)
+    run = Run(args, accelerator)
+    try:
+        with run.cleanup:
+            train(args, run, texts, *models)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        sys.exit(f"{SCRIPT}: {error.strerror}; the run ends, {run.folder} keeps the last checkpoint, if there is one")
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a character that the terminal lacks does not end the run
+    for number in (signal.SIGINT, signal.SIGTERM):  # until there is a run to save; models may still be loading
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     arguments = parse_args(sys.argv[1:], OFFLINE if "--offline" in sys.argv else Args())
     check_args(arguments)
     main(arguments)

@@ -71,6 +71,6 @@ def arguments(folder):
     line = f"""--policy {folder / "policy"} --tokenizer {folder / "policy"} --reward-model {folder / "reward"}
         --reward-label positive --dataset {folder / "reviews.jsonl"} --judge {folder / "judge.json"} --iterations 3
         --trajectories-per-update 8 --minibatch-size 4 --update-epochs 2 --max-prompt-length 10 --response-length 6
-        --min-response-length 0 --learning-rate 1e-3 --eval-episodes 8 --eval-every 0 --perplexity-tokens 100
+        --min-response-length 0 --learning-rate 1e-3 --eval-episodes 8 --eval-interval 0 --perplexity-tokens 100
         --checkpoint-interval 1 --top-k 0 --num-threads 1 --no-cuda"""
     return line.split()

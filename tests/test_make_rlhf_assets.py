@@ -89,7 +89,8 @@ def test_parts_are_built_once_and_load_as_the_script_loads_them(packages, monkey
     good, bad = (" ".join(words) for words in (rlhf_assets.GOOD, rlhf_assets.BAD))
     scores = imdb.score([good, bad], model, tokenizer, 1, imdb.OFFLINE)
     assert scores[0] > scores[1]
-    judged = imdb.judge_scores([good, bad], json.loads((folder / "judge.json").read_text()))
+    judge = json.loads((folder / "judge.json").read_text())
+    judged = [imdb.judge_score(text, judge) for text in (good, bad)]
     assert judged[0] > 0.5 > judged[1]
 
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*")}

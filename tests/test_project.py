@@ -12,12 +12,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(ROOT.glob("*.py"))
-OWN = {"Args", "check_args", "update", "train"}  # what each script has in a form of its own
+OWN = {"Args", "update", "train"}  # what each script has in a form of its own
 CONTROL_OWN = {"Args", "update", "train", "check_env", "load_agent", "load_policy", "resolve_env"}
 FAMILY = {"Agent", "act", "evaluate", "minibatch_loss", "rollout_loss", "rollout"}  # and what those of other environments have
 # What differs between the RLHF scripts: a classifier and a trained model there, adapters on one base here
 RLHF_OWN = {"Agent", "encode", "evaluate", "load_models", "load_texts", "rollout", "save_model", "save_policy", "score"}
-RLHF_OWN |= {"describe_models"}
+RLHF_OWN |= {"describe_models", "trained_parameters", "evaluate_texts", "check_task"}
 
 
 def pins(path):
@@ -79,7 +79,10 @@ def test_helpers_of_one_name_are_identical_to_the_character():
     assert len(found[0]["compute_gae"]) == len(found[0]["Run"]) == 4 and len(found[1]["compute_gae"]) == 2
     assert len(found[0]["symmetric_ppo_loss"]) == len(found[0]["symmetric_a2c_loss"]) == 2
     assert len(found[0][("Agent", "atari")]) == len(found[0][("evaluate", "continuous")]) == 2
-    for name in ("symmetric_ppo_loss", "compute_gae", "grad_shares", "write_atomically", "git_commit"):
+    both = (
+        "symmetric_ppo_loss compute_gae grad_shares write_atomically write_json git_commit keep_freed_memory say fail one_line"
+    )
+    for name in (*both.split(), "flag", "require", "read_command_line", "check_tracking"):
         assert len({text for part in found for _, text in part[name]}) == 1, name  # in all scripts that have it
     for name, copies in itertools.chain.from_iterable(part.items() for part in found):
         for (file, text), (other_file, other_text) in itertools.combinations(copies, 2):
@@ -158,6 +161,7 @@ def test_defaults_are_the_papers(script, family, algorithm):
 def test_defaults_of_the_imdb_script_are_the_papers():
     settings = tomllib.loads((ROOT / "benchmark/paper/hyperparameters.toml").read_text())["rlhf"]["imdb"]
     args = vars(importlib.import_module("sppo_rlhf_imdb").Args())
+    assert args["eval_interval"] == settings.pop("eval_every")
     assert {name for name in settings if name not in args} == {"prompt", "metrics"}  # prose
     for name in settings.keys() & args.keys():
         assert args[name] == settings[name], name

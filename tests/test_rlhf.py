@@ -522,7 +522,7 @@ def test_judge_equals_scikit_learn():
     judge = {"intercept": classifier.intercept_[0], "terms": {term: [idf, weight] for term, idf, weight in pairs}}
     new = ["What a GREAT film, great cast", "the worst; awful", "", "words it has never seen", "a b c", "great great great"]
     expected = classifier.predict_proba(vectorizer.transform(new))[:, 1]
-    assert imdb.judge_scores(new, judge) == pytest.approx(expected.tolist())
+    assert [imdb.judge_score(text, judge) for text in new] == pytest.approx(expected.tolist())
 
 
 def test_perplexity_equals_windows_with_labels():

@@ -44,5 +44,5 @@ def arguments(folder):
         --reward-adapter {folder / "reward"} --reward-text {{text}}<|endoftext|> --reward-max-length 40 --dtype float32
         --dataset {folder / "posts"} --iterations 3 --trajectories-per-update 8 --minibatch-size 4 --gradient-accumulation 1
         --update-epochs 2 --max-prompt-length 20 --response-length 6 --learning-rate 1e-2 --lora-r 2 --lora-alpha 4
-        --eval-episodes 8 --eval-every 0 --test-episodes 8 --checkpoint-interval 1 --num-threads 1 --no-cuda"""
+        --eval-episodes 8 --eval-interval 0 --test-episodes 8 --checkpoint-interval 1 --num-threads 1 --no-cuda"""
     return line.split()
