@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(ROOT.glob("*.py"))
@@ -193,3 +194,36 @@ def test_ci_runs_the_readmes_test_command():
     assert commands[0].split(" && ")[-1].startswith(".venv/bin/python sppo_atari.py --env-id Alien --beta 10 --noise bsc")
     for part in commands[1].split(" && "):
         assert part.replace("pip install", "pip install --quiet") in ci or part in ci
+
+
+def test_citation_names_the_software_the_licence_and_the_paper():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0" and citation["message"] and citation["title"]
+    assert citation["authors"] and all("name" in author or "family-names" in author for author in citation["authors"])
+    assert (ROOT / "LICENSE").read_text().startswith(f"{citation['license']} License")
+    (paper,) = citation["references"]
+    assert [author["family-names"] for author in paper["authors"]] == ["Byun", "Perrault"] and paper["year"] == 2025
+    (arxiv,) = paper["identifiers"]
+    assert all(arxiv["value"] in script.read_text() for script in SCRIPTS)
+
+
+def test_ci_workflow_calls_ci_run_on_versions_that_the_scripts_take():
+    (job,) = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"].values()
+    assert job["steps"][-1] == {"run": "bash .ci/run"}
+    assert set(job["strategy"]["matrix"]["python"]) <= {"3.11", "3.12", "3.13"}
+
+
+def test_issue_templates_ask_for_args_json():
+    templates = sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.md"))
+    assert len(templates) == 2
+    for template in templates:
+        _, header, body = template.read_text().split("---\n", 2)
+        assert yaml.safe_load(header).keys() >= {"name", "about"} and "args.json" in body
+
+
+def test_contributing_names_files_and_tests_that_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    paths = re.findall(r"(?:tests|benchmark|\.ci)/[\w./]*\w", text)
+    assert len(paths) >= 4 and all((ROOT / path).exists() for path in paths)
+    for name in re.findall(r"`(\w+)`", text):  # Args, update, minibatch_loss ...
+        assert any(re.search(rf"\b{name}\b", script.read_text()) for script in [*SCRIPTS, ROOT / "pyproject.toml"]), name
