@@ -22,8 +22,10 @@ RLHF_OWN |= {"describe_models", "trained_parameters", "evaluate_texts", "check_t
 
 
 def pins(path):
+    """What `pip install -r path` asks for, with the files that it includes."""
     lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
-    return {line for line in lines if line and not line.startswith("-r")}
+    included = [pins(path.parent / line.removeprefix("-r ")) for line in lines if line.startswith("-r ")]
+    return {line for line in lines if line and not line.startswith("-r")}.union(*included)
 
 
 def pep723(script):
@@ -54,8 +56,15 @@ def test_pep_723_header_has_the_pins_of_requirements_txt(script):
     assert named - imported <= {"tensorboard", "imageio_ffmpeg", "mujoco", "box2d", "pygame_ce"}
 
 
+@pytest.mark.parametrize(("file", "number"), [("requirements.txt", 6), ("requirements-control.txt", 4)])
+def test_a_requirements_file_has_what_its_scripts_need_and_no_more(file, number):
+    scripts = [script for script in SCRIPTS if number == 6 or "_rlhf_" not in script.name]
+    assert len(scripts) == number
+    assert pins(ROOT / file) == set().union(*(pep723(script)["dependencies"] for script in scripts))
+
+
 def test_every_pin_is_exact_and_has_its_reason():
-    for path in (ROOT / "requirements.txt", *ROOT.glob("*/requirements.txt"), ROOT / "benchmark/assets/requirements.txt"):
+    for path in (*ROOT.glob("requirements*.txt"), *ROOT.glob("*/requirements.txt"), ROOT / "benchmark/assets/requirements.txt"):
         for line in path.read_text().splitlines():
             if line and not line.startswith(("#", "-r")):
                 assert re.fullmatch(r"[\w.-]+(\[[\w,-]+\])?==[\w.]+ +# .{8,}", line), line
