@@ -71,7 +71,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-Probability = Annotated[float, Field(ge=0, le=1)]
+Probability, Name = Annotated[float, Field(ge=0, le=1)], Annotated[str, Field(min_length=1)]
 
 
 @pydantic.with_config(allow_inf_nan=False, use_attribute_docstrings=True)
@@ -162,9 +162,9 @@ class Args:
     """seed of everything random"""
     run_dir: str = "runs"
     """folder in which the run folder is made"""
-    resume: str | None = None
+    resume: Name | None = None
     """continue the run in this folder with its own arguments"""
-    evaluate: str | None = None
+    evaluate: Name | None = None
     """play --eval-episodes games with the policy of the run in this folder, and exit"""
     checkpoint_interval: PositiveInt = 50
     """save a checkpoint every this many iterations"""
@@ -392,8 +392,8 @@ def grad_shares(agent, args, loss_fn, batch):
     def dot_total(grad):
         return sum(torch.dot(own.flatten().double(), whole.flatten().double()) for own, whole in zip(grad, total, strict=True))
 
-    square = dot_total(total).clamp(min=1e-300)
-    return {f"losses/grad_share_{name}": (dot_total(grads[name]) / square).item() if name in grads else 0.0 for name in PARTS}
+    square = max(float(dot_total(total)), 1e-300)
+    return {f"losses/grad_share_{name}": float(dot_total(grads[name])) / square if name in grads else 0.0 for name in PARTS}
 
 
 def train(args, run):
@@ -583,7 +583,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 class Run:
-    """A run's folder: arguments, curves, checkpoints, videos and result. Resumes a run, and ends it in order on a signal."""
+    """A run's folder: arguments, curves, checkpoints, videos and result. Resumes a run. Saves and exits on a signal."""
 
     def __init__(self, args):
         self.args, self.checkpoint, self.signals, self.cleanup = args, None, [], contextlib.ExitStack()
@@ -793,7 +793,7 @@ def write_json(path, content):
 
 
 def git_commit() -> str | None:
-    """The commit of this script's checkout, with "-dirty" behind it if files differ; None outside a checkout."""
+    """The commit of this script's checkout, followed by "-dirty" if files differ; None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -879,7 +879,7 @@ def fail(message):
 
 
 def one_line(error):
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def flag(name):
@@ -901,8 +901,9 @@ def read_command_line(argv, defaults):
             close = [f"--{HINTS[name[2:]]}"] if name[2:] in HINTS else difflib.get_close_matches(name, names, n=1)
             hint = next((f"; did you mean {other}?" for other in close if other in names), "; see --help")
             fail(f"{word.split('=')[0]}: unknown argument{hint}")
+    switches = {flag(field.name) for field in fields(Args) if field.type is bool}
     for name, value in itertools.pairwise(argv):
-        if value in ("True", "False"):
+        if value in ("True", "False") and name.replace("_", "-").replace("--no-", "--") in switches:
             fail(f"{name} {value}: a switch takes no value; write {name} or {name.replace('--', '--no-', 1)}")
 
     about = pydantic.TypeAdapter(Args).json_schema()["properties"]
@@ -940,7 +941,7 @@ def parse_args(argv, defaults):
         if saved["script"] != SCRIPT:
             fail(f"{flag(name)} {folder}: a run of {saved['script']}; expected a run of {SCRIPT}")
         own = replace(Args(**saved["args"]), **{name: folder})
-        own.capture_video = own.capture_video and name == "resume"
+        own.capture_video, own.track = own.capture_video and name == "resume", own.track and name == "resume"
         saved["run_id"]  # KeyError for a folder without one
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{flag(name)} {folder}: not the folder of a run of this script; expected one with its args.json ({error})")

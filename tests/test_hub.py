@@ -45,7 +45,7 @@ def repositories(tmp_path_factory):
         transformers.GPTJForCausalLM(transformers.GPTJConfig(**sizes, eos_token_id=0)).save_pretrained(root / "models" / name)
     tokenizer.save_pretrained(root / "models" / TLDR.tokenizer)
     base = transformers.AutoModelForCausalLM.from_pretrained(root / "models" / TLDR.reward_base).requires_grad_(False)
-    agent = tldr.Agent(base, writes=False)
+    agent = tldr.Agent(base, with_lm_head=False)
     agent.add("reward", LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]), head=True)
     torch.nn.init.normal_(agent.heads["reward"].weight)
     tldr.save_adapter(root / "models" / TLDR.reward_adapter, agent, "reward", TLDR.reward_base, tokenizer)

@@ -544,7 +544,7 @@ def test_perplexity_equals_windows_with_labels():
 def test_reviews_are_split_80_to_20_by_the_seed(tmp_path):
     rlhf_assets.write_assets(tmp_path)
     args = make_args(dataset=str(tmp_path / "reviews.jsonl"), eval_episodes=8)
-    train, held_out = imdb.load_reviews(args)
+    train, held_out = imdb.load_texts(args)[:2]
     assert len(train) == 64 and len(held_out) == 16 and sorted(train + held_out) == sorted(rlhf_assets.reviews())
-    assert imdb.load_reviews(args) == (train, held_out)
-    assert imdb.load_reviews(make_args(dataset=args.dataset, eval_episodes=8, seed=2))[0] != train
+    assert imdb.load_texts(args)[:2] == (train, held_out)
+    assert imdb.load_texts(make_args(dataset=args.dataset, eval_episodes=8, seed=2))[0] != train

@@ -8,6 +8,7 @@ import pytest
 import rlhf_assets
 import tldr_assets
 import torch
+import torch.nn.functional as F
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -174,6 +175,31 @@ def test_models_that_ignore_what_they_are_told_are_refused(script, kind, reason,
 
 
 @each_script
+def test_a_right_model_passes_where_a_gpu_multiplies_in_tf32(script, monkeypatch):
+    """TF32 keeps 10 bits behind the point, and which products use it depends on their size: here, on five rows or more."""
+    torch.manual_seed(0)
+    linear, rounded = F.linear, []
+
+    def tf32(x):
+        mantissa, exponent = torch.frexp(x)
+        return torch.ldexp((mantissa * 2**11).round() / 2**11, exponent)
+
+    def rounding(x, weight, bias=None):
+        if x.shape[-2] < 5:
+            return linear(x, weight, bias)
+        rounded.append(x)
+        return linear(tf32(x), tf32(weight), bias)
+
+    size = {"vocab_size": V, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4}
+    lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(**size, initializer_range=0.1)).eval()
+    agent = script.Agent(lm)
+    monkeypatch.setattr(F, "linear", rounding)
+    backbone = agent.backbone if script is imdb else lambda *x, **y: agent.backbone(*x, None, **y)
+    script.check_lm(script.Args(), "policy", lm, backbone)
+    assert rounded
+
+
+@each_script
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gptj", "opt", "neox", "phi3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_right_models_pass_in_both_precisions(script, family, dtype):
@@ -321,7 +347,7 @@ def test_pickled_weights_are_taken_only_when_allowed(script, assets, tmp_path, c
     torch.save({k: v.clone() for k, v in lm.state_dict().items()}, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     err = refused(capsys, load, script, assets, policy=str(folder))
-    assert "(it has no safetensors); --allow-pickle takes its pickled weights" in err and "save_pretrained(FOLDER)" in err
+    assert "(it has no safetensors); --allow-pickle takes its pickled weights" in err and "save_pretrained('FOLDER')" in err
     agent = load(script, assets, policy=str(folder), allow_pickle=True)[1]
     base = agent.lm.get_base_model() if script is tldr else agent.lm
     torch.testing.assert_close(base.transformer.wte.weight, lm.transformer.wte.weight)
@@ -389,7 +415,7 @@ def test_broken_files_are_named_with_the_reason(script, name, data, reason, asse
     path = tmp_path / name
     path.write_bytes(data * 3)
     args = (imdb_args if script is imdb else tldr_args)(assets, dataset=str(path))
-    err = refused(capsys, imdb.load_reviews if script is imdb else tldr.load_texts, args)
+    err = refused(capsys, script.load_texts, args)
     assert f"--dataset {path}: expected a Hub id, a folder or a file of JSON lines" in err and reason in err, err
     assert "generating the dataset" not in err
 

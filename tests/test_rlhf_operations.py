@@ -118,6 +118,90 @@ def test_what_evaluate_refuses(task, call, capsys, tmp_path):
     assert "has no checkpoint yet" in refused(call, capsys, "--evaluate", folder)
 
 
+def test_prompts_are_lines_and_are_printed_as_given(task, call, capsys, tmp_path):
+    """A line may hold any other separator of Unicode; a byte order mark is no part of the first."""
+    module, _, _, finished = task
+    prompts = ["one\u2028two", "caf\xe9 \x0b film", "good " * 40 + "film"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8-sig")
+    call("--evaluate", finished, "--prompts", tmp_path / "prompts.txt")
+    out, err = capsys.readouterr()
+    assert out.isascii() and len(out.splitlines()) == 3
+    key = "prompt" if module is sppo_rlhf_imdb else "post"
+    assert [json.loads(line)[key] for line in out.splitlines()] == prompts
+    assert ("too_long 1; 3 texts" if module is sppo_rlhf_imdb else "; 3 texts") in err
+    (tmp_path / "strings.jsonl").write_text('{"prompt": "a"}\n"b"\n')
+    line = refused(call, capsys, "--evaluate", finished, "--prompts", tmp_path / "strings.jsonl")
+    assert "line 2: expected an object in braces" in line
+
+
+def test_evaluate_of_a_tracked_run_needs_no_login(task, call, capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    *_, finished = task
+    folder = shutil.copytree(finished, tmp_path / "run")
+    saved = json.loads((folder / "args.json").read_text())
+    saved["args"]["track"] = True
+    (folder / "args.json").write_text(json.dumps(saved))
+    call("--evaluate", folder)
+    assert capsys.readouterr().out.count("\n") == 8
+
+
+@pytest.mark.parametrize("name", ["--resume", "--evaluate", "--prompts"])
+def test_an_empty_name_is_refused(task, call, capsys, name):
+    """As of an unset variable in a shell."""
+    assert f"{name} : must have at least 1 character" in refused(call, capsys, name, "")
+
+
+def test_a_finished_run_can_still_save_its_model(task, call, tmp_path):
+    *_, finished = task
+    folder = shutil.copytree(finished, tmp_path / "run")
+    before = json.loads((folder / "result.json").read_text())
+    call("--resume", folder, "--save-model")
+    assert list(folder.glob("model/*.safetensors"))
+    after = json.loads((folder / "result.json").read_text())
+    assert after["after"] == before["after"] and after["before"] == before["before"]
+
+
+def test_models_may_have_moved(task, call, capsys, tmp_path, monkeypatch):
+    """Paths in args.json that are relative hold in one folder only."""
+    *_, finished = task
+    folder = shutil.copytree(finished, tmp_path / "run")
+    saved = json.loads((folder / "args.json").read_text())
+    policy, saved["args"]["policy"] = saved["args"]["policy"], "assets/policy"
+    (folder / "args.json").write_text(json.dumps(saved))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "--policy assets/policy: expected a Hub id or a folder" in refused(call, capsys, "--evaluate", folder)
+    call("--evaluate", folder, "--policy", policy)
+    assert capsys.readouterr().out.count("\n") == 8
+
+
+def test_a_checkpoint_of_other_shapes_is_refused(task, call, capsys, tmp_path):
+    *_, finished = task
+    folder = shutil.copytree(finished, tmp_path / "run")
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    name = next(iter(checkpoint["agent"]))
+    checkpoint["agent"][name] = checkpoint["agent"][name][:1]
+    torch.save(checkpoint, folder / "checkpoint.pt")
+    assert "its checkpoint.pt has other weights than" in refused(call, capsys, "--evaluate", folder)
+
+
+def test_a_signal_in_the_last_iteration_saves_and_resume_evaluates(task, call, capsys, tmp_path, monkeypatch):
+    module, _, _, finished = task
+    update = module.update
+
+    def interrupted(*inputs):
+        if inputs[-1] == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return update(*inputs)
+
+    monkeypatch.setattr(module, "update", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        call("--iterations", 2, "--run-dir", tmp_path)
+    assert stopped.value.code == 143 and not (only(tmp_path) / "result.json").exists()
+    call("--resume", only(tmp_path))
+    result, whole = (json.loads((folder / "result.json").read_text()) for folder in (only(tmp_path), finished))
+    assert result["after"] == whole["after"]
+
+
 def test_a_corrupt_checkpoint_is_one_line_and_stays(task, call, capsys, tmp_path):
     *_, finished = task
     folder = shutil.copytree(finished, tmp_path / "run")
@@ -213,7 +297,7 @@ def test_help_has_groups_with_the_loss_first(task, capsys):
     with pytest.raises(SystemExit):
         module.parse_args(["--help"], module.Args())
     out = capsys.readouterr().out
-    titles = re.findall(r"(?m)^╭─ ([a-z-]+) options ─", out)
+    titles = re.findall(r"(?m)^\W+([a-z-]+) options\b", out)
     assert titles == ["symmetric-loss", "models-and-data", "algorithm", "evaluation", "logging", "run-and-machine"]
     assert out.index("--alpha") < out.index("--policy") < out.index("--iterations") < out.index("--track")
 
