@@ -54,7 +54,7 @@ def test_pep_723_header_has_the_pins_of_requirements_txt(script):
 
 
 def test_every_pin_is_exact_and_has_its_reason():
-    for path in (ROOT / "requirements.txt", *ROOT.glob("*/requirements.txt"), ROOT / "benchmark/assets/requirements.txt"):
+    for path in (ROOT / "requirements.txt", *ROOT.glob("*/requirements.txt"), *ROOT.glob("benchmark/*/requirements*.txt")):
         for line in path.read_text().splitlines():
             if line and not line.startswith(("#", "-r")):
                 assert re.fullmatch(r"[\w.-]+(\[[\w,-]+\])?==[\w.]+ +# .{8,}", line), line

@@ -83,6 +83,7 @@ def load_script(name: str):
     write_json = script.write_json
     script.write_json = lambda path, content: write_json(path, content | about)  # args.json, result.json
     script.SCRIPT, script.ABOUT, script.train, script.evaluate = SCRIPT, about, train, evaluate
+    script.Args.__doc__ = __doc__  # of --help
     return script
 
 
