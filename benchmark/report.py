@@ -1041,6 +1041,7 @@ def changes(samples: list[dict]) -> dict:
 def prompt_by_prompt(kept: list[dict]) -> list[str]:
     """The changes as a table, a line a run."""
     lines = [
+        "",
         "### Before and after training, prompt by prompt",
         "",
         "Mean change ± its standard error over a run's prompts; copied: what share of a summary's pairs of words is in the "
@@ -1058,7 +1059,7 @@ def prompt_by_prompt(kept: list[dict]) -> list[str]:
         shares = [found.get(f"copied, {name}") for name in ("response_before", "response", "reference")]
         cells += (["{:.2f} → {:.2f} ({:.2f})".format(*shares) if None not in shares else ""]) if copied else []
         lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, ""]
+    return lines
 
 
 # --- curves.csv -------------------------------------------------------------------------------------------------------
