@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(ROOT.glob("*.py"))
@@ -21,8 +22,10 @@ RLHF_OWN |= {"describe_models", "trained_parameters", "evaluate_texts", "check_t
 
 
 def pins(path):
+    """What `pip install -r path` asks for, with the files that it includes."""
     lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
-    return {line for line in lines if line and not line.startswith("-r")}
+    included = [pins(path.parent / line.removeprefix("-r ")) for line in lines if line.startswith("-r ")]
+    return {line for line in lines if line and not line.startswith("-r")}.union(*included)
 
 
 def pep723(script):
@@ -53,8 +56,16 @@ def test_pep_723_header_has_the_pins_of_requirements_txt(script):
     assert named - imported <= {"tensorboard", "imageio_ffmpeg", "mujoco", "box2d", "pygame_ce"}
 
 
+@pytest.mark.parametrize(("file", "number"), [("requirements.txt", 6), ("requirements-control.txt", 4)])
+def test_a_requirements_file_has_what_its_scripts_need_and_no_more(file, number):
+    scripts = [script for script in SCRIPTS if number == 6 or "_rlhf_" not in script.name]
+    assert len(scripts) == number
+    assert pins(ROOT / file) == set().union(*(pep723(script)["dependencies"] for script in scripts))
+
+
 def test_every_pin_is_exact_and_has_its_reason():
-    for path in (ROOT / "requirements.txt", *ROOT.glob("*/requirements.txt"), *ROOT.glob("benchmark/*/requirements*.txt")):
+    nested = (*ROOT.glob("*/requirements.txt"), *ROOT.glob("benchmark/*/requirements*.txt"))
+    for path in (*ROOT.glob("requirements*.txt"), *nested):
         for line in path.read_text().splitlines():
             if line and not line.startswith(("#", "-r")):
                 assert re.fullmatch(r"[\w.-]+(\[[\w,-]+\])?==[\w.]+ +# .{8,}", line), line
@@ -193,3 +204,36 @@ def test_ci_runs_the_readmes_test_command():
     assert commands[0].split(" && ")[-1].startswith(".venv/bin/python sppo_atari.py --env-id Alien --beta 10 --noise bsc")
     for part in commands[1].split(" && "):
         assert part.replace("pip install", "pip install --quiet") in ci or part in ci
+
+
+def test_citation_names_the_software_the_licence_and_the_paper():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0" and citation["message"] and citation["title"]
+    assert citation["authors"] and all("name" in author or "family-names" in author for author in citation["authors"])
+    assert (ROOT / "LICENSE").read_text().startswith(f"{citation['license']} License")
+    (paper,) = citation["references"]
+    assert [author["family-names"] for author in paper["authors"]] == ["Byun", "Perrault"] and paper["year"] == 2025
+    (arxiv,) = paper["identifiers"]
+    assert all(arxiv["value"] in script.read_text() for script in SCRIPTS)
+
+
+def test_ci_workflow_calls_ci_run_on_versions_that_the_scripts_take():
+    (job,) = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"].values()
+    assert job["steps"][-1] == {"run": "bash .ci/run"}
+    assert set(job["strategy"]["matrix"]["python"]) <= {"3.11", "3.12", "3.13"}
+
+
+def test_issue_templates_ask_for_args_json():
+    templates = sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.md"))
+    assert len(templates) == 2
+    for template in templates:
+        _, header, body = template.read_text().split("---\n", 2)
+        assert yaml.safe_load(header).keys() >= {"name", "about"} and "args.json" in body
+
+
+def test_contributing_names_files_and_tests_that_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    paths = re.findall(r"(?:tests|benchmark|\.ci)/[\w./]*\w", text)
+    assert len(paths) >= 4 and all((ROOT / path).exists() for path in paths)
+    for name in re.findall(r"`(\w+)`", text):  # Args, update, minibatch_loss ...
+        assert any(re.search(rf"\b{name}\b", script.read_text()) for script in [*SCRIPTS, ROOT / "pyproject.toml"]), name
