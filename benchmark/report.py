@@ -588,9 +588,9 @@ def shortfall(points: pd.DataFrame, end: float) -> str | None:
         if end - steps[-1] > (0 if is_even else 2 * gaps.max()):  # False if the end is not known
             return f"ends at {steps[-1]:,.0f} of {end:,.0f} steps"
         hole = gaps.argmax()
-        if gaps[hole] > (
-            1.5 * np.median(gaps) if is_even else math.inf if len(even) else max(0.25 * steps[-1], 5 * np.median(gaps))
-        ):
+        interval = np.quantile(gaps, 0.5, method="higher")  # of two gaps, the second may be the run's short end
+        of_returns = math.inf if len(even) else max(0.25 * steps[-1], 5 * np.median(gaps))
+        if gaps[hole] > (1.5 * interval if is_even else of_returns):
             return f"has a hole before step {steps[hole]:,.0f}"
     return None
 
