@@ -753,7 +753,7 @@ class Run:
         self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
         self.record = {
             "script": SCRIPT,
-            "run_id": uuid.uuid4().hex[:8],
+            "run_id": (args.track and os.environ.get("WANDB_RUN_ID")) or uuid.uuid4().hex[:8],  # a sweep's agent names the run
             "env_id": resolve_env(args.env_id),
             "args": asdict(args) | {"resume": None},
             "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},

@@ -114,8 +114,11 @@ ARM_COLOURS = {
     "control": "#000000",
     **dict.fromkeys(("PPO raw", "DSPPO factored", "DSA2C factored"), "#CC79A7"),  # reddish purple
     **dict.fromkeys(("PPO reweighted", "A2C α 0.5", "DA2C α 0.5"), "#009E73"),  # bluish green
+    **dict.fromkeys(("sb3", "sb3_ppo"), "#999999"),  # grey: Stable-Baselines3
 }
 SPARE_COLOURS = ("#009E73", "#E69F00", "#CC79A7", "#999999", "#F0E442")  # of arms of your own, in order
+# green, purple and grey are one grey to some readers
+LINES = {"#009E73": "-.", "#E69F00": (0, (4, 1, 1, 1, 1, 1)), "#CC79A7": (0, (1, 0.7))}
 
 
 @dataclass
@@ -585,9 +588,9 @@ def shortfall(points: pd.DataFrame, end: float) -> str | None:
         if end - steps[-1] > (0 if is_even else 2 * gaps.max()):  # False if the end is not known
             return f"ends at {steps[-1]:,.0f} of {end:,.0f} steps"
         hole = gaps.argmax()
-        if gaps[hole] > (
-            1.5 * np.median(gaps) if is_even else math.inf if len(even) else max(0.25 * steps[-1], 5 * np.median(gaps))
-        ):
+        interval = np.quantile(gaps, 0.5, method="higher")  # of two gaps, the second may be the run's short end
+        of_returns = math.inf if len(even) else max(0.25 * steps[-1], 5 * np.median(gaps))
+        if gaps[hole] > (1.5 * interval if is_even else of_returns):
             return f"has a hole before step {steps[hole]:,.0f}"
     return None
 
@@ -808,10 +811,14 @@ def is_control_role(role: str) -> bool:
     return role.removeprefix("baseline ").startswith("control")
 
 
-def weights_of(runs: pd.DataFrame) -> str:
-    """(α 0.5, β 10) of one arm's runs; nothing where they have none, or several."""
-    values = [(sign, runs[name].dropna().unique()) for name, sign in (("alpha", "α"), ("beta", "β")) if name in runs]
-    texts = [f"{sign} {found[0]:g}" for sign, found in values if len(found) == 1]
+def weights_of(runs: pd.DataFrame, arm: str) -> str:
+    """(α 0.5, β 10) of one arm's runs, unless its name tells them; of several values all, up to three."""
+    values = [(sign, sorted(runs[name].dropna().unique())) for name, sign in (("alpha", "α"), ("beta", "β")) if name in runs]
+    texts = [
+        f"{sign} {' or '.join(f'{value:g}' for value in found)}"
+        for sign, found in values
+        if 0 < len(found) <= 3 and f"{sign} " not in arm
+    ]
     return f" ({', '.join(texts)})" if texts else ""
 
 
@@ -872,8 +879,9 @@ def draw_curves(runs: pd.DataFrame, curves: pd.DataFrame, path: Path, tags: tupl
             table = curve_table(mine)
             mean, error = table.mean(axis=1), table.sem(axis=1).fillna(0)
             # thin and on top, so that what lies under a control can be seen
-            style = {"linestyle": "--", "linewidth": 1.3, "zorder": 3} if is_control_role(roles[arm]) else {"linewidth": 2.2}
-            axis.plot(table.index, mean, color=colour[arm], label=arm + weights_of(mine), **style)
+            style = {"linestyle": LINES.get(colour[arm], "-"), "linewidth": 2.2}
+            style = {"linestyle": "--", "linewidth": 1.3, "zorder": 3} if is_control_role(roles[arm]) else style
+            axis.plot(table.index, mean, color=colour[arm], label=arm + weights_of(mine, arm), **style)
             axis.fill_between(table.index, mean - error, mean + error, color=colour[arm], alpha=0.15, linewidth=0)
         rlhf = group.iterations.notna().any() if "iterations" in group else False
         axis.set_xlabel("episodes" if rlhf else "environment steps")
@@ -911,7 +919,7 @@ def draw_sign_changes(runs: pd.DataFrame, curves: pd.DataFrame, path: Path) -> p
     axis.set_xticks(range(len(groups)), names, fontsize=7, **slant)
     axis.set_ylabel("advantages with another sign, %")
     axis.set_title(f"Advantages whose sign normalisation changes\n{spread_of(merged)}", fontsize=9)
-    labels = [arm + weights_of(runs[runs.arm == arm]) for arm in handles]
+    labels = [arm + weights_of(runs[runs.arm == arm], arm) for arm in handles]
     axis.legend(handles.values(), labels, fontsize=7, bbox_to_anchor=(1.0, 1.0), loc="upper left")
     save(figure, path)
     return shares
@@ -940,8 +948,9 @@ def draw_profiles(runs: pd.DataFrame, baseline: str, reps: int, title: str, path
     profiles, intervals = library.create_performance_profile(scores, taus, reps=max(100, reps // 4))
     figure, axis = plt.subplots(figsize=(5, 3.5))
     for arm, colour in colours(roles).items():
-        label = arm + weights_of(runs[runs.arm == arm])
-        axis.plot(taus, profiles[arm], "--" if is_control_role(roles[arm]) else "-", color=colour, label=label)
+        label = arm + weights_of(runs[runs.arm == arm], arm)
+        style = "--" if is_control_role(roles[arm]) else LINES.get(colour, "-")
+        axis.plot(taus, profiles[arm], linestyle=style, color=colour, label=label)
         axis.fill_between(taus, *intervals[arm], color=colour, alpha=0.15, linewidth=0)
     axis.set(xlabel=f"score / {baseline}'s mean", ylabel="share of runs above it")
     where = ", ".join(envs) if len(envs) <= 3 else f"{len(envs)} environments"
@@ -1041,6 +1050,7 @@ def changes(samples: list[dict]) -> dict:
 def prompt_by_prompt(kept: list[dict]) -> list[str]:
     """The changes as a table, a line a run."""
     lines = [
+        "",
         "### Before and after training, prompt by prompt",
         "",
         "Mean change ± its standard error over a run's prompts; copied: what share of a summary's pairs of words is in the "
@@ -1058,7 +1068,7 @@ def prompt_by_prompt(kept: list[dict]) -> list[str]:
         shares = [found.get(f"copied, {name}") for name in ("response_before", "response", "reference")]
         cells += (["{:.2f} → {:.2f} ({:.2f})".format(*shares) if None not in shares else ""]) if copied else []
         lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, ""]
+    return lines
 
 
 # --- curves.csv -------------------------------------------------------------------------------------------------------

@@ -44,3 +44,14 @@ def test_a_file_with_a_line_a_point_is_read(tmp_path):
 def test_no_points(tmp_path):
     report.write_curves(POINTS[:0], tmp_path / "curves.csv")
     assert report.read_curves(tmp_path / "curves.csv").empty
+
+
+def test_the_last_interval_of_logging_may_be_short():
+    """A2C logs every 100 iterations and at its end: two points are a whole curve. A lost point is still a hole."""
+
+    def shortfall(*steps):
+        points = pd.DataFrame({"tag": "charts/adv_sign_change", "step": steps})
+        return report.shortfall(points, steps[-1])
+
+    assert shortfall(3200, 4096) is shortfall(3200) is shortfall(3200, 6400, 6432) is None
+    assert shortfall(100, 400, 500) == "has a hole before step 400"

@@ -10,11 +10,18 @@ game's last one, where ALE's vector environment does both in one step; the loop 
 import sys
 from pathlib import Path
 
-import envpool
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import sppo_atari as script
+try:
+    import envpool
+    import numpy as np
+
+    import sppo_atari as script
+except ModuleNotFoundError as error:
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+    install = "pip install -r benchmark/studies/requirements-peers.txt"
+    print(f"{Path(__file__).name}: error: needs {error.name}; expected what `{install}` installs", file=sys.stderr)
+    sys.exit(2)
 
 
 class Games:

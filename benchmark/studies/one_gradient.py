@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 try:
     import matplotlib
 
@@ -18,6 +19,7 @@ try:
     import matplotlib.pyplot as plt
     import pandas as pd
     import tyro
+    from report import ARM_COLOURS, save
 except ModuleNotFoundError as error:
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__)
@@ -39,7 +41,7 @@ class Args:
     steps: int = 26_000
     """steps to draw"""
     out: Path = Path(__file__).parents[1] / "results/one-gradient/one_gradient.png"
-    """the picture"""
+    """the picture, as .svg and as .png"""
 
 
 def last_equal(one: pd.Series, other: pd.Series) -> int:
@@ -69,9 +71,9 @@ def main(args: Args) -> None:
     ppo = "DPPO" if "continuous" in run["script"] else "PPO"
     sppo = ppo.replace("PPO", "SPPO")
     for name, colour, style, width, label in (
-        ("baseline", "#0072B2", "-", 1.5, f"{ppo}: α 1, β 0"),
-        ("symmetric", "#E69F00", "-", 4.0, f"{sppo}: α {run['alpha']:g}, β {run['beta']:g}"),
-        ("control", "#000000", "--", 1.5, f"control, {ppo} with the same gradient: α {weight:g}, β 0"),
+        ("baseline", ARM_COLOURS[ppo], "-", 1.5, f"{ppo}: α 1, β 0"),
+        ("symmetric", ARM_COLOURS[sppo], "-", 4.0, f"{sppo}: α {run['alpha']:g}, β {run['beta']:g}"),
+        ("control", ARM_COLOURS["control"], "--", 1.5, f"control, {ppo} with the same gradient: α {weight:g}, β 0"),
     ):
         curve = curves[name][curves[name].index <= args.steps]
         axis.plot(curve.index, curve, style, color=colour, linewidth=width, label=label)
@@ -82,8 +84,7 @@ def main(args: Args) -> None:
     noise = "without noise" if run["noise"] == "none" else "with reward noise"
     axis.set_title(f"{run['env_id']} {noise}, {run['script']}, seed {args.seed}: one run each", fontsize=9)
     axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(args.out, dpi=200)
+    save(figure, args.out)
 
 
 if __name__ == "__main__":

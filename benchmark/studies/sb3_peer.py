@@ -83,6 +83,7 @@ def load_script(name: str):
     write_json = script.write_json
     script.write_json = lambda path, content: write_json(path, content | about)  # args.json, result.json
     script.SCRIPT, script.ABOUT, script.train, script.evaluate = SCRIPT, about, train, evaluate
+    script.Args.__doc__ = __doc__  # of --help
     return script
 
 
@@ -221,7 +222,7 @@ def evaluate(model: PPO | A2C, args, device, video_path=None, stop=()) -> list[f
 def parse_args(argv: list[str], defaults=None):
     """The Args of the script that --peer-of names, with its baseline's defaults; of the run's own script with --resume."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
-    parser.add_argument("--peer-of", choices=SCRIPTS, default="sppo_atari.py")
+    parser.add_argument("--peer-of", choices=SCRIPTS, default=SCRIPTS[0])
     parser.add_argument("--resume")
     known, rest = parser.parse_known_args(argv)
     if known.resume:
@@ -233,6 +234,7 @@ def parse_args(argv: list[str], defaults=None):
 
 
 def baseline(script):
+    """The arguments of the script's baseline, with a name of their own."""
     args = script.Args(alpha=1.0, beta=0.0, exp_name="sb3_ppo" if "ppo" in script.ABOUT["peer_of"] else "sb3_a2c")
     return replace(args, num_bins=0) if hasattr(args, "num_bins") else args
 

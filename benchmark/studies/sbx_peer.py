@@ -15,8 +15,15 @@ from pathlib import Path
 if "--num-threads 1" in " ".join(sys.argv):  # before JAX starts
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
 
-import sb3_peer
-from sbx import PPO
+try:
+    import sb3_peer
+    from sbx import PPO
+except ModuleNotFoundError as error:
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+    install = "pip install -r benchmark/studies/requirements-peers.txt"
+    print(f"{Path(__file__).name}: error: needs {error.name}; expected what `{install}` installs", file=sys.stderr)
+    sys.exit(2)
 
 
 def make_model(args, seed: int, device) -> PPO:

@@ -1,0 +1,108 @@
+"""Tunes alpha, beta and the learning rate of a script with Optuna, on this machine.
+
+    python benchmark/optuna_sweep.py sppo_atari.py --trials 20 --args="--env-id Breakout --total-timesteps 200000"
+    python benchmark/optuna_sweep.py my_loss.py --seeds 1 2 3 --args="--env-id Breakout" --beta 1 100
+
+A trial runs the script as you would type it, once a seed, in FOLDER/{trial}; its value is the mean of the scores in their
+result.json. Values are drawn on a logarithmic scale by Optuna's TPE. FOLDER/study.db keeps the study: started again with the
+same --folder, it goes on until it has --trials trials. Prints the best ones; the same seeds tell nothing about other seeds.
+"""
+
+from __future__ import annotations  # optuna's types, which --help does without
+
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+INSTALL = "pip install -r benchmark/requirements.txt"
+try:
+    import tyro
+except ModuleNotFoundError as error:
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+    print(f"{Path(__file__).name}: error: needs {error.name}; expected what `{INSTALL}` installs", file=sys.stderr)
+    sys.exit(2)
+MISSING = None
+try:
+    import optuna
+except ModuleNotFoundError as error:
+    MISSING = error.name
+
+
+@dataclass
+class Args:
+    script: tyro.conf.Positional[Path]
+    """the script: one of ours, or a copy with a loss of your own"""
+    trials: int = 20
+    """trials of the study, those of earlier starts included"""
+    seeds: tuple[int, ...] = (1,)
+    """a trial is run with each of these seeds"""
+    alpha: tuple[float, float] = (0.1, 2.0)
+    """lowest and highest alpha"""
+    beta: tuple[float, float] = (0.1, 50.0)
+    """lowest and highest beta"""
+    learning_rate: tuple[float, float] = (1e-5, 1e-2)
+    """lowest and highest learning rate"""
+    args: str = ""
+    """what to add to every command, with an equals sign: --args="--env-id Breakout --total-timesteps 200000" """
+    folder: Path = Path("runs/optuna")
+    """where the study and its runs are kept"""
+
+
+def fail(message: str):
+    print(f"optuna_sweep.py: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def run(command: list[str], folder: Path) -> float:
+    """The score of one run. Raises CalledProcessError if it fails; arguments that the script refuses end the study."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "log.txt").open("w") as log:
+        done = subprocess.run([*command, "--run-dir", str(folder)], stdout=log, stderr=subprocess.STDOUT)
+    if done.returncode == 2:
+        fail((folder / "log.txt").read_text().strip().splitlines()[-1])
+    done.check_returncode()
+    (path,) = folder.glob("*/result.json")
+    return json.loads(path.read_text())["score"]
+
+
+def main(args: Args) -> None:
+    if not args.script.is_file():
+        fail(f"{args.script}: expected a script")
+    for name in ("alpha", "beta", "learning_rate"):
+        low, high = getattr(args, name)
+        if not 0 < low < high:
+            fail(f"--{name.replace('_', '-')} {low:g} {high:g}: expected two numbers above 0, the lower one first")
+
+    def objective(trial: optuna.Trial) -> float:
+        values = {
+            name: trial.suggest_float(name, *getattr(args, name), log=True) for name in ("alpha", "beta", "learning_rate")
+        }
+        options = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", f"{value:.6g}")]
+        command = [sys.executable, str(args.script), *options, *shlex.split(args.args)]
+        folder = args.folder / str(trial.number)
+        return statistics.mean(run([*command, "--seed", str(seed)], folder / str(seed)) for seed in args.seeds)
+
+    args.folder.mkdir(parents=True, exist_ok=True)
+    storage = f"sqlite:///{args.folder / 'study.db'}"
+    study = optuna.create_study(study_name=args.script.stem, storage=storage, direction="maximize", load_if_exists=True)
+    done = [trial for trial in study.trials if trial.state.is_finished()]
+    study.optimize(objective, max(0, args.trials - len(done)), catch=(subprocess.CalledProcessError,))
+    scored = [trial for trial in study.trials if trial.value is not None]
+    for trial in sorted(scored, key=lambda trial: -trial.value)[:5]:
+        print(f"{trial.value:.1f}", *(f"--{name.replace('_', '-')} {value:.6g}" for name, value in trial.params.items()))
+    if not scored:
+        sys.exit(f"optuna_sweep.py: no trial has a score; {args.folder}/*/*/log.txt say why")
+
+
+if __name__ == "__main__":
+    try:
+        arguments = tyro.cli(Args, description=__doc__)
+    finally:
+        if MISSING:  # after --help, too
+            fail(f"needs {MISSING}; expected what `{INSTALL}` installs")
+    main(arguments)

@@ -1,0 +1,94 @@
+"""Hyperparameter sweeps: what W&B's agent makes of sweep.yaml, ids inside a sweep, and two tiny trials of Optuna."""
+
+import json
+import os
+
+import pytest
+import yaml
+from helpers import ENV, ROOT, no_process_outlives_its_test, only, run  # noqa: F401
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+
+import sppo_atari
+
+SMALL = ["--total-timesteps", "128", "--num-envs", "2", "--num-steps", "32", "--minibatch-size", "32", "--eval-episodes", "1"]
+SWEEP = yaml.safe_load((ROOT / "benchmark/sweep.yaml").read_text())
+
+
+def words(switch):
+    """The command line that W&B's own agent makes, with the lowest of each range."""
+    own = SWEEP["parameters"] | {"no-anneal-lr": {"value": switch}}
+    values = {name: {"value": about.get("value", about.get("min"))} for name, about in own.items()}
+    made = create_sweep_command_args({"args": values})
+    return made[SWEEP["command"][-1][2:-1]], made["args"]
+
+
+@pytest.mark.parametrize("switch", [True, False])
+def test_the_script_understands_what_wandbs_agent_writes(switch, capsys):
+    ours, usual = words(switch)
+    args = sppo_atari.parse_args(ours, sppo_atari.Args())
+    assert args.anneal_lr is not switch and args.track and args.env_id == "Breakout"
+    assert (args.alpha, args.beta, args.learning_rate) == (0.1, 0.1, 1e-5)
+    with pytest.raises(SystemExit):  # why args_no_boolean_flags
+        sppo_atari.parse_args(usual, sppo_atari.Args())
+    assert (ROOT / SWEEP["program"]).exists() and SWEEP["command"][:3] == ["${env}", "${interpreter}", "${program}"]
+
+
+def test_a_run_in_a_sweep_has_the_agents_id_and_keeps_it(tmp_path):
+    """As the agent starts it: W&B ignores an id that the script gives, so that the script must take W&B's."""
+    env = ENV | {"WANDB_MODE": "offline", "WANDB_RUN_ID": "agents1d", "WANDB_SWEEP_ID": "sweep1"}
+    run("sppo_atari.py", *SMALL, "--track", "--run-dir", tmp_path, env=env)
+    folder = only(tmp_path, "Alien__*")
+    ids = [json.loads((folder / name).read_text())["run_id"] for name in ("args.json", "result.json")]
+    assert ids == ["agents1d"] * 2
+    for later in (env, ENV | {"WANDB_MODE": "offline"}):  # by the agent, and by hand later
+        steps = json.loads((folder / "result.json").read_text())["global_step"] + 64
+        run("sppo_atari.py", "--resume", folder, "--total-timesteps", steps, env=later)
+        assert json.loads((folder / "result.json").read_text())["run_id"] == "agents1d"
+    assert [path.name for path in tmp_path.glob("wandb/offline-run-*/run-*.wandb")] == ["run-agents1d.wandb"] * 3
+
+
+def test_a_run_that_is_not_tracked_has_an_id_of_its_own(tmp_path):
+    run("sppo_atari.py", *SMALL, "--run-dir", tmp_path, env=ENV | {"WANDB_RUN_ID": "agents1d"})
+    assert json.loads(only(tmp_path, "Alien__*/result.json").read_text())["run_id"] != "agents1d"
+
+
+def test_two_trials_of_optuna(tmp_path):
+    """A study of two trials, which a second start finds finished, and a third one continues by one."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    args = [
+        "sppo_atari.py",
+        "--seeds",
+        "1",
+        "2",
+        "--beta",
+        "1",
+        "9",
+        f"--args={' '.join(SMALL)}",
+        "--folder",
+        tmp_path / "study",
+    ]
+    out, _ = run("benchmark/optuna_sweep.py", *args, "--trials", 2, cwd=ROOT, env=env)
+    results = {path: json.loads(path.read_text()) for path in (tmp_path / "study").glob("*/*/*/result.json")}
+    assert len(results) == 4
+    means = {}
+    for path, result in results.items():
+        trial, seed = path.relative_to(tmp_path / "study").parts[:2]
+        assert result["args"]["seed"] == int(seed) and 1 <= result["args"]["beta"] <= 9
+        means.setdefault(trial, []).append(result["score"])
+    best = max(sum(scores) / 2 for scores in means.values())
+    assert len(out.splitlines()) == 2 and out.startswith(f"{best:.1f} --alpha ")
+    again, _ = run("benchmark/optuna_sweep.py", *args, "--trials", 2, cwd=ROOT, env=env)
+    assert again == out and len(list((tmp_path / "study").glob("*/*/*/result.json"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["missing.py"], "missing.py: expected a script"),
+        (["sppo_atari.py", "--beta", "9", "1"], "--beta 9 1: expected two numbers above 0, the lower one first"),
+        (["sppo_atari.py", "--args=--gamma 2"], "--gamma 2.0: must be less than or equal to 1"),
+    ],
+)
+def test_bad_input_is_one_line(argv, expected, tmp_path):
+    _, err = run("benchmark/optuna_sweep.py", *argv, "--folder", tmp_path / "study", code=2, cwd=ROOT)
+    assert expected in err.splitlines()[-1]
