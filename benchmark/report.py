@@ -87,7 +87,7 @@ DIVIDED = ("vf_coef", "ent_coef", "max_grad_norm", "adam_eps")  # in which run.p
 TELLING = (*ARM, *DIVIDED, "noise", "exp_name")  # without which a table of runs cannot be told apart
 FREE = (
     *("seed", "env_id", "noise", "exp_name", "run_dir", "resume", "track", "wandb_project_name", "wandb_entity"),
-    *("wandb_group", "wandb_tags", "evaluate"),
+    *("wandb_group", "wandb_tags", "evaluate", "prompts"),
     *("capture_video", "save_model", "checkpoint_interval", "log_interval", "eval_interval", "eval_every", "num_threads"),
     *("total_timesteps", "iterations"),  # compared apart
 )
@@ -210,7 +210,8 @@ def read_folder(source: Path, left_out: Counter) -> pd.DataFrame:
 def read_csv(source: Path) -> pd.DataFrame:
     """A table of runs, as this script writes it or W&B exports it; `attrs["lacks"]`: the settings that it does not have."""
     try:
-        table = pd.read_csv(source, float_precision="round_trip", dtype={"run_id": str, "ID": str})
+        texts = dict.fromkeys(("run_id", "ID", "exp_name", "grid.script", "grid.baseline"), str)  # an arm may be called 10
+        table = pd.read_csv(source, float_precision="round_trip", dtype=texts)
     except (OSError, ValueError, pd.errors.ParserError, UnicodeDecodeError) as error:
         fail(f"{source}: expected a csv with a line a run ({str(error).splitlines()[0]})")
     own = table["ID"] if "ID" in table else pd.Series([f"{source}:{i}" for i in table.index], dtype=str)
