@@ -1015,15 +1015,25 @@ def load_samples(runs: pd.DataFrame, sources: tuple[Path, ...]) -> list[dict]:
     kept = {}
     for path in [source.with_name("samples.json") for source in sources if source.is_file()]:
         if path.exists():
-            kept |= {run["run_id"]: run for run in json.loads(path.read_text())}
+            kept |= {run["run_id"]: run for run in read_samples(path, "run_id")}
     for run in runs.to_dict("records"):
         path = Path(str(run.get("folder")), "samples.json")
         if path.exists():
-            samples = json.loads(path.read_text())
+            samples = read_samples(path, "response")
             kept[run["run_id"]] = {"prompts": len(samples), "changes": changes(samples), "samples": samples[:10]}
     names = ("run_id", "arm", "seed")
     rows = runs.sort_values(["arm", "seed"]).to_dict("records")
     return [kept[run["run_id"]] | {name: run[name] for name in names} for run in rows if run["run_id"] in kept]
+
+
+def read_samples(path: Path, name: str) -> list[dict]:
+    """A samples.json, of whose entries each has `name`."""
+    try:
+        samples = json.loads(path.read_text())
+        [sample[name] for sample in samples][0]  # noqa: RUF015  IndexError without any
+        return samples
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        fail(f"{path}: expected samples of RLHF runs ({error!r:.80})")
 
 
 def changes(samples: list[dict]) -> dict:
