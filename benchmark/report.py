@@ -87,7 +87,7 @@ DIVIDED = ("vf_coef", "ent_coef", "max_grad_norm", "adam_eps")  # in which run.p
 TELLING = (*ARM, *DIVIDED, "noise", "exp_name")  # without which a table of runs cannot be told apart
 FREE = (
     *("seed", "env_id", "noise", "exp_name", "run_dir", "resume", "track", "wandb_project_name", "wandb_entity"),
-    *("wandb_group", "wandb_tags", "evaluate"),
+    *("wandb_group", "wandb_tags", "evaluate", "prompts"),
     *("capture_video", "save_model", "checkpoint_interval", "log_interval", "eval_interval", "eval_every", "num_threads"),
     *("total_timesteps", "iterations"),  # compared apart
 )
@@ -210,7 +210,8 @@ def read_folder(source: Path, left_out: Counter) -> pd.DataFrame:
 def read_csv(source: Path) -> pd.DataFrame:
     """A table of runs, as this script writes it or W&B exports it; `attrs["lacks"]`: the settings that it does not have."""
     try:
-        table = pd.read_csv(source, float_precision="round_trip", dtype={"run_id": str, "ID": str})
+        texts = dict.fromkeys(("run_id", "ID", "exp_name", "grid.script", "grid.baseline"), str)  # an arm may be called 10
+        table = pd.read_csv(source, float_precision="round_trip", dtype=texts)
     except (OSError, ValueError, pd.errors.ParserError, UnicodeDecodeError) as error:
         fail(f"{source}: expected a csv with a line a run ({str(error).splitlines()[0]})")
     own = table["ID"] if "ID" in table else pd.Series([f"{source}:{i}" for i in table.index], dtype=str)
@@ -1014,15 +1015,25 @@ def load_samples(runs: pd.DataFrame, sources: tuple[Path, ...]) -> list[dict]:
     kept = {}
     for path in [source.with_name("samples.json") for source in sources if source.is_file()]:
         if path.exists():
-            kept |= {run["run_id"]: run for run in json.loads(path.read_text())}
+            kept |= {run["run_id"]: run for run in read_samples(path, "run_id")}
     for run in runs.to_dict("records"):
         path = Path(str(run.get("folder")), "samples.json")
         if path.exists():
-            samples = json.loads(path.read_text())
+            samples = read_samples(path, "response")
             kept[run["run_id"]] = {"prompts": len(samples), "changes": changes(samples), "samples": samples[:10]}
     names = ("run_id", "arm", "seed")
     rows = runs.sort_values(["arm", "seed"]).to_dict("records")
     return [kept[run["run_id"]] | {name: run[name] for name in names} for run in rows if run["run_id"] in kept]
+
+
+def read_samples(path: Path, name: str) -> list[dict]:
+    """A samples.json, of whose entries each has `name`."""
+    try:
+        samples = json.loads(path.read_text())
+        [sample[name] for sample in samples][0]  # noqa: RUF015  IndexError without any
+        return samples
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        fail(f"{path}: expected samples of RLHF runs ({error!r:.80})")
 
 
 def changes(samples: list[dict]) -> dict:

@@ -39,3 +39,10 @@ def test_without_the_requirements_one_line_says_so(script, monkeypatch, capsys):
     code, out, err = start(script, [], ("tyro", *EXTRA), monkeypatch, capsys)
     assert code == 2 and out == "" and err.count("\n") == 1
     assert f"{script.name}: error: needs " in err and "`pip install -r benchmark/" in err
+
+
+def test_run_without_ray_says_so_before_it_makes_anything(tmp_path, monkeypatch, capsys):
+    argv = ["imdb", "--folder", str(tmp_path / "runs")]
+    code, _, err = start(ROOT / "benchmark/run.py", argv, ("ray",), monkeypatch, capsys)
+    assert (code, err) == (2, "run.py: error: needs ray; expected what `pip install -r benchmark/requirements.txt` installs\n")
+    assert not (tmp_path / "runs").exists()

@@ -568,6 +568,12 @@ def test_a_named_baseline_is_the_baseline(tmp_path):
     assert set(table[table.what == "IQM"].other) == {"mine"}
 
 
+def test_an_arm_may_be_called_by_a_number(tmp_path):
+    arms = {"10": GRID["ppo"], "0.50": GRID["mine"]}
+    text = make([write_grid(tmp_path / "runs", "my_loss.py", baseline="10", arms=arms)], tmp_path / "out")
+    assert "| | 10 | 0.50 |" in text and make([tmp_path / "out/runs.csv"], tmp_path / "again") == text
+
+
 def test_our_own_scripts_arms_have_the_papers_numbers_and_their_names(tmp_path):
     """`ppo` of this grid has bins, so that it is the paper's DPPO."""
     make(

@@ -99,3 +99,13 @@ def test_a_report_without_such_runs_leaves_no_samples_of_an_earlier_one(tmp_path
             (tmp_path / "runs").rename(tmp_path / "other")
     assert not (tmp_path / "out/samples.json").exists()
     assert "Before and after" not in (tmp_path / "out/report.md").read_text()
+
+
+@pytest.mark.parametrize("left", ["", "[]", '[{"prompt": "x"}]', "{}"])
+def test_half_a_samples_file_is_refused_in_one_line(left, tmp_path, capsys):
+    (tmp_path / "samples.json").write_text(left)
+    for name in ("response", "run_id"):
+        with pytest.raises(SystemExit) as stopped:
+            report.read_samples(tmp_path / "samples.json", name)
+        err = capsys.readouterr().err
+        assert stopped.value.code == 2 and err.count("\n") == 1 and "samples.json: expected samples of RLHF runs (" in err
