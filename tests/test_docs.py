@@ -215,12 +215,12 @@ GROUPS = {
     "TL;DR": {"sppo_rlhf_tldr"},
 }
 INTERVAL = "--eval-interval"
-TINY = {
-    "sppo_atari": "--env-id Breakout --noise bsc --num-envs 4 --num-steps 128 --minibatch-size 256 --total-timesteps 1024",
-    "sa2c_atari": "--env-id Breakout --noise bsc --log-interval 20 --checkpoint-interval 20 --total-timesteps 3200",
-    "dsppo_continuous": "--env-id InvertedDoublePendulum --noise gaussian --num-steps 128 --total-timesteps 256",
+TINY = {  # long enough for a game to end, and for shares of the gradient
+    "sppo_atari": "--env-id Breakout --noise bsc --num-envs 2 --num-steps 256 --update-epochs 1 --total-timesteps 512",
+    "sa2c_atari": "--env-id Breakout --noise bsc --num-envs 2 --log-interval 30 --checkpoint-interval 30 --total-timesteps 600",
+    "dsppo_continuous": "--env-id InvertedDoublePendulum --noise gaussian --num-steps 64 --total-timesteps 128",
     "dsa2c_continuous": "--env-id InvertedDoublePendulum --noise gaussian --log-interval 8 --checkpoint-interval 8 "
-    "--total-timesteps 512",
+    "--total-timesteps 256",
 }
 
 
