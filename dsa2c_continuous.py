@@ -12,7 +12,7 @@ The agent takes the bins i = (i_1 .. i_D) with joint probability pi_i; A is the 
     python dsa2c_continuous.py --env-id Hopper --alpha 1 --beta 0             # DA2C; with --num-bins 0 Gaussian A2C
     python dsa2c_continuous.py --resume runs/Hopper-v4__dsa2c_continuous__1__1700000000
 
-The algorithm ends at the line "Operations". The README lists what differs from the paper and its released code.
+The algorithm ends at the line "Operations". docs/differences.md lists what differs from the paper and its released code.
 """
 
 # /// script

@@ -13,7 +13,7 @@ The agent takes the bins i = (i_1 .. i_D) with joint probability pi_i; r = pi_i 
     python dsppo_continuous.py --env-id Hopper --alpha 50.5 --beta 0          # DPPO with the gradient of beta 50: the control
     python dsppo_continuous.py --resume runs/Hopper-v4__dsppo_continuous__1__1700000000
 
-The algorithm ends at the line "Operations". The README lists what differs from the paper and its released code.
+The algorithm ends at the line "Operations". docs/differences.md lists what differs from the paper and its released code.
 """
 
 # /// script

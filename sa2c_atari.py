@@ -11,7 +11,7 @@ Byun and Perrault, "Symmetric Reinforcement Learning Loss for Robust Learning on
     python sa2c_atari.py --env-id Alien --alpha 1 --beta 0          # A2C, the baseline
     python sa2c_atari.py --resume runs/Alien__sa2c_atari__1__1700000000
 
-The algorithm ends at the line "Operations". The README lists what differs from the paper and its released code.
+The algorithm ends at the line "Operations". docs/differences.md lists what differs from the paper and its released code.
 """
 
 # /// script

@@ -13,7 +13,7 @@ Byun and Perrault, "Symmetric Reinforcement Learning Loss for Robust Learning on
     python sppo_atari.py --env-id Alien --alpha 1 --beta 0 --no-norm-adv        # the released code's baseline
     python sppo_atari.py --resume runs/Alien__sppo_atari__1__1700000000
 
-The algorithm ends at the line "Operations". The README lists what differs from the paper and its released code.
+The algorithm ends at the line "Operations". docs/differences.md lists what differs from the paper and its released code.
 """
 
 # /// script

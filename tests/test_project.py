@@ -199,10 +199,12 @@ def test_defaults_of_the_tldr_script_are_the_papers():
 
 def test_ci_runs_the_readmes_test_command():
     readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci/run").read_text()
-    commands = re.findall(r"(?m)^python3 -m venv .venv && .*$", readme)
-    assert len(commands) == 2
-    assert commands[0].split(" && ")[-1].startswith(".venv/bin/python sppo_atari.py --env-id Alien --beta 10 --noise bsc")
-    for part in commands[1].split(" && "):
+    install, train, install_tests, test = re.findall(
+        r"(?m)^(?:python3 -m venv .*|\.venv/bin/python .*(?:50000|pytest))$", readme
+    )
+    assert install.startswith("python3 -m venv .venv && .venv/bin/pip install -r ")
+    assert train.startswith(".venv/bin/python sppo_atari.py --env-id Alien --beta 10 --noise bsc")
+    for part in [*install_tests.split(" && "), test]:
         assert part.replace("pip install", "pip install --quiet") in ci or part in ci
 
 
