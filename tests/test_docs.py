@@ -92,10 +92,11 @@ def test_the_worst_sentences_are_gone():
 # --- flags and commands -----------------------------------------------------------------------------------------------
 
 PROGRAMS = ["benchmark/run.py", "benchmark/report.py", "benchmark/winrate.py", "benchmark/assets/make_rlhf_assets.py"]
+PROGRAMS += ["benchmark/optuna_sweep.py", "benchmark/studies/sb3_peer.py"]
 PROGRAMS += [f"benchmark/studies/{name}.py" for name in ("speed", "scale_tldr", "four_settings", "one_gradient")]
-# pip's, TensorBoard's, accelerate's, torchrun's, Slurm's; names that hints are about; a former script's
+# pip's, TensorBoard's, accelerate's, torchrun's, Slurm's; names that hints are about; a former script's; your own loss's
 FOREIGN = {"--no-deps", "--logdir", "--num_processes", "--nproc-per-node", "--array", "--cpus-per-task", "--time", "--signal"}
-FOREIGN |= {"--requeue", "--n-steps", "--num-minibatches", "--lr", "--help", "--arms"}
+FOREIGN |= {"--requeue", "--n-steps", "--num-minibatches", "--lr", "--help", "--arms", "--spo-coef"}
 
 
 def commands(page):
