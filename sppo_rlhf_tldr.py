@@ -1049,7 +1049,7 @@ class Run:
         self.folder = None
         self.record = {
             "script": SCRIPT,
-            "run_id": uuid.uuid4().hex[:8],
+            "run_id": (args.track and os.environ.get("WANDB_RUN_ID")) or uuid.uuid4().hex[:8],  # a sweep's agent names the run
             "env_id": TASK,
             "args": asdict(args) | {"resume": None},
             "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
