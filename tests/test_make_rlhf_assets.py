@@ -44,7 +44,7 @@ def packages(tmp_path, monkeypatch):
 
 
 def test_reviews_are_clean_and_the_held_out_ones_apart(packages):
-    train, held_out = builder.load_texts(0)[:2]
+    train, held_out = builder.load_reviews(0)
     texts = [review["text"] for review in train + held_out]
     assert len(train) == 300 and len(held_out) == 100
     assert sorted(texts) == sorted(rlhf_assets.reviews(400)) and len(set(texts)) == 400

@@ -10,7 +10,20 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 import sppo_atari
 
-SMALL = ["--total-timesteps", "128", "--num-envs", "2", "--num-steps", "32", "--minibatch-size", "32", "--eval-episodes", "1"]
+SMALL = [
+    "--env-id",
+    "Breakout",
+    "--total-timesteps",
+    "128",
+    "--num-envs",
+    "2",
+    "--num-steps",
+    "32",
+    "--minibatch-size",
+    "32",
+    "--eval-episodes",
+    "1",
+]
 SWEEP = yaml.safe_load((ROOT / "benchmark/sweep.yaml").read_text())
 
 
@@ -36,8 +49,8 @@ def test_the_script_understands_what_wandbs_agent_writes(switch, capsys):
 def test_a_run_in_a_sweep_has_the_agents_id_and_keeps_it(tmp_path):
     """As the agent starts it: W&B ignores an id that the script gives, so that the script must take W&B's."""
     env = ENV | {"WANDB_MODE": "offline", "WANDB_RUN_ID": "agents1d", "WANDB_SWEEP_ID": "sweep1"}
-    run("sppo_atari.py", *SMALL, "--track", "--run-dir", tmp_path, env=env)
-    folder = only(tmp_path, "Alien__*")
+    run("sppo_atari.py", *SMALL, "--eval-episodes", 0, "--track", "--run-dir", tmp_path, env=env)
+    folder = only(tmp_path, "Breakout__*")
     ids = [json.loads((folder / name).read_text())["run_id"] for name in ("args.json", "result.json")]
     assert ids == ["agents1d"] * 2
     for later in (env, ENV | {"WANDB_MODE": "offline"}):  # by the agent, and by hand later
@@ -48,8 +61,8 @@ def test_a_run_in_a_sweep_has_the_agents_id_and_keeps_it(tmp_path):
 
 
 def test_a_run_that_is_not_tracked_has_an_id_of_its_own(tmp_path):
-    run("sppo_atari.py", *SMALL, "--run-dir", tmp_path, env=ENV | {"WANDB_RUN_ID": "agents1d"})
-    assert json.loads(only(tmp_path, "Alien__*/result.json").read_text())["run_id"] != "agents1d"
+    run("sppo_atari.py", *SMALL, "--eval-episodes", 0, "--run-dir", tmp_path, env=ENV | {"WANDB_RUN_ID": "agents1d"})
+    assert json.loads(only(tmp_path, "Breakout__*/result.json").read_text())["run_id"] != "agents1d"
 
 
 def test_two_trials_of_optuna(tmp_path):

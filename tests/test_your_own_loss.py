@@ -18,10 +18,10 @@ BLOCKS = re.findall(r"(?ms)^```(\w+)\n(.*?)^```$", PAGE)
 INSTALL, COPY, TRY, GRID = (text for kind, text in BLOCKS if kind == "bash")
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory):
+@pytest.fixture
+def checkout(tmp_path):
     """The scripts and benchmark/ without its results, in which the page's files are saved and its commands run."""
-    folder = tmp_path_factory.mktemp("checkout")
+    folder = tmp_path
     for script in ROOT.glob("*.py"):
         shutil.copy(script, folder)
     shutil.copytree(ROOT / "benchmark", folder / "benchmark", ignore=shutil.ignore_patterns("results", "__pycache__"))
@@ -34,7 +34,15 @@ def checkout(tmp_path_factory):
     return folder
 
 
-def test_the_table_that_comes_out(checkout):
+def test_the_page_does_what_it_says(checkout):
+    """One test, so that the page's commands run once, however many processes share the tests."""
+    check_the_table_that_comes_out(checkout)
+    check_the_arms_of_every_result(checkout)
+    check_the_full_commands(checkout)
+    check_the_copy_without_its_coefficient(checkout)
+
+
+def check_the_table_that_comes_out(checkout):
     text = (checkout / "small_report/report.md").read_text()
     assert "### my_loss.py, without noise; 128 steps" in text
     assert "| | ppo | mine | sppo | control |" in text and "P(better than ppo)" in text
@@ -46,14 +54,14 @@ def test_the_table_that_comes_out(checkout):
     assert (checkout / "small_report/sign_changes.svg").exists()  # no game ends in so few steps, so that there are no curves
 
 
-def test_the_arms_are_in_every_result(checkout):
+def check_the_arms_of_every_result(checkout):
     results = [json.loads(path.read_text()) for path in (checkout / "runs/grid/my_grid/128").glob("*/*/result.json")]
     found = {(one["args"]["exp_name"], one["args"]["spo_coef"], one["script"]) for one in results}
     assert len(results) == 8
     assert found == {(arm, float(arm == "mine"), "my_loss.py") for arm in ("ppo", "sppo", "control", "mine")}
 
 
-def test_the_full_commands_are_those_that_were_tried(checkout):
+def check_the_full_commands(checkout):
     small = [
         line.split(" --filter")[0].replace("/128 --out small", "/1000000 --out my")
         for line in TRY.replace("\\\n", "").splitlines()
@@ -65,7 +73,7 @@ def test_the_full_commands_are_those_that_were_tried(checkout):
     assert INSTALL == "pip install -r benchmark/requirements.txt\n" and len(TOML.splitlines()) == 10
 
 
-def test_the_copy_without_its_coefficient_is_the_script(checkout):
+def check_the_copy_without_its_coefficient(checkout):
     """As the page says: the same run to the last bit. And the loss of the page is Simple Policy Optimization's, by hand."""
     sys.path.insert(0, str(checkout))
     import my_loss

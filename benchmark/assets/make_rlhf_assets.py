@@ -132,7 +132,7 @@ def make_judge(path: Path, train: list[dict], held_out: list[dict], seed: int) -
     weights = zip(vectorizer.get_feature_names_out(), vectorizer.idf_.tolist(), classifier.coef_[0].tolist(), strict=True)
     judge = {"intercept": float(classifier.intercept_[0]), "terms": {term: [idf, weight] for term, idf, weight in weights}}
     texts, labels = crops(held_out, np.random.default_rng([seed, 2]), (40, 48))
-    accuracy = np.mean((np.array(imdb.judge_scores(texts, judge)) > 0.5) == np.array(labels))
+    accuracy = np.mean((np.array([imdb.judge_score(text, judge) for text in texts]) > 0.5) == np.array(labels))
     imdb.write_atomically(path, json.dumps(judge).encode())
     return {"accuracy on held-out crops of 40 to 48 words": float(accuracy)}
 
