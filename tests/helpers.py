@@ -1,7 +1,9 @@
 """Starting the scripts as a user does, and reading what they leave; shared by the tests of whole runs."""
 
+import contextlib
 import json
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto import wandb_internal_pb2
 
@@ -47,6 +50,16 @@ def scalars(folder):
     """tag -> [(step, value)] as TensorBoard shows them: what a resumed run logs anew counts once."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@contextlib.contextmanager
+def unchanged_process():
+    """main() in this process saves the seconds of starting Python and torch; threads and signal handlers are put back."""
+    threads, handlers = torch.get_num_threads(), {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def only(folder, pattern="*"):

@@ -17,7 +17,7 @@ import pytest
 import rlhf_assets
 import tldr_assets
 import tyro
-from helpers import ENV, ROOT, no_process_outlives_its_test, only, run, scalars  # noqa: F401
+from helpers import ENV, ROOT, no_process_outlives_its_test, only, run, scalars, unchanged_process  # noqa: F401
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONTROL = ("sppo_atari", "sa2c_atari", "dsppo_continuous", "dsa2c_continuous")
@@ -248,7 +248,11 @@ def test_every_logged_name_is_in_metrics_md(name, tmp_path):
         if name == "sppo_rlhf_imdb":
             (tmp_path / "judge.json").write_text(json.dumps({"intercept": 0.0, "terms": {"film": [1.0, 1.0]}}))
             words += ["--judge", tmp_path / "judge.json"]
-    run(f"{name}.py", *words, "--run-dir", tmp_path / "runs", env=ENV)
+    module = importlib.import_module(name)
+    with unchanged_process():
+        args = module.parse_args([*map(str, words), "--run-dir", str(tmp_path / "runs")], module.Args())
+        module.check_args(args)
+        module.main(args)
     logged = set(scalars(only(tmp_path / "runs")))
     expected = {metric for metric, scripts in documented().items() if name in scripts}
     assert logged <= expected, "not in the page"

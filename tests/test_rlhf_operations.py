@@ -14,6 +14,7 @@ import pytest
 import rlhf_assets
 import tldr_assets
 import torch
+from filelock import FileLock
 from helpers import ENV, no_process_outlives_its_test, only, run, start, wait_for  # noqa: F401
 
 import sppo_rlhf_imdb
@@ -22,22 +23,27 @@ import sppo_rlhf_tldr
 SCRIPTS = [(sppo_rlhf_imdb, rlhf_assets), (sppo_rlhf_tldr, tldr_assets)]
 
 
+# what starts processes, and is of the text that both scripts share
+imdb_alone = pytest.mark.parametrize("task", SCRIPTS[:1], ids=["imdb"], indirect=True)
+
+
 @pytest.fixture(scope="module", params=SCRIPTS, ids=["imdb", "tldr"])
 def task(request, tmp_path_factory):
     """(module, its file's name, arguments of a tiny run, the folder of a finished one)"""
     module, assets = request.param
     folder = tmp_path_factory.mktemp("finished")
     args = assets.arguments(assets.write_assets(tmp_path_factory.mktemp("assets")))
-    name = f"{module.__name__}.py"
-    run(name, *args, "--iterations", 2, "--run-dir", folder)
-    return module, name, args, only(folder)
+    with helpers.unchanged_process():
+        parsed = module.parse_args([*args, "--iterations", "2", "--run-dir", str(folder)], module.Args())
+        module.check_args(parsed)
+        module.main(parsed)
+    return module, f"{module.__name__}.py", args, only(folder)
 
 
 @pytest.fixture
 def call(task, monkeypatch):
     """main() in this process."""
     module, name, args, _ = task
-    threads, handlers = torch.get_num_threads(), {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(sys, "argv", [name])
 
     def call(*changed):
@@ -46,10 +52,8 @@ def call(task, monkeypatch):
         module.check_args(parsed)
         module.main(parsed)
 
-    yield call
-    torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with helpers.unchanged_process():
+        yield call
 
 
 def contents(folder):
@@ -227,18 +231,26 @@ def test_what_may_change_with_resume(task, call, capsys, tmp_path):
     assert steps == ([0, 16, 24, 32] if task[0] is sppo_rlhf_imdb else [24, 32])
 
 
-def test_a_second_writer_is_refused(task, tmp_path):
+def test_a_second_writer_is_refused(task, call, capsys, tmp_path):
+    *_, finished = task
+    folder = shutil.copytree(finished, tmp_path / "run")
+    with FileLock(folder / ".lock"):
+        line = refused(call, capsys, "--resume", folder, "--iterations", 3)
+    assert line.endswith(f": error: --resume {folder}: another process is training this run\n")
+    call("--resume", folder, "--iterations", 3)
+
+
+@imdb_alone
+def test_ctrl_c_is_answered_at_once(task, tmp_path):
     _, name, args, _ = task
     process = start(name, *args, "--iterations", 10**6, "--run-dir", tmp_path)
     wait_for(lambda: list(tmp_path.glob("*/checkpoint.pt")))
-    _, err = run(name, "--resume", only(tmp_path), code=2)
-    assert err == f"{name}: error: --resume {only(tmp_path)}: another process is training this run\n"
-    assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert process.returncode == 130 and "finishing this iteration, then saving; Ctrl-C again quits now" in err
 
 
+@imdb_alone
 def test_ctrl_c_before_there_is_a_run_ends_at_once_and_leaves_nothing(task, tmp_path):
     """A Hub that takes the connection and never answers holds the script while it loads."""
     _, name, args, _ = task
@@ -315,6 +327,7 @@ def test_a_switch_takes_no_value(task, call, capsys):
     assert "--track True: a switch takes no value; write --track or --no-track" in refused(call, capsys, "--track", "True")
 
 
+@imdb_alone
 def test_wandb_gets_group_and_tags(task, tmp_path):
     _, name, args, _ = task
     small = ["--iterations", 1, "--eval-episodes", 0, "--track", "--wandb-group", "g", "--wandb-tags", "a,b"]
