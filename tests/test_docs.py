@@ -160,8 +160,10 @@ def test_the_counts_of_reproduce_are_run_pys(monkeypatch):
         len(grids.select(grids.named_grid(words[0]), words[2])) for path, words in commands(page) if words[1:2] == ["--filter"]
     ]
     assert f"The first line prints {dry} commands" in page.read_text() and f"The second does {wet} runs" in page.read_text()
-    for name, runs in re.findall(r"(?m)^\|[^|]*\| `run\.py ([\w-]+)[^`]*` \| ([\d,]+) \|", page.read_text()):
-        assert len(grids.named_grid(name)) == int(runs.replace(",", "")), name
+    for name, chosen, runs in re.findall(
+        r"(?m)^\|[^|]*\| `run\.py ([\w-]+)(?: --filter (\S+))?[^`]*` \| ([\d,]+) \|", page.read_text()
+    ):
+        assert len(grids.select(grids.named_grid(name), chosen)) == int(runs.replace(",", "")), name
 
 
 def shown(value):
@@ -199,6 +201,19 @@ def test_flag_tables_are_the_arguments(page, scripts):
             name = name.strip("`").removeprefix("--").replace("-", "_")
             cells = [shown(getattr(defaults, name)) for defaults in (module.Args(), module.OFFLINE)]
             assert [default.replace("\\", ""), offline.replace("\\", "")] == cells, flag
+
+
+def test_betas_by_task_are_the_papers():
+    settings = tomllib.loads((ROOT / "benchmark/paper/hyperparameters.toml").read_text())["continuous"]
+    (rows,) = [rows for head, *rows in tables((ROOT / "docs/control.md").read_text()) if head[1] == "DSPPO"]
+    assert [row[0] for row in rows] == settings["tasks"]
+    for task, *cells in rows:
+        for name, (plain, noisy, steps) in (("ppo", cells[:3]), ("a2c", cells[3:])):
+            own = settings[name]
+            for cell, betas in ((plain, own["beta"]["none"]), (noisy, own["beta"]["gaussian"])):
+                assert float(cell) == betas.get(task, betas.get("default")), task
+            length = own["total_timesteps"]
+            assert number(steps) == (length[task] if isinstance(length, dict) else length), task
 
 
 # --- logged names -----------------------------------------------------------------------------------------------------

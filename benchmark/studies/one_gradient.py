@@ -78,7 +78,9 @@ def main(args: Args) -> None:
         curve = curves[name][curves[name].index <= args.steps]
         axis.plot(curve.index, curve, style, color=colour, linewidth=width, label=label)
     axis.axvline(parted["control"], color="#999999", linewidth=1)
-    text = f"{sppo} and control: equal to six digits\nup to here ({parted['control']:,} steps),\nthen rounding parts them"
+    text = (
+        f"{sppo} and control: equal to six digits\nup to here ({parted['control']:,} steps),\nthen rounding changes an action"
+    )
     axis.annotate(text, (parted["control"], axis.get_ylim()[0]), (-6, 6), textcoords="offset points", fontsize=8, ha="right")
     axis.set(xlabel="environment steps", ylabel="return while training")
     noise = "without noise" if run["noise"] == "none" else "with reward noise"
