@@ -1,4 +1,4 @@
-"""One picture of fact 2: in a real run the symmetric PPO lies on its control until rounding parts them; PPO does not.
+"""One picture of fact 2: in a real run the symmetric PPO lies on its control until rounding changes an action. PPO does not.
 
     python benchmark/studies/one_gradient.py benchmark/results/continuous-ppo-lunarlander
 
