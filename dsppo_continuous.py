@@ -974,7 +974,7 @@ def load_checkpoint(folder, argument):
     """Loads a run's checkpoint, or fails in one line."""
     try:
         checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-        checkpoint["global_step"], checkpoint["seconds"], checkpoint["agent"]  # KeyError if it is of something else
+        checkpoint["seconds"], checkpoint["agent"], checkpoint["optimizer"]  # KeyError if it is of something else
         return checkpoint
     except Exception as error:  # torch has no common type for them
         fail(f"{argument} {folder}: cannot load its checkpoint.pt ({type(error).__name__})")
@@ -1021,6 +1021,8 @@ HINTS = {
     "lr": "learning-rate",
     "env": "env-id",
 }
+LENGTH = "total_timesteps"  # the argument for the length of a run
+TRAINING_ONLY = ("track", "capture_video")  # switches of a run that --evaluate does not take over
 # what may change with --resume, and with --evaluate
 RESUMABLE = "total_timesteps track wandb_project_name wandb_entity wandb_group wandb_tags eval_episodes eval_interval"
 RESUMABLE = [*RESUMABLE.split(), "capture_video", "num_threads", "cuda", "compile", "checkpoint_interval"]
@@ -1104,7 +1106,8 @@ def parse_args(argv, defaults):
         if saved["script"] != SCRIPT:
             fail(f"{flag(name)} {folder}: a run of {saved['script']}; expected a run of {SCRIPT}")
         own = replace(Args(**saved["args"]), **{name: folder})
-        own.capture_video, own.track = own.capture_video and name == "resume", own.track and name == "resume"
+        if name == "evaluate":
+            own = replace(own, **dict.fromkeys(TRAINING_ONLY, False))
         saved["run_id"]  # KeyError for a folder without one
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{flag(name)} {folder}: not the folder of a run of this script; expected one with its args.json ({error})")
@@ -1114,9 +1117,8 @@ def parse_args(argv, defaults):
         if value != old and field.name not in allowed:
             others = ", ".join(map(flag, allowed))
             fail(f"{flag(field.name)} {value}: with {flag(name)} the run keeps its own, {old}; only {others} may change")
-    require(
-        args, "total_timesteps", args.total_timesteps >= own.total_timesteps, f"{own.total_timesteps}, the run's own, or more"
-    )
+    longer = getattr(args, LENGTH) >= getattr(own, LENGTH)
+    require(args, LENGTH, longer, f"{getattr(own, LENGTH)}, the run's own, or more")
     return args
 
 

@@ -93,7 +93,7 @@ def test_helpers_of_one_name_are_identical_to_the_character():
     both = (
         "symmetric_ppo_loss compute_gae grad_shares write_atomically write_json git_commit keep_freed_memory say fail one_line"
     )
-    for name in (*both.split(), "flag", "require", "read_command_line", "check_tracking"):
+    for name in (*both.split(), "flag", "require", "read_command_line", "parse_args", "load_checkpoint", "check_tracking"):
         assert len({text for part in found for _, text in part[name]}) == 1, name  # in all scripts that have it
     for name, copies in itertools.chain.from_iterable(part.items() for part in found):
         for (file, text), (other_file, other_text) in itertools.combinations(copies, 2):
