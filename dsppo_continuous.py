@@ -974,7 +974,7 @@ def load_checkpoint(folder, argument):
     """Loads a run's checkpoint, or fails in one line."""
     try:
         checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-        checkpoint["seconds"], checkpoint["agent"], checkpoint["optimizer"]  # KeyError if it is of something else
+        checkpoint["seconds"], checkpoint["agent"]  # KeyError if it is of something else
         return checkpoint
     except Exception as error:  # torch has no common type for them
         fail(f"{argument} {folder}: cannot load its checkpoint.pt ({type(error).__name__})")
