@@ -106,19 +106,22 @@ FAMILIES = {  # our scripts: family and algorithm in paper/hyperparameters.toml
 }
 BASELINES = ("PPO", "A2C", "DPPO", "DA2C")
 SYMMETRIC = ("SPPO", "SA2C", "DSPPO", "DSA2C")
-# Okabe and Ito's colours, which colour-blind readers tell apart, by what an arm is; controls are dashed
+# Okabe and Ito's colours, which colour-blind readers tell apart, by what an arm is
 ARM_COLOURS = {
     **dict.fromkeys(("PPO", "A2C"), "#0072B2"),  # blue
     **dict.fromkeys(("DPPO", "DA2C"), "#56B4E9"),  # sky blue
     **dict.fromkeys(SYMMETRIC, "#D55E00"),  # vermilion
-    "control": "#000000",
     **dict.fromkeys(("PPO raw", "DSPPO factored", "DSA2C factored"), "#CC79A7"),  # reddish purple
     **dict.fromkeys(("PPO reweighted", "A2C α 0.5", "DA2C α 0.5"), "#009E73"),  # bluish green
     **dict.fromkeys(("sb3", "sb3_ppo"), "#999999"),  # grey: Stable-Baselines3
 }
+CONTROL = "#000000"
 SPARE_COLOURS = ("#009E73", "#E69F00", "#CC79A7", "#999999", "#F0E442")  # of arms of your own, in order
-# green, purple and grey are one grey to some readers
-LINES = {"#009E73": "-.", "#E69F00": (0, (4, 1, 1, 1, 1, 1)), "#CC79A7": (0, (1, 0.7))}
+# Arms of one colour differ by their lines. Green, purple and grey are one grey to some readers, so they begin elsewhere.
+LINES = ("-", (0, (1, 0.7)), "-.", (0, (4, 1, 1, 1, 1, 1)))
+FIRST_LINE = {"#009E73": 2, "#E69F00": 3, "#CC79A7": 1}
+CONTROL_LINES = ("--", (0, (2, 1.5)), (0, (6, 1.5)), (0, (6, 1.5, 2, 1.5)))  # dashes of several lengths
+HATCHES = ("", "///", "...", "xxx")  # the same for bars
 
 
 @dataclass
@@ -788,23 +791,22 @@ def with_error(mean: float, error: float) -> str:
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def colours(roles: dict[str, str]) -> dict[str, str]:
-    """Arm -> colour: that of its kind in ARM_COLOURS, the next spare one if it has none or another arm has it.
+def styles(roles: dict[str, str]) -> dict[str, dict]:
+    """Arm -> colour, linestyle, hatch: the colour of its kind in ARM_COLOURS, of an unknown kind a spare one.
 
-    Several controls, which are dashed, have the colours of the symmetric arms, in their order; one alone is black.
+    Controls are black and dashed. Arms of one colour, such as one loss with two betas, differ by their lines.
     """
-    arms = order(list(roles), roles)
-    controls = [arm for arm in arms if is_control_role(roles[arm])]
-    found, spare = {}, itertools.cycle(SPARE_COLOURS)
-    for arm in [arm for arm in arms if arm not in controls]:
-        colour = ARM_COLOURS.get(roles[arm].removeprefix("baseline "))
-        taken = {*found.values(), *(ARM_COLOURS.get(role.removeprefix("baseline ")) for role in roles.values())}
-        if colour is None or colour in found.values():
-            colour = next((other for other in SPARE_COLOURS if other not in taken), None) or next(spare)
-        found[arm] = colour
-    partners = [arm for arm in found if not is_reference(roles[arm])]
-    for i, arm in enumerate(controls):
-        found[arm] = ARM_COLOURS["control"] if len(controls) == 1 or not partners else found[partners[i % len(partners)]]
+    kinds = {arm: roles[arm].removeprefix("baseline ") for arm in order(list(roles), roles)}
+    taken = {ARM_COLOURS.get(kind) for kind in kinds.values()}
+    spare = itertools.cycle([colour for colour in SPARE_COLOURS if colour not in taken] or SPARE_COLOURS)
+    found, count = {}, Counter()
+    for arm, kind in kinds.items():
+        control = is_control_role(kind)
+        colour = CONTROL if control else ARM_COLOURS.get(kind) or next(spare)
+        n, lines = count[colour], CONTROL_LINES if control else LINES
+        line = lines[(FIRST_LINE.get(colour, 0) + n) % len(lines)]
+        found[arm] = {"color": colour, "linestyle": line, "hatch": HATCHES[n % len(HATCHES)]}
+        count[colour] += 1
     return found
 
 
@@ -873,17 +875,17 @@ def draw_curves(runs: pd.DataFrame, curves: pd.DataFrame, path: Path, tags: tupl
         return
     figure, axes = grid_of_axes(len(groups))
     roles = roles_of(runs)
-    colour = colours(roles)
     for axis, ((script, env, noise), group) in zip(axes, groups, strict=False):
+        style = styles({arm: roles[arm] for arm in runs[runs.script == script].arm.unique()})
         for arm in order(list(group.arm.unique()), roles):
             mine = group[group.arm == arm]
             table = curve_table(mine)
             mean, error = table.mean(axis=1), table.sem(axis=1).fillna(0)
+            color, line = style[arm]["color"], style[arm]["linestyle"]
             # thin and on top, so that what lies under a control can be seen
-            style = {"linestyle": LINES.get(colour[arm], "-"), "linewidth": 2.2}
-            style = {"linestyle": "--", "linewidth": 1.3, "zorder": 3} if is_control_role(roles[arm]) else style
-            axis.plot(table.index, mean, color=colour[arm], label=arm + weights_of(mine, arm), **style)
-            axis.fill_between(table.index, mean - error, mean + error, color=colour[arm], alpha=0.15, linewidth=0)
+            over = {"linewidth": 1.3, "zorder": 3} if is_control_role(roles[arm]) else {"linewidth": 2.2}
+            axis.plot(table.index, mean, color=color, linestyle=line, label=arm + weights_of(mine, arm), **over)
+            axis.fill_between(table.index, mean - error, mean + error, color=color, alpha=0.15, linewidth=0)
         rlhf = group.iterations.notna().any() if "iterations" in group else False
         axis.set_xlabel("episodes" if rlhf else "environment steps")
         axis.set_ylabel(what or ("score" if rlhf else "return while training"))
@@ -904,18 +906,21 @@ def draw_sign_changes(runs: pd.DataFrame, curves: pd.DataFrame, path: Path) -> p
         return shares
     figure, axis = plt.subplots(figsize=(max(6, 1.4 * len(groups) + 2.5), 4))
     roles = roles_of(runs)
-    colour, handles = colours(roles), {}
+    style, handles = styles({arm: roles[arm] for arm in shares.arm.unique()}), {}
     for i, (_, group) in enumerate(groups):
         arms = order(list(group.arm.unique()), roles)
         for j, arm in enumerate(arms):
             mine = group[group.arm == arm]
             values = mine.value * 100
             x = i + (j + 0.5) / len(arms) * 0.8 - 0.4
-            control = {"fill": False, "linestyle": "--", "linewidth": 1.3} if is_control_role(roles[arm]) else {}
-            bar = axis.bar(x, values.mean(), 0.7 / len(arms), color=colour[arm], edgecolor=colour[arm], **control)
+            color, hatch = style[arm]["color"], style[arm]["hatch"]
+            look = {"color": color} if not hatch else {"fill": False, "edgecolor": color, "hatch": hatch}
+            if is_control_role(roles[arm]):
+                look = {"fill": False, "edgecolor": color, "hatch": hatch, "linestyle": "--", "linewidth": 1.3}
+            bar = axis.bar(x, values.mean(), 0.7 / len(arms), **look)
             handles.setdefault(arm, bar)
             axis.errorbar(x, values.mean(), values.sem() if len(values) > 1 else 0, color="#555555", linewidth=1, capsize=2)
-    names = [f"{env}{'' if noise == 'none' else f', {noise}'}" for (env, noise), _ in groups]
+    names = [env if noise == "none" else f"{env}\nnoise {noise}" for (env, noise), _ in groups]
     slant = {"rotation": 20, "ha": "right"} if len(groups) > 2 else {}
     axis.set_xticks(range(len(groups)), names, fontsize=7, **slant)
     axis.set_ylabel("advantages with another sign, %")
@@ -948,11 +953,10 @@ def draw_profiles(runs: pd.DataFrame, baseline: str, reps: int, title: str, path
     np.random.seed(0)
     profiles, intervals = library.create_performance_profile(scores, taus, reps=max(100, reps // 4))
     figure, axis = plt.subplots(figsize=(5, 3.5))
-    for arm, colour in colours(roles).items():
+    for arm, style in styles(roles).items():
         label = arm + weights_of(runs[runs.arm == arm], arm)
-        style = "--" if is_control_role(roles[arm]) else LINES.get(colour, "-")
-        axis.plot(taus, profiles[arm], linestyle=style, color=colour, label=label)
-        axis.fill_between(taus, *intervals[arm], color=colour, alpha=0.15, linewidth=0)
+        axis.plot(taus, profiles[arm], linestyle=style["linestyle"], color=style["color"], label=label)
+        axis.fill_between(taus, *intervals[arm], color=style["color"], alpha=0.15, linewidth=0)
     axis.set(xlabel=f"score / {baseline}'s mean", ylabel="share of runs above it")
     where = ", ".join(envs) if len(envs) <= 3 else f"{len(envs)} environments"
     axis.set_title(f"{title}; {where}\n95 % intervals, {spread_of(runs).split(', ')[-1]}", fontsize=9)
@@ -989,7 +993,7 @@ def draw_betas(runs: pd.DataFrame, path: Path) -> None:
         for kind, style in (("symmetric", "o-"), ("control", "s--")):
             by_beta = group[group.kind == kind].groupby("weight").score
             if len(by_beta):
-                colour = ARM_COLOURS["control" if kind == "control" else "SPPO"]
+                colour = CONTROL if kind == "control" else ARM_COLOURS["SPPO"]
                 x, mean, error = by_beta.mean().index, by_beta.mean(), by_beta.sem().fillna(0)
                 axis.errorbar(x, mean, error, fmt=style, color=colour, label=kind, capsize=3)
         same = plain[(plain.script == script) & (plain.env == env) & (plain.noise == noise)]

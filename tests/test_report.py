@@ -832,24 +832,41 @@ def test_a_kill_while_a_report_is_written_loses_nothing(tmp_path, monkeypatch):
 
 
 def test_colours_are_fixed_by_arm():
-    """Of one kind in every picture, whatever else is in it; no two arms of a picture have one; names alone change nothing."""
-    alone = {
-        role: report.colours({"x": role})["x"] for role in ("PPO", "DPPO", "SPPO", "DSPPO", "A2C", "control PPO", "PPO raw")
-    }
+    """Of one kind in every picture, whatever else is in it and whatever its name; no two arms of a picture look the same."""
+    kinds = ("PPO", "DPPO", "SPPO", "DSPPO", "A2C", "control PPO", "PPO raw")
+    alone = {kind: report.styles({"x": kind})["x"]["color"] for kind in kinds}
     assert alone["SPPO"] == alone["DSPPO"] and alone["PPO"] == alone["A2C"] and alone["control PPO"] == "#000000"
-    together = report.colours({"a": "PPO", "b": "DPPO", "c": "DSPPO", "d": "control DPPO", "e": "baseline PPO raw"})
-    assert [together[name] for name in "abcde"] == [alone[r] for r in ("PPO", "DPPO", "DSPPO", "control PPO", "PPO raw")]
-    many = report.colours({"ppo": "PPO", "ppo2": "PPO", "sppo": "SPPO", "mine": "mine", "mine2": "SPPO", "control": "control"})
-    assert len(set(many.values())) == 6 and many["ppo"] == alone["PPO"] and many["mine2"] == alone["SPPO"] != many["sppo"]
+    together = report.styles({"a": "PPO", "b": "DPPO", "c": "DSPPO", "d": "control DPPO", "e": "baseline PPO raw"})
+    expected = [alone[kind] for kind in ("PPO", "DPPO", "DSPPO", "control PPO", "PPO raw")]
+    assert [together[name]["color"] for name in "abcde"] == expected
+    names = {"ppo": "PPO", "ppo2": "PPO", "sppo": "SPPO", "mine": "mine", "mine2": "SPPO", "control": "control"}
+    many = report.styles(names)
+    colours = {arm: style["color"] for arm, style in many.items()}
+    assert colours["ppo"] == colours["ppo2"] == alone["PPO"] and colours["sppo"] == colours["mine2"] == alone["SPPO"]
+    assert colours["mine"] not in {*alone.values()}
+    for marks in ("linestyle", "hatch"):
+        assert len({(style["color"], style[marks]) for style in many.values()}) == 6
     okabe_ito = {"#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999"}
-    assert {*report.ARM_COLOURS.values(), *report.SPARE_COLOURS} <= okabe_ito
+    assert {*report.ARM_COLOURS.values(), *report.SPARE_COLOURS, report.CONTROL} <= okabe_ito
 
 
-def test_several_controls_have_the_colours_of_their_symmetric_arms():
+def test_two_weights_of_an_arm_have_its_colour_and_another_line():
     arms = ["control PPO α 2.5", "SPPO β 10", "PPO", "control PPO α 10.5", "SPPO β 2"]
-    colour = report.colours({arm: arm.split(" β")[0].split(" α")[0] for arm in arms})
-    assert colour["control PPO α 2.5"] == colour["SPPO β 2"] != colour["SPPO β 10"] == colour["control PPO α 10.5"]
-    assert colour["PPO"] not in (colour["SPPO β 2"], colour["SPPO β 10"])
+    style = report.styles({arm: arm.split(" β")[0].split(" α")[0] for arm in arms})
+    controls, symmetric = [style[arms[0]], style[arms[3]]], [style[arms[4]], style[arms[1]]]
+    assert [one["color"] for one in (*controls, *symmetric)] == ["#000000"] * 2 + [report.ARM_COLOURS["SPPO"]] * 2
+    assert controls[0]["linestyle"] != controls[1]["linestyle"] and symmetric[0]["linestyle"] != symmetric[1]["linestyle"]
+    assert all(one["linestyle"] in report.CONTROL_LINES for one in controls) and symmetric[0]["linestyle"] == "-"
+
+
+def test_scripts_of_one_picture_have_the_same_colours(tmp_path, monkeypatch):
+    """PPO's and A2C's axes are beside each other: the baseline is the same solid blue in both."""
+    runs = pd.DataFrame({"run_id": list("12"), "script": ["sppo_atari.py", "sa2c_atari.py"], "arm": ["PPO", "A2C"]})
+    runs = runs.assign(env="Alien", noise="none", method=runs.arm, alpha=1.0, beta=0.0, seed=1)
+    steps = pd.DataFrame({"tag": report.RETURNS[0], "step": [1, 2], "value": [1.0, 2.0]})
+    curves = pd.concat([steps.assign(run_id=one) for one in "12"])
+    found = drawn(monkeypatch, report.draw_curves, runs, curves, tmp_path / "x.svg")
+    assert {(line.get_color(), line.get_linestyle()) for line in found.values()} == {("#0072B2", "-")} and len(found) == 2
 
 
 def test_curves_tell_weights_seeds_and_controls(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The scripts behind the README's first picture and fact 5's numbers: by hand, and small."""
 
+import json
 import sys
 
 import pandas as pd
@@ -8,6 +9,7 @@ from helpers import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmark/studies"))
 import four_settings
+import learning_pictures
 import one_gradient
 
 import sppo_atari
@@ -35,6 +37,23 @@ def test_the_picture_is_of_the_three_runs_that_it_names():
         assert len(ids) == 1 and curves[name].equals(expected)
     assert one_gradient.last_equal(curves["symmetric"], curves["control"]) == 18_432
     assert one_gradient.last_equal(curves["symmetric"], curves["baseline"]) == 2_048
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "benchmark/results").glob("learning-*")), ids=lambda folder: folder.name)
+def test_the_learning_pictures_have_every_run_with_its_own_settings(folder):
+    runs, curves = learning_pictures.read(folder)
+    assert set(curves.run_id) == set(runs.run_id) and runs.run_id.is_unique and not curves.isna().any().any()
+    ours = runs[runs.method != "sb3"].set_index("run_id")
+    saved = json.loads((folder / "runs.json").read_text())
+    saved = saved.values() if isinstance(saved, dict) else saved
+    for command in (one["command"] for one in saved):
+        words = command.split()
+        name, alpha, beta = (words[words.index(word) + 1] for word in ("--seed", "--alpha", "--beta"))
+        of_seed = ours[ours.index.str.endswith(f"_{name}") & (ours.script == words[1])]
+        (run,) = of_seed[(of_seed.alpha == float(alpha)) & (of_seed.beta == float(beta))].itertuples()
+        assert run.arm.startswith("control") == (float(alpha) != 1 and float(beta) == 0)
+        assert (run.noise == "gaussian") == ("gaussian" in words) and run.env == (words[3] if "--env-id" in words else run.env)
+    assert len(ours) == len(saved)
 
 
 def test_fewer_than_four_settings_are_further_from_sppo():

@@ -98,7 +98,9 @@ def main(own: Args) -> None:
             env_id=own.env_id, alpha=0.5, beta=10.0, noise="bsc", seed=seed, num_threads=torch.get_num_threads()
         )
         found.append(differences(args))
-    print(f"{own.env_id}, noise bsc, α 0.5, β 10; first update; {own.seeds} seeds; torch {torch.__version__}\n")
+    commit = sppo_atari.git_commit() or "unknown"
+    what = f"{own.env_id}, noise bsc, α 0.5, β 10; first update; {own.seeds} seeds"
+    print(f"{what}; torch {torch.__version__}; {torch.get_num_threads()} threads; commit {commit}\n")
     print("| divided by w | difference from SPPO / its movement |\n|---|---|")
     for name in found[0]:
         values = [each[name] for each in found]

@@ -7,11 +7,13 @@ control (alpha + beta |Z|, beta 0) and the baseline (alpha 1, beta 0). Prints th
 return to six digits, and writes the picture.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmark"))
 try:
     import matplotlib
 
@@ -19,7 +21,7 @@ try:
     import matplotlib.pyplot as plt
     import pandas as pd
     import tyro
-    from report import ARM_COLOURS, save
+    from report import ARM_COLOURS, CONTROL, save
 except ModuleNotFoundError as error:
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__)
@@ -40,7 +42,7 @@ class Args:
     """noise of the three runs"""
     steps: int = 26_000
     """steps to draw"""
-    out: Path = Path(__file__).parents[1] / "results/one-gradient/one_gradient.png"
+    out: Path = ROOT / "benchmark/results/one-gradient/one_gradient.png"
     """the picture, as .svg and as .png"""
 
 
@@ -73,7 +75,7 @@ def main(args: Args) -> None:
     for name, colour, style, width, label in (
         ("baseline", ARM_COLOURS[ppo], "-", 1.5, f"{ppo}: α 1, β 0"),
         ("symmetric", ARM_COLOURS[sppo], "-", 4.0, f"{sppo}: α {run['alpha']:g}, β {run['beta']:g}"),
-        ("control", ARM_COLOURS["control"], "--", 1.5, f"control, {ppo} with the same gradient: α {weight:g}, β 0"),
+        ("control", CONTROL, "--", 1.5, f"control, {ppo} with the same gradient: α {weight:g}, β 0"),
     ):
         curve = curves[name][curves[name].index <= args.steps]
         axis.plot(curve.index, curve, style, color=colour, linewidth=width, label=label)
@@ -87,6 +89,14 @@ def main(args: Args) -> None:
     axis.set_title(f"{run['env_id']} {noise}, {run['script']}, seed {args.seed}: one run each", fontsize=9)
     axis.legend(fontsize=8)
     save(figure, args.out)
+    command = f"python {os.path.relpath(__file__, ROOT)} {os.path.relpath(args.folder, ROOT)}"
+    what = f"seed {args.seed} of {run['env_id']} {noise}, {run['script']}"
+    args.out.with_name("report.md").write_text(
+        f"`{command}`: {what}; torch {run['versions.torch']}; commit {run['commit']}.\n\n"
+        f"{sppo} (α {run['alpha']:g}, β {run['beta']:g}) logs the same returns as its control (α {weight:g}, β 0) to six digits\n"
+        f"up to step {parted['control']:,}, and the same as {ppo} (α 1, β 0) up to step {parted['baseline']:,}.\n\n"
+        f"![one gradient]({args.out.with_suffix('.svg').name})\n"
+    )
 
 
 if __name__ == "__main__":
