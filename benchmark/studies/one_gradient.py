@@ -94,7 +94,7 @@ def main(args: Args) -> None:
     args.out.with_name("report.md").write_text(
         f"`{command}`: {what}; torch {run['versions.torch']}; commit {run['commit']}.\n\n"
         f"{sppo} (α {run['alpha']:g}, β {run['beta']:g}) logs the same returns as its control (α {weight:g}, β 0)\n"
-        f"to six digits up to step {parted['control']:,}, and the same as {ppo} (α 1, β 0) up to step {parted['baseline']:,}.\n\n"
+        f"to six digits up to step {parted['control']:,}, and as {ppo} (α 1, β 0) up to step {parted['baseline']:,}.\n\n"
         f"![one gradient]({args.out.with_suffix('.svg').name})\n"
     )
 
