@@ -106,6 +106,8 @@ FAMILIES = {  # our scripts: family and algorithm in paper/hyperparameters.toml
 }
 BASELINES = ("PPO", "A2C", "DPPO", "DA2C")
 SYMMETRIC = ("SPPO", "SA2C", "DSPPO", "DSA2C")
+# names of arms in run.py's own grids
+GRID_ARMS = ("ppo", "ppo_raw", "sppo", "a2c", "a2c_half", "sa2c", "dppo", "dsppo", "da2c", "da2c_half", "dsa2c", "control")
 # Okabe and Ito's colours, which colour-blind readers tell apart, by what an arm is
 ARM_COLOURS = {
     **dict.fromkeys(("PPO", "A2C"), "#0072B2"),  # blue
@@ -298,6 +300,10 @@ def load_runs(sources: tuple[Path, ...]) -> pd.DataFrame:
     rows = runs.to_dict("records")
     runs = runs.assign(method=[label(run) for run in rows], paper=[paper_name(run) for run in rows])
     runs = runs.assign(named=[name_of(run) is not None for run in rows], run_script=runs.script)
+    # beside runs without a name, an arm of run.py's own grids is called by its method, as they are
+    of_ours = runs.script.isin(FAMILIES) & runs.get("grid.script", pd.Series(np.nan, runs.index)).isna()
+    if not runs.named[of_ours].all():
+        runs.loc[of_ours & runs.exp_name.isin(GRID_ARMS), "named"] = False
     runs = runs.assign(arm=[name_of(run) or label(run) for run in rows])
     left_out.update(("without a score", arm) for arm in runs[~runs.scored].arm)
     runs = runs[runs.scored].drop(columns=["scored", "furthest", "local"]).reset_index(drop=True)

@@ -16,6 +16,8 @@ import pytest
 import torch
 from helpers import ENV, needs_compiler, no_process_outlives_its_test, only, run, scalars, start, wait_for, wandb_run  # noqa: F401
 
+import sppo_atari
+
 
 @dataclass
 class Script:
@@ -147,7 +149,7 @@ def test_noise_never_reaches_a_logged_return(script, tmp_path, call):
 
 
 @each_script
-def test_signals_kills_and_resume(script, tmp_path):
+def test_signals_kills_and_resume(script, tmp_path, call, capsys):
     """SIGINT, then five SIGKILLs at random moments, a resume after each; nothing is missing and nothing there twice."""
     args = ["--total-timesteps", 10**7, "--eval-episodes", 1, "--run-dir", tmp_path]
     process = start(script.name, *script.args, *args)
@@ -184,10 +186,12 @@ def test_signals_kills_and_resume(script, tmp_path):
     assert steps == sorted({*range(script.logged, total + 1, script.logged), progressed[0]})
     for points in logged.values():
         assert [step for step, _ in points] == sorted({step for step, _ in points})
-    out, _ = run(script.name, "--resume", folder)
-    assert "has finished its" in out
-    _, err = run("sppo_atari.py", "--resume", folder, code=2)
-    assert f"a run of {script.name}; expected a run of sppo_atari.py" in err
+    capsys.readouterr()
+    call(script, "--resume", folder)
+    assert "has finished its" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        sppo_atari.parse_args(["--resume", str(folder)], sppo_atari.Args())
+    assert f"a run of {script.name}; expected a run of sppo_atari.py" in capsys.readouterr().err
 
 
 @each_script

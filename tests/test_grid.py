@@ -618,7 +618,7 @@ def test_seeds_take_turns_and_who_is_tried_again(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("signum", "ignored"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
 def test_a_signal_saves_and_the_next_start_goes_on(signum, ignored, tmp_path):
     """Ctrl-C in a terminal; kill for a background job, which a shell starts with SIGINT ignored."""
-    path, folder = write_grid(tmp_path, [1], 61_440)
+    path, folder = write_grid(tmp_path, [1], 30_720)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN) if ignored else signal.getsignal(signal.SIGINT)
     process = start_grid(path, tmp_path)
     signal.signal(signal.SIGINT, before)

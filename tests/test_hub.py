@@ -22,6 +22,7 @@ SMALL = {
     "sppo_rlhf_imdb.py": "--iterations 1 --eval-episodes 4 --perplexity-tokens 200 --update-epochs 1",
     "sppo_rlhf_tldr.py": "--iterations 1 --eval-episodes 4 --test-episodes 4 --update-epochs 1",
 }
+FEW = ["--trajectories-per-update", "8", "--minibatch-size", "4", "--max-prompt-length", "40"]
 each_script = pytest.mark.parametrize("script", list(SMALL))
 one_script = pytest.mark.parametrize("script", list(SMALL)[:1])  # of the text that both scripts share
 
@@ -78,7 +79,7 @@ def test_the_default_command_over_http_and_offline_after_it(script, repositories
         result = json.loads((folder / "result.json").read_text())
         assert result["args"]["policy"] == (IMDB if "imdb" in script else TLDR).policy and result["score"] is not None
         assert "objective/scores" in scalars(folder)
-    command(script, hub, tmp_path)  # nobody answers any more: the cache is enough
+    command(script, hub, tmp_path, *FEW)  # nobody answers any more: the cache is enough
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
@@ -142,11 +143,11 @@ def test_offline_asks_nothing(script, repositories, tmp_path):
     args = IMDB if "imdb" in script else TLDR
     names = ("policy", "tokenizer", "dataset", *(("reward_model",) if "imdb" in script else ("reward_base", "reward_adapter")))
     ids = [word for name in names for word in (f"--{name.replace('_', '-')}", getattr(args, name))]
-    small = ["--offline", *ids, "--trajectories-per-update", 8, "--minibatch-size", 4, "--max-prompt-length", 40]
-    small += ["--reward-label", "1"] if "imdb" in script else ["--reward-max-length", 96]
+    small = [*FEW, *(["--reward-label", "1"] if "imdb" in script else ["--reward-max-length", 96])]
     with serve(repositories) as hub:
-        command(script, hub, tmp_path)
+        command(script, hub, tmp_path, *small)
+        assert hub.log != []
         hub.log.clear()
         judge = ["--judge", "None"] if "imdb" in script else []
-        command(script, hub, tmp_path, *small, *judge)
+        command(script, hub, tmp_path, "--offline", *ids, *small, *judge)
         assert hub.log == []

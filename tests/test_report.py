@@ -523,6 +523,14 @@ def test_a2c_has_its_controls(tmp_path):
     for name in arms:  # by their settings, as runs without a name are called
         assert f"{name} ({METHODS[name]}, α " in text
 
+    # beside runs that have no name, the names of run.py's own grids give way; a name of one's own stays
+    for path in folder.glob("sa2c*/result.json"):
+        saved = json.loads(path.read_text())
+        path.write_text(json.dumps(saved | {"args": saved["args"] | {"exp_name": "sa2c_atari"}}))
+    text = make([folder], tmp_path / "mixed")
+    header = next(line for line in text.splitlines() if line.startswith("| | "))
+    assert header == "| | A2C | A2C α 0.5 | SA2C | a2c_more | control A2C |", header
+
 
 # --- arms of a grid, and of scripts of one's own ---------------------------------------------------------------------
 

@@ -25,6 +25,14 @@ SMALL += ["--update-epochs", 1, "--num-threads", 1]
 LOSSES = ["policy_loss", "reverse_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac"]
 
 
+def call(*args):
+    """main() in this process: what a command line does, without starting Python and torch again."""
+    with helpers.unchanged_process():
+        parsed = sppo_atari.parse_args(list(map(str, args)), sppo_atari.Args())
+        sppo_atari.check_args(parsed)
+        sppo_atari.main(parsed)
+
+
 @pytest.fixture(scope="module")
 def noisy_run(tmp_path_factory):
     """A finished run with everything on: noise, interval evaluation, video, an offline W&B run."""
@@ -89,7 +97,7 @@ def test_same_seed_same_curve_and_another_seed_another(tmp_path):
     curves = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         args = ["--total-timesteps", 1280, "--eval-episodes", 1, "--seed", seed, "--num-threads", 2]
-        run(*SMALL[:-2], *args, "--run-dir", tmp_path / name)
+        call(*SMALL[:-2], *args, "--run-dir", tmp_path / name)
         logged = scalars(only(tmp_path / name))
         curves.append({tag: points for tag, points in logged.items() if tag != "charts/SPS"})
     assert curves[0] == curves[1]
@@ -101,7 +109,7 @@ def test_noise_changes_what_the_learner_sees_and_not_the_logged_returns(tmp_path
     logs = []
     for noise in ("none", "bsc"):
         args = ["--total-timesteps", 2560, "--learning-rate", 1e-30, "--eval-episodes", 1, "--noise", noise]
-        run(*SMALL, *args, "--run-dir", tmp_path / noise)
+        call(*SMALL, *args, "--run-dir", tmp_path / noise)
         logs.append(scalars(only(tmp_path / noise)))
     clean, noisy = logs
     for tag in ("charts/episodic_return", "charts/episodic_length", "eval/episodic_return"):
@@ -212,7 +220,7 @@ def interrupted(tmp_path):
     return folder
 
 
-def test_sigint_sigterm_and_resume(interrupted):
+def test_sigint_sigterm_and_resume(interrupted, capsys):
     step = torch.load(interrupted / "checkpoint.pt", weights_only=True)["global_step"]
     process = start("--resume", interrupted)
     wait_for(lambda: torch.load(interrupted / "checkpoint.pt", weights_only=True)["global_step"] > step)
@@ -226,13 +234,17 @@ def test_sigint_sigterm_and_resume(interrupted):
     assert result["global_step"] == 5120
 
     # a finished run has nothing to go on with; a larger total continues it, a smaller one is refused
-    out, _ = run("--resume", interrupted)
-    assert "has finished its 5,120 steps" in out
-    _, err = run("--resume", interrupted, "--total-timesteps", 4000, code=2)
-    assert "--total-timesteps 4000: expected 5120" in err
-    _, err = run("--resume", interrupted, "--seed", 2, code=2)
-    assert "--seed 2: with --resume the run keeps its own, 1; only --total-timesteps, " in err
-    run("--resume", interrupted, "--total-timesteps", 5120 + 256)
+    capsys.readouterr()
+    call("--resume", interrupted)
+    assert "has finished its 5,120 steps" in capsys.readouterr().out
+    for more, expected in (
+        (["--total-timesteps", 4000], "--total-timesteps 4000: expected 5120"),
+        (["--seed", 2], "--seed 2: with --resume the run keeps its own, 1; only --total-timesteps, "),
+    ):
+        with pytest.raises(SystemExit):
+            call("--resume", interrupted, *more)
+        assert expected in capsys.readouterr().err
+    call("--resume", interrupted, "--total-timesteps", 5120 + 256)
     logged = scalars(interrupted)
     assert [step for step, _ in logged["charts/SPS"]][-3:] == [5120, 5248, 5376]
     assert [step for step, _ in logged["eval/episodic_return"]] == [5120, 5376]
@@ -256,7 +268,7 @@ def test_resume_continues_the_same_wandb_run(tmp_path):
 def test_resume_restores_weights_optimiser_schedule_and_generators(tmp_path):
     """Copies of one checkpoint go on alike; with a part of it exchanged, they show that part."""
     args = ["--total-timesteps", 640, "--eval-episodes", 0, "--noise", "bsc", "--noise-prob", 0.5]
-    run(*SMALL, *args, "--run-dir", tmp_path / "run")
+    call(*SMALL, *args, "--run-dir", tmp_path / "run")
     original = only(tmp_path / "run")
     saved = torch.load(original / "checkpoint.pt", weights_only=True)
 
@@ -264,7 +276,7 @@ def test_resume_restores_weights_optimiser_schedule_and_generators(tmp_path):
         folder = tmp_path / name
         shutil.copytree(original, folder)
         torch.save({**saved, **exchanged}, folder / "checkpoint.pt")
-        run("--resume", folder, "--total-timesteps", 1280)
+        call("--resume", folder, "--total-timesteps", 1280)
         logged = {tag: points for tag, points in scalars(folder).items() if tag != "charts/SPS"}
         return logged, torch.load(folder / "checkpoint.pt", weights_only=True)
 
