@@ -3,9 +3,10 @@
     python benchmark/optuna_sweep.py sppo_atari.py --trials 20 --args="--env-id Breakout --total-timesteps 200000"
     python benchmark/optuna_sweep.py my_loss.py --seeds 1 2 3 --args="--env-id Breakout" --beta 1 100
 
-A trial runs the script as you would type it, once a seed, in FOLDER/{trial}; its value is the mean of the scores in their
-result.json. Values are drawn on a logarithmic scale by Optuna's TPE. FOLDER/study.db keeps the study: started again with the
-same --folder, it goes on until it has --trials trials. Prints the best ones; the same seeds tell nothing about other seeds.
+A trial runs the script as you would type it, once a seed, in FOLDER/{script}/{trial}/{seed}; its value is the mean of the
+scores in their result.json. Values are drawn on a logarithmic scale by Optuna's TPE. FOLDER/study.db keeps the study: started
+again with the same --folder, --args and --seeds it goes on until it has --trials trials. Prints the best ones; the same seeds
+tell nothing about other seeds.
 """
 
 from __future__ import annotations  # optuna's types, which --help does without
@@ -78,25 +79,40 @@ def main(args: Args) -> None:
         if not 0 < low < high:
             fail(f"--{name.replace('_', '-')} {low:g} {high:g}: expected two numbers above 0, the lower one first")
 
+    try:
+        words = shlex.split(args.args)
+    except ValueError as error:
+        fail(f"--args {args.args}: expected a command line ({error})")
+
     def objective(trial: optuna.Trial) -> float:
         values = {
             name: trial.suggest_float(name, *getattr(args, name), log=True) for name in ("alpha", "beta", "learning_rate")
         }
         options = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", f"{value:.6g}")]
-        command = [sys.executable, str(args.script), *options, *shlex.split(args.args)]
-        folder = args.folder / str(trial.number)
+        command = [sys.executable, str(args.script), *options, *words]
+        folder = args.folder / args.script.stem / str(trial.number)
         return statistics.mean(run([*command, "--seed", str(seed)], folder / str(seed)) for seed in args.seeds)
 
-    args.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        args.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--folder {args.folder}: expected a folder to write in ({error.strerror})")
     storage = f"sqlite:///{args.folder / 'study.db'}"
     study = optuna.create_study(study_name=args.script.stem, storage=storage, direction="maximize", load_if_exists=True)
+    about = {"args": args.args, "seeds": list(args.seeds)}
+    for name, value in about.items():
+        if study.user_attrs.get(name, value) != value:
+            fail(
+                f"--{name} {value}: the study in {args.folder} has {study.user_attrs[name]}; expected that, or another --folder"
+            )
+        study.set_user_attr(name, value)
     done = [trial for trial in study.trials if trial.state.is_finished()]
     study.optimize(objective, max(0, args.trials - len(done)), catch=(subprocess.CalledProcessError,))
     scored = [trial for trial in study.trials if trial.value is not None]
     for trial in sorted(scored, key=lambda trial: -trial.value)[:5]:
         print(f"{trial.value:.1f}", *(f"--{name.replace('_', '-')} {value:.6g}" for name, value in trial.params.items()))
     if not scored:
-        sys.exit(f"optuna_sweep.py: no trial has a score; {args.folder}/*/*/log.txt say why")
+        sys.exit(f"optuna_sweep.py: no trial has a score; {args.folder / args.script.stem}/*/*/log.txt say why")
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ try:
     import numpy as np
     import pandas as pd
     import rliable  # noqa: F401
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 except ModuleNotFoundError as error:
     MISSING = error.name
 
@@ -85,16 +85,18 @@ KEPT = (
 ARM = ("alpha", "beta", "Z", "num_bins", "reverse_prob", "norm_adv", "literal_signs", "mean_weight")
 DIVIDED = ("vf_coef", "ent_coef", "max_grad_norm", "adam_eps")  # in which run.py's reweighted arms differ from PPO
 TELLING = (*ARM, *DIVIDED, "noise", "exp_name")  # without which a table of runs cannot be told apart
+LENGTHS = ("total_timesteps", "iterations")  # one of them is a script's; compared apart
 FREE = (
     *("seed", "env_id", "noise", "exp_name", "run_dir", "resume", "track", "wandb_project_name", "wandb_entity"),
     *("wandb_group", "wandb_tags", "evaluate", "prompts"),
     *("capture_video", "save_model", "checkpoint_interval", "log_interval", "eval_interval", "eval_every", "num_threads"),
-    *("total_timesteps", "iterations"),  # compared apart
+    *LENGTHS,
 )
 MACHINE = ("cuda", "torch_deterministic", "bf16", "compile", "eval_episodes", "max_episode_steps")  # not the paper's to set
 RECORD = (  # columns that are no argument of a script
     *("score", "score_stderr", "returns", "global_step", "seconds", "steps_per_second", "script", "run_id", "commit", "device"),
-    *("folder", "env", "arm", "method", "named", "paper", "steps", "run_script"),
+    *("folder", "env", "arm", "given", "method", "named", "paper", "steps", "run_script"),
+    *("furthest", "scored", "local", "env_id", "seed"),
 )
 FAMILIES = {  # our scripts: family and algorithm in paper/hyperparameters.toml
     "sppo_atari.py": ("atari", "ppo"),
@@ -115,7 +117,7 @@ ARM_COLOURS = {
     **dict.fromkeys(SYMMETRIC, "#D55E00"),  # vermilion
     **dict.fromkeys(("PPO raw", "DSPPO factored", "DSA2C factored"), "#CC79A7"),  # reddish purple
     **dict.fromkeys(("PPO reweighted", "A2C α 0.5", "DA2C α 0.5"), "#009E73"),  # bluish green
-    **dict.fromkeys(("sb3", "sb3_ppo"), "#999999"),  # grey: Stable-Baselines3
+    **dict.fromkeys(("sb3", "sb3_ppo", "sb3_a2c"), "#999999"),  # grey: Stable-Baselines3
 }
 CONTROL = "#000000"
 SPARE_COLOURS = ("#009E73", "#E69F00", "#CC79A7", "#999999", "#F0E442")  # of arms of your own, in order
@@ -165,9 +167,9 @@ def arguments() -> frozenset[str]:
 
 
 def settings(runs: pd.DataFrame) -> set[str]:
-    """The columns that are arguments of a script: of ours, and of others all that are neither measured nor W&B's own."""
-    others = runs[~runs.run_script.isin(FAMILIES)].dropna(axis=1, how="all") if "run_script" in runs else runs.iloc[:0, :0]
-    theirs = {name for name in others if re.fullmatch(r"[A-Za-z]\w*", name) and name[0].islower() and name not in RECORD}
+    """The columns that are arguments of a script: those of ours, and all that are neither measured nor W&B's own."""
+    known = runs.dropna(axis=1, how="all")
+    theirs = {name for name in known if re.fullmatch(r"[a-z]\w*", name) and name not in RECORD}
     return (arguments() & set(runs)) | theirs
 
 
@@ -177,7 +179,9 @@ def flatten(result: dict) -> dict:
     An argument that our script did not have when it made the run has its default, which is what the script did then.
     """
     row = {key: value for key, value in result.items() if isinstance(value, str | int | float)}
-    row |= {key: value for key, value in (defaults(result["script"]) | result["args"]).items() if key != "env_id"}
+    for key, value in (defaults(result["script"]) | result["args"]).items():
+        if key != "env_id":
+            row[key] = value if value is None or isinstance(value, str | int | float) else json.dumps(value)
     row["returns"] = " ".join(f"{value:.6g}" for value in result.get("returns") or [])
     for when in ("before", "after"):  # what RLHF scripts measure beside the score
         row |= {f"{when}.{name}": value for name, value in (result.get(when) or {}).items()}
@@ -194,6 +198,15 @@ def grid_of(folder: Path) -> dict:
     return {}
 
 
+def unreadable(row: dict) -> list[str]:
+    """Names of what every report needs and the result of a run does not have, or has as something else."""
+    numbers = {name for name, value in defaults(row["script"]).items() if isinstance(value, int | float)}
+    numbers |= {"seed"} | {name for name in ("seconds", "score", "global_step", "alpha", "beta") if row.get(name) is not None}
+    texts = {"script", "run_id", "env_id"} | ({"noise"} & set(row))
+    wrong = [name for name in sorted(texts) if not isinstance(row.get(name), str)]
+    return wrong + [name for name in sorted(numbers) if not isinstance(row.get(name), int | float)]
+
+
 def read_folder(source: Path, left_out: Counter) -> pd.DataFrame:
     """The finished runs below a folder, one line a run; counts the others in `left_out`."""
     rows = []
@@ -201,8 +214,14 @@ def read_folder(source: Path, left_out: Counter) -> pd.DataFrame:
         finished = (folder / "result.json").exists()
         path = folder / ("result.json" if finished else "args.json")
         try:
-            row = flatten(json.loads(path.read_text()))
+            saved = json.loads(path.read_text())
+            row = flatten(saved)
             arm = name_of(row) or label(row)
+            wrong = [f"{name} = {row.get(name)!r}" for name in unreadable(row)] + ["no args.seed"] * (
+                "seed" not in saved["args"]
+            )
+            if finished and wrong:
+                raise ValueError(", ".join(wrong))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             fail(f"{path}: expected a {path.name} of one of the scripts ({error!r:.80})")
         if finished:
@@ -225,7 +244,7 @@ def read_csv(source: Path) -> pd.DataFrame:
     scripts = {} if "script" in missing else dict(list(table.groupby("script")))
     missing |= {"alpha", "beta", "score"} - set(table) if missing else set()
     for script in FAMILIES.keys() & scripts:
-        missing |= ({*TELLING} & set(defaults(script))) - set(table)
+        missing |= ({*TELLING, *LENGTHS} & set(defaults(script))) - set(table)
     missing |= {"exp_name"} - set(table) if scripts.keys() - FAMILIES.keys() else set()
     if missing:
         fail(
@@ -240,7 +259,7 @@ def read_csv(source: Path) -> pd.DataFrame:
             if name not in table:
                 continue
             values, default = rows[name], known.get(name, 1 if name == "seed" else "")
-            empty = values.isna() & (name in ("env_id", "seed", "exp_name") or (name in TELLING and name in known))
+            empty = values.isna() & (name in ("env_id", "seed", "exp_name") or (name in (*TELLING, *LENGTHS) and name in known))
             if isinstance(default, bool):
                 read = values.map(lambda value: {"true": True, "false": False}.get(str(value).lower()))
             elif isinstance(default, int | float):
@@ -299,12 +318,14 @@ def load_runs(sources: tuple[Path, ...]) -> pd.DataFrame:
     runs = runs.assign(noise=runs.noise.fillna("none") if "noise" in runs else "none", Z=runs.Z.fillna(-1.0))
     rows = runs.to_dict("records")
     runs = runs.assign(method=[label(run) for run in rows], paper=[paper_name(run) for run in rows])
+    new = sorted(settings(runs) - arguments())  # an argument that somebody gave one of our scripts: not the paper's run
+    runs.loc[runs[new].notna().any(axis=1), "paper"] = None
     runs = runs.assign(named=[name_of(run) is not None for run in rows], run_script=runs.script)
     # beside runs without a name, an arm of run.py's own grids is called by its method, as they are
     of_ours = runs.script.isin(FAMILIES) & runs.get("grid.script", pd.Series(np.nan, runs.index)).isna()
     if not runs.named[of_ours].all():
         runs.loc[of_ours & runs.exp_name.isin(GRID_ARMS), "named"] = False
-    runs = runs.assign(arm=[name_of(run) or label(run) for run in rows])
+    runs = runs.assign(arm=[name_of(run) or label(run) for run in rows], given=[name_of(run) for run in rows])
     left_out.update(("without a score", arm) for arm in runs[~runs.scored].arm)
     runs = runs[runs.scored].drop(columns=["scored", "furthest", "local"]).reset_index(drop=True)
     if runs.empty:
@@ -321,7 +342,7 @@ def load_runs(sources: tuple[Path, ...]) -> pd.DataFrame:
     # one beta (of controls: one alpha) an arm and row is the arm itself; if any row has several, they are told apart in all
     for name, sign in (("beta", "β"), ("alpha", "α")):
         several = runs.groupby(["script", "env", "noise", "arm"])[name].transform("nunique") > 1
-        several = several.groupby([runs.script, runs.noise, runs.arm]).transform("any")
+        several = several.groupby([runs.script, runs.arm]).transform("any")
         runs.loc[several, "arm"] += runs[several][name].map((f" {sign} " + "{:g}").format)
     telling = {}  # so too the settings by which runs with one seed are told apart
     for (script, _, noise, arm), group in runs.groupby(["script", "env", "noise", "arm"]):
@@ -496,8 +517,9 @@ def cells(runs: pd.DataFrame) -> pd.DataFrame:
 def roles_of(runs: pd.DataFrame) -> dict[str, str]:
     """Arm -> what its settings make of it, with "baseline" before it if the grid names it as that."""
     roles = dict(zip(runs.arm, runs.method, strict=True))
-    for arm in set(runs.get("grid.baseline", pd.Series(dtype=str)).dropna()) & set(roles):
-        roles[arm] = f"baseline {roles[arm]}"
+    if "grid.baseline" in runs:  # by the name in the grid, to which the arm's own may have added a setting
+        for arm in runs[runs["grid.baseline"].notna() & (runs["grid.baseline"] == runs.given)].arm.unique():
+            roles[arm] = f"baseline {roles[arm]}"
     return roles
 
 
@@ -602,7 +624,7 @@ def shortfall(points: pd.DataFrame, end: float) -> str | None:
         of_returns = math.inf if len(even) else max(0.25 * steps[-1], 5 * np.median(gaps))
         if gaps[hole] > (1.5 * interval if is_even else of_returns):
             return f"has a hole before step {steps[hole]:,.0f}"
-    return None
+    return None if len(even) or len(returns) else "has no returns"
 
 
 def load_curves(runs: pd.DataFrame, sources: tuple[Path, ...]) -> tuple[pd.DataFrame, list[str]]:
@@ -797,22 +819,25 @@ def with_error(mean: float, error: float) -> str:
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def styles(roles: dict[str, str]) -> dict[str, dict]:
-    """Arm -> colour, linestyle, hatch: the colour of its kind in ARM_COLOURS, of an unknown kind a spare one.
+def styles(runs: pd.DataFrame) -> dict[str, dict]:
+    """Arm -> color, linestyle, hatch, for all pictures of a report. runs: its arms, with `method` and `script`.
 
-    Controls are black and dashed. Arms of one colour, such as one loss with two betas, differ by their lines.
+    The colour is that of an arm's kind in ARM_COLOURS, of an unknown kind a spare one. Controls are black and dashed. Arms of
+    one colour, such as one loss with two betas, differ by their lines within a script, whose axes are apart from others'.
     """
+    roles, scripts = roles_of(runs), dict(zip(runs.arm, runs.script, strict=True))
     kinds = {arm: roles[arm].removeprefix("baseline ") for arm in order(list(roles), roles)}
     taken = {ARM_COLOURS.get(kind) for kind in kinds.values()}
     spare = itertools.cycle([colour for colour in SPARE_COLOURS if colour not in taken] or SPARE_COLOURS)
-    found, count = {}, Counter()
+    found, lines, hatches = {}, Counter(), Counter()
     for arm, kind in kinds.items():
         control = is_control_role(kind)
         colour = CONTROL if control else ARM_COLOURS.get(kind) or next(spare)
-        n, lines = count[colour], CONTROL_LINES if control else LINES
-        line = lines[(FIRST_LINE.get(colour, 0) + n) % len(lines)]
-        found[arm] = {"color": colour, "linestyle": line, "hatch": HATCHES[n % len(HATCHES)]}
-        count[colour] += 1
+        looks = CONTROL_LINES if control else LINES
+        line = looks[(FIRST_LINE.get(colour, 0) + lines[scripts[arm], colour]) % len(looks)]
+        found[arm] = {"color": colour, "linestyle": line, "hatch": HATCHES[hatches[colour] % len(HATCHES)]}
+        lines[scripts[arm], colour] += 1
+        hatches[colour] += 1
     return found
 
 
@@ -880,9 +905,8 @@ def draw_curves(runs: pd.DataFrame, curves: pd.DataFrame, path: Path, tags: tupl
     if not groups:
         return
     figure, axes = grid_of_axes(len(groups))
-    roles = roles_of(runs)
+    roles, style = roles_of(runs), styles(runs)
     for axis, ((script, env, noise), group) in zip(axes, groups, strict=False):
-        style = styles({arm: roles[arm] for arm in runs[runs.script == script].arm.unique()})
         for arm in order(list(group.arm.unique()), roles):
             mine = group[group.arm == arm]
             table = curve_table(mine)
@@ -896,7 +920,8 @@ def draw_curves(runs: pd.DataFrame, curves: pd.DataFrame, path: Path, tags: tupl
         axis.set_xlabel("episodes" if rlhf else "environment steps")
         axis.set_ylabel(what or ("score" if rlhf else "return while training"))
         noisy = "" if noise == "none" else f", noise {noise}"
-        axis.set_title(f"{env}{noisy} ({script})\n{spread_of(group)}", fontsize=9)
+        axis.set_title(f"{env}{noisy}\n{script}; {spread_of(group)}", fontsize=8)
+        axis.xaxis.set_major_locator(MaxNLocator(6))
         axis.xaxis.set_major_formatter(EngFormatter())
         axis.legend(fontsize=7)
     save(figure, path)
@@ -912,7 +937,7 @@ def draw_sign_changes(runs: pd.DataFrame, curves: pd.DataFrame, path: Path) -> p
         return shares
     figure, axis = plt.subplots(figsize=(max(6, 1.4 * len(groups) + 2.5), 4))
     roles = roles_of(runs)
-    style, handles = styles({arm: roles[arm] for arm in shares.arm.unique()}), {}
+    style, handles = styles(runs), {}
     for i, (_, group) in enumerate(groups):
         arms = order(list(group.arm.unique()), roles)
         for j, arm in enumerate(arms):
@@ -925,7 +950,8 @@ def draw_sign_changes(runs: pd.DataFrame, curves: pd.DataFrame, path: Path) -> p
                 look = {"fill": False, "edgecolor": color, "hatch": hatch, "linestyle": "--", "linewidth": 1.3}
             bar = axis.bar(x, values.mean(), 0.7 / len(arms), **look)
             handles.setdefault(arm, bar)
-            axis.errorbar(x, values.mean(), values.sem() if len(values) > 1 else 0, color="#555555", linewidth=1, capsize=2)
+            if len(values) > 1:
+                axis.errorbar(x, values.mean(), values.sem(), color="#555555", linewidth=1, capsize=2)
     names = [env if noise == "none" else f"{env}\nnoise {noise}" for (env, noise), _ in groups]
     slant = {"rotation": 20, "ha": "right"} if len(groups) > 2 else {}
     axis.set_xticks(range(len(groups)), names, fontsize=7, **slant)
@@ -937,7 +963,7 @@ def draw_sign_changes(runs: pd.DataFrame, curves: pd.DataFrame, path: Path) -> p
     return shares
 
 
-def draw_profiles(runs: pd.DataFrame, baseline: str, reps: int, title: str, path: Path) -> pd.DataFrame:
+def draw_profiles(runs: pd.DataFrame, baseline: str, style: dict[str, dict], reps: int, title: str, path: Path) -> pd.DataFrame:
     """Share of runs above a normalised score, with 95 % intervals (rliable), over the environments that all arms have.
 
     None of arms with fewer than ten runs: a staircase of few steps says no more than the table does.
@@ -959,10 +985,10 @@ def draw_profiles(runs: pd.DataFrame, baseline: str, reps: int, title: str, path
     np.random.seed(0)
     profiles, intervals = library.create_performance_profile(scores, taus, reps=max(100, reps // 4))
     figure, axis = plt.subplots(figsize=(5, 3.5))
-    for arm, style in styles(roles).items():
+    for arm in scores:
         label = arm + weights_of(runs[runs.arm == arm], arm)
-        axis.plot(taus, profiles[arm], linestyle=style["linestyle"], color=style["color"], label=label)
-        axis.fill_between(taus, *intervals[arm], color=style["color"], alpha=0.15, linewidth=0)
+        axis.plot(taus, profiles[arm], linestyle=style[arm]["linestyle"], color=style[arm]["color"], label=label)
+        axis.fill_between(taus, *intervals[arm], color=style[arm]["color"], alpha=0.15, linewidth=0)
     axis.set(xlabel=f"score / {baseline}'s mean", ylabel="share of runs above it")
     where = ", ".join(envs) if len(envs) <= 3 else f"{len(envs)} environments"
     axis.set_title(f"{title}; {where}\n95 % intervals, {spread_of(runs).split(', ')[-1]}", fontsize=9)
@@ -1003,9 +1029,10 @@ def draw_betas(runs: pd.DataFrame, path: Path) -> None:
                 x, mean, error = by_beta.mean().index, by_beta.mean(), by_beta.sem().fillna(0)
                 axis.errorbar(x, mean, error, fmt=style, color=colour, label=kind, capsize=3)
         same = plain[(plain.script == script) & (plain.env == env) & (plain.noise == noise)]
-        base = same[same.method.isin(("DPPO", "DA2C") if "continuous" in script else ("PPO", "A2C"))].score
+        plainest = ("DPPO", "DA2C") if "continuous" in script else ("PPO", "A2C")
+        base = same[same.method.isin(plainest)].score
         if len(base):
-            axis.axhline(base.mean(), color=ARM_COLOURS["PPO"], linewidth=1, label="α 1, β 0")
+            axis.axhline(base.mean(), color=ARM_COLOURS[plainest[0]], linewidth=1, label="α 1, β 0")
         ticks = sorted(group.weight.unique())
         title = f"{env}{'' if noise == 'none' else f', noise {noise}'}"
         axis.set(xlabel="β (control: α less the symmetric arms' α)", ylabel="score", xscale="log")
@@ -1235,7 +1262,9 @@ def main(args: Args) -> None:
         lines += aggregates(mine, several, baseline, found)
         title = "without noise" if noise == "none" else f"noise {noise}"
         path = args.out / f"profiles_{script.removesuffix('.py')}_{noise}.svg"
-        profiles.append(draw_profiles(several, baseline, args.reps, title, path).assign(script=script, noise=noise))
+        profiles.append(
+            draw_profiles(several, baseline, styles(runs), args.reps, title, path).assign(script=script, noise=noise)
+        )
     draw_curves(runs, curves, args.out / "curves.svg")
     draw_curves(runs, curves, args.out / "kl.svg", ("objective/kl",), "KL to the reference, nats")
     shares = draw_sign_changes(runs, curves, args.out / "sign_changes.svg")
@@ -1256,7 +1285,7 @@ def main(args: Args) -> None:
     ]
     pictures += [(path.name, "performance profile") for path in sorted(args.out.glob("profiles_*.svg"))]
     lines += ["", *(f"![{text}]({name})" for name, text in pictures if (args.out / name).exists())]
-    made_here = ["env", "arm", "method", "named", "paper", "steps", "run_script"]
+    made_here = ["env", "arm", "given", "method", "named", "paper", "steps", "run_script"]
     paths = ["folder", "run_dir", "resume"]  # of this machine
     table_of_runs = runs.assign(script=runs.run_script).drop(columns=[*made_here, *paths], errors="ignore")
     write_csv(table_of_runs, args.out / "runs.csv")

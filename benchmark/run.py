@@ -314,6 +314,8 @@ def toml_grid(path: Path) -> list[Run]:
         check_options(f"{path}: arm {arm}", options, OURS)
         first, *rest = shlex.split(options) or [""]
         own[arm] = (find_script(first, path), shlex.join(rest)) if first.endswith(".py") else (script, options)
+        if (length_of(own[arm][0]), "env_id" in arguments(own[arm][0])) != (length_name, has_envs):
+            fail(f"{path}: arm {arm}: {first}; expected a script of {script}'s kind, with its {length_name}")
         raw = "ppo_raw" in arm or any(re.match("--(no-)?norm[-_]adv", word) and "True" not in word for word in options.split())
         if own[arm][0] in OWN and "a2c" in own[arm][0] and raw and "--norm-adv" not in options.split():
             fail(f"{path}: arm {arm}: --no-norm-adv; expected another option, as {own[arm][0]} normalises no advantages")

@@ -279,6 +279,11 @@ def test_a_script_of_ones_own_is_refused_in_one_line(tmp_path, capsys, monkeypat
 
 BAD = [
     ("baseline", GOOD.replace("[arms]", 'baseline = "dqn"\n[arms]'), "baseline = 'dqn'; expected one of the arms, ppo"),
+    (
+        "length",
+        GOOD + 'lm = "sppo_rlhf_imdb.py --alpha 1"\n',
+        "arm lm: sppo_rlhf_imdb.py; expected a script of sppo_atari.py's kind, with its total_timesteps",
+    ),
     ("no such table", None, "no such table: expected one of atari-ppo, atari-a2c, "),
     ("broken", "script = ", "expected one of atari-ppo"),
     (

@@ -365,9 +365,9 @@ def drawn(monkeypatch, draw, *args):
 
 def test_profiles_are_shares_of_relative_scores(tmp_path, monkeypatch):
     runs = report.load_runs((write_runs(tmp_path, TWELVE),))
-    found = drawn(monkeypatch, report.draw_profiles, runs, "DPPO", 100, "title", tmp_path / "x.png")
+    found = drawn(monkeypatch, report.draw_profiles, runs, "DPPO", report.styles(runs), 100, "title", tmp_path / "x.png")
     found = {label.split(" (")[0]: line for label, line in found.items()}
-    table = report.draw_profiles(runs, "DPPO", 100, "title", tmp_path / "x.png").set_index("arm")
+    table = report.draw_profiles(runs, "DPPO", report.styles(runs), 100, "title", tmp_path / "x.png").set_index("arm")
     assert (table.low <= table.share).all() and (table.share <= table.high).all() and (table.low < table.high).any()
     units = runs.score / runs.env.map(runs[runs.arm == "DPPO"].groupby("env").score.mean())
     for arm in ("DPPO", "DSPPO", "control DPPO"):
@@ -530,6 +530,66 @@ def test_a2c_has_its_controls(tmp_path):
     text = make([folder], tmp_path / "mixed")
     header = next(line for line in text.splitlines() if line.startswith("| | "))
     assert header == "| | A2C | A2C α 0.5 | SA2C | a2c_more | control A2C |", header
+
+
+def test_an_argument_that_ours_does_not_have_tells_arms_apart_and_is_not_the_papers(tmp_path):
+    """Somebody edits one of our scripts in place and adds an argument."""
+    folder = write_atari(tmp_path / "runs", {"sppo_atari": (0.5, 10.0, {}, [100.0, 900.0])})
+    assert "[713" in make([folder], tmp_path / "out")  # the paper's SPPO stands beside it
+    for seed, value in ((1, 0.0), (2, 0.5)):
+        path = folder / f"sppo_atari{seed}/result.json"
+        saved = json.loads(path.read_text())
+        path.write_text(json.dumps(saved | {"args": saved["args"] | {"my_coef": value, "sizes": [64, 64]}}))
+    with pytest.raises(SystemExit):
+        make([folder], tmp_path / "out")
+    text = make([folder], tmp_path / "out", allow_mixed=True)
+    assert "my_coef 0, 0.5" in text and "[713" not in text
+
+
+def test_a_csv_without_lengths_is_refused(tmp_path, capsys):
+    make([write_runs(tmp_path / "runs")], tmp_path / "out")
+    whole = pd.read_csv(tmp_path / "out/runs.csv")
+    for name, table in (("gone", whole.drop(columns="total_timesteps")), ("empty", whole.assign(total_timesteps=np.nan))):
+        table.to_csv(tmp_path / f"{name}.csv", index=False)
+        with pytest.raises(SystemExit):
+            make([tmp_path / f"{name}.csv"], tmp_path / "never")
+        err = capsys.readouterr().err
+        assert "total_timesteps" in err and err.count("\n") == 1
+
+
+def test_the_baseline_of_a_grid_stays_it_when_a_setting_is_added_to_its_name(tmp_path):
+    folder = tmp_path / "mine"
+    for arm in ("zbase", "mine"):
+        for seed in (1, 2):
+            for coef in (0.0, 0.5):
+                one = result(arm="DPPO", seed=seed, score=seed + coef, script="my_loss.py", exp_name=arm)
+                one["run_id"], one["args"]["my_coef"] = f"{arm}{seed}{coef}", coef
+                path = folder / f"{arm}{seed}{coef}" / "run"
+                path.mkdir(parents=True)
+                (path / "result.json").write_text(json.dumps(one))
+    (folder / "grid.json").write_text(json.dumps({"script": "my_loss.py", "baseline": "zbase"}))
+    text = make([folder], tmp_path / "out")
+    assert "Interquartile mean in units of zbase my_coef 0's" in text
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [({"run_id": None}, "run_id = None"), ({"env_id": 3}, "env_id = 3"), ({"seconds": "1 h"}, "seconds = '1 h'")],
+)
+def test_a_result_that_lacks_what_a_report_needs_is_named(changed, expected, tmp_path, capsys):
+    folder = write_atari(tmp_path / "runs", {"sppo_atari": (0.5, 10.0, {}, [100.0])})
+    path = folder / "sppo_atari1/result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    with pytest.raises(SystemExit):
+        make([folder], tmp_path / "out")
+    err = capsys.readouterr().err
+    assert str(path) in err and expected in err and err.count("\n") == 1
+    saved = json.loads(path.read_text()) | {"run_id": "x", "env_id": "Alien", "seconds": 1.0}
+    del saved["args"]["seed"]
+    path.write_text(json.dumps(saved))
+    with pytest.raises(SystemExit):
+        make([folder], tmp_path / "out")
+    assert "no args.seed" in capsys.readouterr().err
 
 
 # --- arms of a grid, and of scripts of one's own ---------------------------------------------------------------------
@@ -722,7 +782,7 @@ def test_a_hole_in_a_resumed_runs_curve_is_said(tmp_path):
         (range(256, 1281, 128), 1280, "has a hole before step 256"),
         ([128, 256, 512, 640], 640, "has a hole before step 512"),
         (range(128, 1281, 128), float("nan"), None),
-        ([], 1280, None),
+        ([], 1280, "has no returns"),  # of other points
     ],
 )
 def test_what_a_curve_lacks(steps, end, expected):
@@ -839,16 +899,20 @@ def test_a_kill_while_a_report_is_written_loses_nothing(tmp_path, monkeypatch):
     assert (tmp_path / "out/runs.csv").read_text() == before
 
 
+def styles(kinds, script="sppo_atari.py"):
+    return report.styles(pd.DataFrame({"arm": list(kinds), "method": list(kinds.values()), "script": script}))
+
+
 def test_colours_are_fixed_by_arm():
     """Of one kind in every picture, whatever else is in it and whatever its name; no two arms of a picture look the same."""
     kinds = ("PPO", "DPPO", "SPPO", "DSPPO", "A2C", "control PPO", "PPO raw")
-    alone = {kind: report.styles({"x": kind})["x"]["color"] for kind in kinds}
+    alone = {kind: styles({"x": kind})["x"]["color"] for kind in kinds}
     assert alone["SPPO"] == alone["DSPPO"] and alone["PPO"] == alone["A2C"] and alone["control PPO"] == "#000000"
-    together = report.styles({"a": "PPO", "b": "DPPO", "c": "DSPPO", "d": "control DPPO", "e": "baseline PPO raw"})
+    together = styles({"a": "PPO", "b": "DPPO", "c": "DSPPO", "d": "control DPPO", "e": "PPO raw"})
     expected = [alone[kind] for kind in ("PPO", "DPPO", "DSPPO", "control PPO", "PPO raw")]
     assert [together[name]["color"] for name in "abcde"] == expected
     names = {"ppo": "PPO", "ppo2": "PPO", "sppo": "SPPO", "mine": "mine", "mine2": "SPPO", "control": "control"}
-    many = report.styles(names)
+    many = styles(names)
     colours = {arm: style["color"] for arm, style in many.items()}
     assert colours["ppo"] == colours["ppo2"] == alone["PPO"] and colours["sppo"] == colours["mine2"] == alone["SPPO"]
     assert colours["mine"] not in {*alone.values()}
@@ -860,7 +924,7 @@ def test_colours_are_fixed_by_arm():
 
 def test_two_weights_of_an_arm_have_its_colour_and_another_line():
     arms = ["control PPO α 2.5", "SPPO β 10", "PPO", "control PPO α 10.5", "SPPO β 2"]
-    style = report.styles({arm: arm.split(" β")[0].split(" α")[0] for arm in arms})
+    style = styles({arm: arm.split(" β")[0].split(" α")[0] for arm in arms})
     controls, symmetric = [style[arms[0]], style[arms[3]]], [style[arms[4]], style[arms[1]]]
     assert [one["color"] for one in (*controls, *symmetric)] == ["#000000"] * 2 + [report.ARM_COLOURS["SPPO"]] * 2
     assert controls[0]["linestyle"] != controls[1]["linestyle"] and symmetric[0]["linestyle"] != symmetric[1]["linestyle"]
@@ -884,7 +948,7 @@ def test_curves_tell_weights_seeds_and_controls(tmp_path, monkeypatch):
     styles = {label: line.get_linestyle() for label, line in found.items()}
     assert styles == {"DPPO (α 1, β 0)": "-", "DSPPO (α 0.5, β 20)": "-", "control DPPO (α 20.5, β 0)": "--"}
     title = next(iter(found.values())).axes.get_title()
-    assert title == "Hopper-v4 (dsppo_continuous.py)\nmean ± standard error, 3 seeds"
+    assert title == "Hopper-v4\ndsppo_continuous.py; mean ± standard error, 3 seeds"
     before = (tmp_path / "x.svg").read_bytes()
     report.draw_curves(runs, curves, tmp_path / "x.svg")
     assert (tmp_path / "x.svg").read_bytes() == before and (tmp_path / "x.png").stat().st_size > 20_000
@@ -1121,8 +1185,9 @@ def test_noise_that_is_off_is_no_mixture(tmp_path):
 
 
 BARE = (
-    "script,env_id,seed,alpha,beta,Z,norm_adv,literal_signs,vf_coef,ent_coef,max_grad_norm,adam_eps,noise,exp_name,score\n"
-    "sppo_atari.py,Alien,1,1,0,-1,True,False,0.5,0.01,0.5,1e-5,none,sppo_atari,{}\n"
+    "script,env_id,seed,alpha,beta,Z,norm_adv,literal_signs,vf_coef,ent_coef,max_grad_norm,adam_eps,noise,exp_name,"
+    "total_timesteps,score\n"
+    "sppo_atari.py,Alien,1,1,0,-1,True,False,0.5,0.01,0.5,1e-5,none,sppo_atari,2000,{}\n"
 )
 
 

@@ -83,17 +83,20 @@ def test_two_trials_of_optuna(tmp_path):
         tmp_path / "study",
     ]
     out, _ = run("benchmark/optuna_sweep.py", *args, "--trials", 2, cwd=ROOT, env=env)
-    results = {path: json.loads(path.read_text()) for path in (tmp_path / "study").glob("*/*/*/result.json")}
+    results = {path: json.loads(path.read_text()) for path in (tmp_path / "study/sppo_atari").glob("*/*/*/result.json")}
     assert len(results) == 4
     means = {}
     for path, result in results.items():
-        trial, seed = path.relative_to(tmp_path / "study").parts[:2]
+        trial, seed = path.relative_to(tmp_path / "study/sppo_atari").parts[:2]
         assert result["args"]["seed"] == int(seed) and 1 <= result["args"]["beta"] <= 9
         means.setdefault(trial, []).append(result["score"])
     best = max(sum(scores) / 2 for scores in means.values())
     assert len(out.splitlines()) == 2 and out.startswith(f"{best:.1f} --alpha ")
     again, _ = run("benchmark/optuna_sweep.py", *args, "--trials", 2, cwd=ROOT, env=env)
-    assert again == out and len(list((tmp_path / "study").glob("*/*/*/result.json"))) == 4
+    assert again == out and len(list((tmp_path / "study/sppo_atari").glob("*/*/*/result.json"))) == 4
+    args[args.index("2")] = "3"
+    _, err = run("benchmark/optuna_sweep.py", *args, "--trials", 2, cwd=ROOT, env=env, code=2)
+    assert "--seeds [1, 3]: the study in" in err and "has [1, 2]; expected that, or another --folder" in err
 
 
 @pytest.mark.parametrize(
@@ -101,9 +104,10 @@ def test_two_trials_of_optuna(tmp_path):
     [
         (["missing.py"], "missing.py: expected a script"),
         (["sppo_atari.py", "--beta", "9", "1"], "--beta 9 1: expected two numbers above 0, the lower one first"),
+        (["sppo_atari.py", "--args=--seed '5"], "--args --seed '5: expected a command line (No closing quotation)"),
         (["sppo_atari.py", "--args=--gamma 2"], "--gamma 2.0: must be less than or equal to 1"),
     ],
 )
 def test_bad_input_is_one_line(argv, expected, tmp_path):
     _, err = run("benchmark/optuna_sweep.py", *argv, "--folder", tmp_path / "study", code=2, cwd=ROOT)
-    assert expected in err.splitlines()[-1]
+    assert expected in err and err.count("\n") == 1

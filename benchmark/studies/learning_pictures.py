@@ -10,11 +10,19 @@ import re
 import sys
 from pathlib import Path
 
-import pandas as pd
-
 BENCHMARK = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(BENCHMARK))
-import report  # noqa: E402
+try:
+    import pandas as pd
+    import report
+except ModuleNotFoundError as error:
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+    print(
+        f"{Path(__file__).name}: error: needs {error.name}; expected what `pip install -r benchmark/requirements.txt` installs",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 NAMES = {"ppo": "PPO", "a2c": "A2C", "sppo": "SPPO", "dppo": "DPPO", "dsppo": "DSPPO"}
 
@@ -55,4 +63,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        print(__doc__)
+        sys.exit(0 if {"-h", "--help"} & set(sys.argv) else 2)
     main()

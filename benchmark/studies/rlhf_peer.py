@@ -11,10 +11,19 @@
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[2]))
-import sppo_rlhf_imdb as imdb
+try:
+    import torch
+
+    import sppo_rlhf_imdb as imdb
+except ModuleNotFoundError as error:
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+    print(
+        f"{Path(__file__).name}: error: needs {error.name}; expected what `pip install -r requirements.txt` installs",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 
 @torch.no_grad()

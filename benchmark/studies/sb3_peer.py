@@ -36,10 +36,8 @@ try:
 except ModuleNotFoundError as error:
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__)
-    print(
-        f"{Path(__file__).name}: error: needs {error.name}; expected what `pip install -r benchmark/requirements.txt` installs",
-        file=sys.stderr,
-    )
+    install = "pip install -r benchmark/requirements.txt"  # sbx_peer.py imports this file, too
+    print(f"{Path(sys.argv[0]).name}: error: needs {error.name}; expected what `{install}` installs", file=sys.stderr)
     sys.exit(2)
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,12 +17,21 @@ from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-import torch
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-
 sys.path.insert(0, str(Path(__file__).parents[2]))
-import sppo_rlhf_imdb as imdb
+try:
+    import numpy as np
+    import torch
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    import sppo_rlhf_imdb as imdb
+except ModuleNotFoundError as error:
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+    print(
+        f"{Path(__file__).name}: error: needs {error.name}; expected what `pip install -r benchmark/requirements.txt` installs",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 PEER = "straightforward loop"
 ARMS = {
