@@ -6,11 +6,7 @@ import sys
 import pytest
 from helpers import ROOT
 
-SCRIPTS = sorted(
-    path
-    for path in (ROOT / "benchmark").rglob("*.py")
-    if "@dataclass" in path.read_text() or "print(__doc__)" in path.read_text()
-)
+SCRIPTS = sorted(path for path in (ROOT / "benchmark").rglob("*.py") if "@dataclass" in path.read_text())
 # what is not in the scripts' own requirements.txt, and tyro, without which nobody knows the arguments
 EXTRA = ("matplotlib", "pandas", "stable_baselines3", "sklearn", "openai", "ray", "rliable", "optuna", "cv2", "sbx", "envpool")
 
