@@ -1065,6 +1065,9 @@ def read_command_line(argv, defaults):
             text = re.sub(rf"^({titles}) (?=[A-Z]|invalid)", "", text)
             fail(re.split(r" (For full|Argument) helptext", text)[0] + "; see --help")
         raise
+    except BrokenPipeError:  # `--help | head` has seen enough; nothing is left to flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit()
     return Args(**{name: value for group in asdict(parsed).values() for name, value in group.items()})
 
 

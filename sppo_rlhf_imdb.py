@@ -77,6 +77,7 @@ import uuid
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
+from http.client import HTTPException
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -851,6 +852,7 @@ def load_models(args: Args, device: torch.device):
     check_lm(args, "policy", lm, Agent(lm).backbone)
     torch.manual_seed(args.seed)  # LoRA's first weights
     bf16 = args.bf16 and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    check_targets(args, lm)
     targets = args.lora_target_modules.split(",") if args.lora_target_modules else "all-linear"
     try:
         agent = Agent(lm, args.lora_r, bf16, targets).to(device)
@@ -861,10 +863,15 @@ def load_models(args: Args, device: torch.device):
     reward_model = from_pretrained(args, "reward_model", transformers.AutoModelForSequenceClassification).to(device)
     config = reward_model.config
     labels = {str(number): number for number in range(config.num_labels)}
-    labels |= {str(label): int(number) for number, label in (config.id2label or {}).items()} | (config.label2id or {})
+    labels |= {str(label): int(number) for number, label in (config.id2label or {}).items()}
+    labels |= {str(label): int(number) for label, number in (config.label2id or {}).items()}
+    require(args, "reward_model", not config.is_encoder_decoder, "an encoder or a causal model, not both in one")
     require(args, "reward_model", len(set(labels.values())) > 1, "a classifier with two labels or more")
     require(args, "reward_label", args.reward_label in labels, f"one of the reward model's {', '.join(labels)}")
     reward_tokenizer = from_pretrained(args, "reward_model", transformers.AutoTokenizer)
+    # without its files transformers makes a tokenizer to which every word is the unknown one
+    tells = len({tuple(reward_tokenizer(text).input_ids) for text in ("a film", "b film", "the one", "2 10")}) > 1
+    require(args, "reward_model", tells, "a classifier with its tokenizer's files; this tokenizer tells no words apart")
     reward_tokenizer.truncation_side = "left"  # of a text that is too long the response stays
     # classifiers on causal models look for the last token before the padding, and count positions from the left
     reward_tokenizer.padding_side, reward_model.config.pad_token_id = "right", reward_tokenizer.pad_token_id
@@ -889,7 +896,7 @@ def load_texts(args):
         columns = reviews.column_names
         texts = reviews["text"][:] if "text" in columns else []
     except Exception as error:  # datasets names no common type
-        error = error.__cause__ or error  # what it was while "generating the dataset"
+        error = unreadable_file(args.dataset) or error.__cause__ or error  # what it was while "generating the dataset"
         cannot_load(args, "dataset", error, "a Hub id, a folder or a file of JSON lines that can be loaded")
     require(args, "dataset", "text" in columns, f"a column named text; its columns are {', '.join(columns)}")
     require(args, "dataset", all(isinstance(text, str) for text in texts), "a column text that holds texts alone")
@@ -1218,11 +1225,20 @@ def prepare_hub(args: Args, *names: str) -> None:
             urlopen(Request(huggingface_hub.constants.ENDPOINT, method="HEAD"), timeout=5).close()
         except HTTPError:
             pass  # an answer
-        except OSError:
+        except (OSError, ValueError, HTTPException):  # ValueError: an HF_ENDPOINT without https://
             offline = True
     if offline:
         huggingface_hub.constants.HF_HUB_OFFLINE = True
         datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
+
+
+def check_targets(args: Args, lm) -> None:
+    """Refuses LoRA on the embedding and on the vocabulary head: they may share one weight, and the head is called by itself."""
+    ends = (lm.get_input_embeddings(), lm.get_output_embeddings())
+    names = [f".{name}" for name, module in lm.named_modules() if module in ends]
+    for target in (args.lora_target_modules or "").split(","):
+        ours = not target or not any(name.endswith(f".{target}") for name in names)
+        require(args, "lora_target_modules", ours, f"layers between the embedding and the head, which {target} is not")
 
 
 def cannot_load(args, name, error, expected, loader=None):
@@ -1234,8 +1250,11 @@ def cannot_load(args, name, error, expected, loader=None):
     if re.search(r"file named model\.safetensors|no adapter_model\.safetensors", str(error)) and not args.allow_pickle:
         reason, hint = "it has no safetensors", "; --allow-pickle takes its pickled weights"
         if loader:
-            hint += f"; or: from transformers import {loader.__name__} as Auto; "
-            hint += f"Auto.from_pretrained({source!r}).save_pretrained('FOLDER')"
+            # a tokenizer that is missing would come up as one that knows no word; the variable keeps transformers from asking
+            # a conversion service to open a pull request
+            hint += "; or, with DISABLE_SAFETENSORS_CONVERSION=1 in the environment: from transformers import "
+            hint += f"AutoTokenizer, {loader.__name__} as Auto; "
+            hint += f"[kind.from_pretrained({source!r}).save_pretrained('FOLDER') for kind in (Auto, AutoTokenizer)]"
     elif args.offline:
         hint = f"; python benchmark/assets/make_rlhf_assets.py {TASK} builds what --offline takes"
     elif huggingface_hub.constants.HF_HUB_OFFLINE and not Path(source).exists():
@@ -1293,6 +1312,17 @@ def check_lm(args: Args, name: str, lm: transformers.PreTrainedModel, backbone) 
         except Exception as error:  # arguments or a cache that it does not take, shapes, ...
             reason = one_line(error)
     require(args, name, not reason, f"a causal model that takes padding, positions and a cache ({reason})")
+
+
+def unreadable_file(folder: str) -> str | None:
+    """The first text file of a folder that is not UTF-8, with the reason: `datasets` says neither its name nor its line."""
+    for path in sorted(Path(folder).rglob("*")):
+        if path.suffix in (".csv", ".txt", ".json", ".jsonl"):
+            try:
+                path.read_bytes().decode()
+            except (OSError, UnicodeDecodeError) as error:
+                return f"{path.name}: {error}"
+    return None
 
 
 def read_json_lines(path: str) -> datasets.Dataset:
@@ -1478,6 +1508,9 @@ def read_command_line(argv, defaults):
             text = re.sub(rf"^({titles}) (?=[A-Z]|invalid)", "", text)
             fail(re.split(r" (For full|Argument) helptext", text)[0] + "; see --help")
         raise
+    except BrokenPipeError:  # `--help | head` has seen enough; nothing is left to flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit()
     return Args(**{name: value for group in asdict(parsed).values() for name, value in group.items()})
 
 

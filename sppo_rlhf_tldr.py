@@ -85,6 +85,7 @@ import uuid
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
+from http.client import HTTPException
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
@@ -858,6 +859,8 @@ def load_reward(args: Args, agent: "Agent", tokenizer, device: torch.device) -> 
     """The model whose adapter `reward` and head score texts: the agent itself, if both have one base, or another one."""
     same = args.reward_base == args.policy or Path(args.reward_base).resolve() == Path(args.policy).resolve()
     if same:
+        context = agent.lm.config.max_position_embeddings
+        require(args, "reward_max_length", args.reward_max_length <= context, f"{context}, the policy's context, or less")
         model = agent
     else:
         lm = load_lm(args, "reward_base", device)
@@ -902,7 +905,6 @@ def load_models(args: Args, device: torch.device):
     require(
         args, "max_prompt_length", fits, f"{context - args.response_length} or less, the policy's context - response_length"
     )
-    require(args, "reward_max_length", args.reward_max_length <= context, f"{context}, the policy's context, or less")
     vocabulary = lm.config.vocab_size
     matches = tokenizer.eos_token_id is not None and len(tokenizer) <= vocabulary and tokenizer(ENDING).input_ids
     require(args, "tokenizer", matches, f"one with an EOS token, and tokens at all, at most the policy's {vocabulary}")
@@ -914,6 +916,7 @@ def load_models(args: Args, device: torch.device):
     torch.manual_seed(args.seed)  # the adapters' first weights
     transposed = lm.config.model_type == "gpt2"  # its layers hold their weights so
     known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(lm.config.model_type, "all-linear")
+    check_targets(args, lm)
     targets = args.lora_target_modules.split(",") if args.lora_target_modules else known
     lora = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout, "target_modules": targets}
     try:
@@ -945,7 +948,7 @@ def load_texts(args: Args) -> dict[str, list[tuple[str, str]]]:
             for name, split in splits.items()
         }
     except Exception as error:  # datasets names no common type
-        error = error.__cause__ or error  # what it was while "generating the dataset"
+        error = unreadable_file(args.dataset) or error.__cause__ or error  # what it was while "generating the dataset"
         cannot_load(args, "dataset", error, "a Hub id, a folder or a file of JSON lines that can be loaded")
     posts = {}
     wanted = {"train": args.trajectories_per_update, "validation": args.eval_episodes, "test": args.test_episodes}
@@ -1295,11 +1298,20 @@ def prepare_hub(args: Args, *names: str) -> None:
             urlopen(Request(huggingface_hub.constants.ENDPOINT, method="HEAD"), timeout=5).close()
         except HTTPError:
             pass  # an answer
-        except OSError:
+        except (OSError, ValueError, HTTPException):  # ValueError: an HF_ENDPOINT without https://
             offline = True
     if offline:
         huggingface_hub.constants.HF_HUB_OFFLINE = True
         datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
+
+
+def check_targets(args: Args, lm) -> None:
+    """Refuses LoRA on the embedding and on the vocabulary head: they may share one weight, and the head is called by itself."""
+    ends = (lm.get_input_embeddings(), lm.get_output_embeddings())
+    names = [f".{name}" for name, module in lm.named_modules() if module in ends]
+    for target in (args.lora_target_modules or "").split(","):
+        ours = not target or not any(name.endswith(f".{target}") for name in names)
+        require(args, "lora_target_modules", ours, f"layers between the embedding and the head, which {target} is not")
 
 
 def cannot_load(args, name, error, expected, loader=None):
@@ -1311,8 +1323,11 @@ def cannot_load(args, name, error, expected, loader=None):
     if re.search(r"file named model\.safetensors|no adapter_model\.safetensors", str(error)) and not args.allow_pickle:
         reason, hint = "it has no safetensors", "; --allow-pickle takes its pickled weights"
         if loader:
-            hint += f"; or: from transformers import {loader.__name__} as Auto; "
-            hint += f"Auto.from_pretrained({source!r}).save_pretrained('FOLDER')"
+            # a tokenizer that is missing would come up as one that knows no word; the variable keeps transformers from asking
+            # a conversion service to open a pull request
+            hint += "; or, with DISABLE_SAFETENSORS_CONVERSION=1 in the environment: from transformers import "
+            hint += f"AutoTokenizer, {loader.__name__} as Auto; "
+            hint += f"[kind.from_pretrained({source!r}).save_pretrained('FOLDER') for kind in (Auto, AutoTokenizer)]"
     elif args.offline:
         hint = f"; python benchmark/assets/make_rlhf_assets.py {TASK} builds what --offline takes"
     elif huggingface_hub.constants.HF_HUB_OFFLINE and not Path(source).exists():
@@ -1370,6 +1385,17 @@ def check_lm(args: Args, name: str, lm: transformers.PreTrainedModel, backbone) 
         except Exception as error:  # arguments or a cache that it does not take, shapes, ...
             reason = one_line(error)
     require(args, name, not reason, f"a causal model that takes padding, positions and a cache ({reason})")
+
+
+def unreadable_file(folder: str) -> str | None:
+    """The first text file of a folder that is not UTF-8, with the reason: `datasets` says neither its name nor its line."""
+    for path in sorted(Path(folder).rglob("*")):
+        if path.suffix in (".csv", ".txt", ".json", ".jsonl"):
+            try:
+                path.read_bytes().decode()
+            except (OSError, UnicodeDecodeError) as error:
+                return f"{path.name}: {error}"
+    return None
 
 
 def read_json_lines(path: str) -> datasets.Dataset:
@@ -1555,6 +1581,9 @@ def read_command_line(argv, defaults):
             text = re.sub(rf"^({titles}) (?=[A-Z]|invalid)", "", text)
             fail(re.split(r" (For full|Argument) helptext", text)[0] + "; see --help")
         raise
+    except BrokenPipeError:  # `--help | head` has seen enough; nothing is left to flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit()
     return Args(**{name: value for group in asdict(parsed).values() for name, value in group.items()})
 
 

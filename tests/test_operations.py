@@ -287,3 +287,10 @@ def test_without_a_terminal_one_line_a_minute(tmp_path, capsys):
         assert ": step 512, return 7.2, " in capsys.readouterr().out
     for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
         signal.signal(number, handler)
+
+
+def test_help_into_head_is_quiet():
+    """More text than a pipe holds, and nobody who reads it to its end."""
+    command = f"{sys.executable} sppo_atari.py --help | head -n 1 > {os.devnull}; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (done.stdout, done.stderr) == ("0\n", "")

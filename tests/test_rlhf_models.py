@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import numpy as np
 import peft
 import pytest
@@ -307,10 +308,11 @@ def test_labels_from_id2label_alone(assets, tmp_path):
     args = imdb_args(assets, reward_model=str(folder), reward_label="good")
     *_, (_, _, label) = imdb.load_models(args, CPU)
     assert label == 1
-    config["label2id"] = None
-    (folder / "config.json").write_text(json.dumps(config))
-    *_, (_, _, label) = imdb.load_models(args, CPU)
-    assert label == 1
+    for own in (None, {"bad": "0", "good": "1"}):
+        config["label2id"] = own
+        (folder / "config.json").write_text(json.dumps(config))
+        *_, (_, _, label) = imdb.load_models(args, CPU)
+        assert label == 1
 
 
 def test_heads_of_another_size_are_named(assets, tmp_path, capsys):
@@ -333,14 +335,23 @@ def test_t5_is_scored_or_refused_with_its_reason(assets, tmp_path, capsys):
     )  # fmt: skip
     folder = save(transformers.T5ForSequenceClassification(config), tmp_path / "t5")
     err = refused(capsys, load, imdb, assets, reward_model=folder)
-    assert "--reward-model" in err and "expected a classifier with a tokenizer that pads (" in err
+    assert f"--reward-model {folder}: expected an encoder or a causal model, not both in one" in err
+
+
+def test_a_classifier_without_its_tokenizers_files_is_refused(assets, tmp_path, capsys):
+    """transformers makes a tokenizer of five tokens for it; every word would be [UNK], and a score would count words."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=V, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_labels=2)
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "bare")
+    err = refused(capsys, load, imdb, assets, reward_model=str(tmp_path / "bare"))
+    assert "this tokenizer tells no words apart" in err
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
 @each_script
-def test_pickled_weights_are_taken_only_when_allowed(script, assets, tmp_path, capsys):
+def test_pickled_weights_are_taken_only_when_allowed(script, assets, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "bin"
     lm = transformers.AutoModelForCausalLM.from_pretrained(assets / "policy")
     save(lm, folder)
@@ -348,6 +359,10 @@ def test_pickled_weights_are_taken_only_when_allowed(script, assets, tmp_path, c
     (folder / "model.safetensors").unlink()
     err = refused(capsys, load, script, assets, policy=str(folder))
     assert "(it has no safetensors); --allow-pickle takes its pickled weights" in err and "save_pretrained('FOLDER')" in err
+    if script is imdb:  # the advice, followed: a folder that is whole
+        monkeypatch.chdir(tmp_path)
+        exec(err.split("in the environment: ")[1])
+        load(script, assets, policy=str(tmp_path / "FOLDER"), tokenizer=str(tmp_path / "FOLDER"))
     agent = load(script, assets, policy=str(folder), allow_pickle=True)[1]
     base = agent.lm.get_base_model() if script is tldr else agent.lm
     torch.testing.assert_close(base.transformer.wte.weight, lm.transformer.wte.weight)
@@ -418,6 +433,46 @@ def test_broken_files_are_named_with_the_reason(script, name, data, reason, asse
     err = refused(capsys, script.load_texts, args)
     assert f"--dataset {path}: expected a Hub id, a folder or a file of JSON lines" in err and reason in err, err
     assert "generating the dataset" not in err
+
+
+@each_script
+def test_a_bad_file_of_a_folder_is_named(script, assets, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/test.csv").write_text("text,label\na film,1\n")
+    (tmp_path / "data/train.csv").write_bytes("text,label\ncaf\xe9,1\n".encode("latin-1"))
+    args = (imdb_args if script is imdb else tldr_args)(assets, dataset=str(tmp_path / "data"))
+    datasets.disable_progress_bars()  # as prepare_hub does
+    assert "(train.csv: 'utf-8' codec can't decode byte 0xe9" in refused(capsys, script.load_texts, args)
+
+
+@each_script
+@pytest.mark.parametrize("target", ["wte", "c_attn,lm_head"])
+def test_lora_is_refused_on_the_embedding_and_the_head(script, target, assets, capsys):
+    """GPT-2's are one weight: merged, it would be another model than the one that was trained."""
+    err = refused(capsys, load, script, assets, lora_r=2, lora_target_modules=target)
+    assert f"--lora-target-modules {target}: expected layers between the embedding and the head, which " in err
+
+
+def test_the_length_of_scored_texts_is_the_reward_models(assets, tmp_path):
+    """A policy with fewer positions than the reward model on a base of its own."""
+    config = transformers.GPT2Config(
+        vocab_size=V, n_positions=32, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    folder = save(transformers.GPT2LMHeadModel(config), tmp_path / "short")
+    load(tldr, assets, policy=folder, reward_base=str(assets / "policy"), reward_max_length=40)
+
+
+@each_script
+def test_an_address_of_the_hub_that_is_none(script, assets, monkeypatch):
+    for owner, name in (
+        (script.huggingface_hub.constants, "HF_HUB_OFFLINE"),
+        (script.datasets.config, "HF_HUB_OFFLINE"),
+        (script.datasets.config, "HF_DATASETS_OFFLINE"),
+    ):
+        monkeypatch.setattr(owner, name, False)
+    monkeypatch.setattr(script.huggingface_hub.constants, "ENDPOINT", "hf-mirror.com")
+    script.prepare_hub((imdb_args if script is imdb else tldr_args)(assets, policy="nobody/nothing"), "policy")
+    assert script.huggingface_hub.constants.HF_HUB_OFFLINE is True
 
 
 # --- order and coefficients -------------------------------------------------------------------------------------------
