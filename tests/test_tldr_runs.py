@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import peft
@@ -146,6 +147,7 @@ def test_a_stopped_run_resumes_and_logs_no_step_twice(signum, assets, call, tmp_
     saved = json.loads((folder / "args.json").read_text())
     saved["args"]["iterations"] = done + 2  # so that the test ends soon
     (folder / "args.json").write_text(json.dumps(saved))
+    time.sleep(1.1)  # TensorBoard orders files by the second of their start; a process of its own takes longer to start
     call("--resume", folder)
     steps = [step for step, _ in scalars(folder)["objective/scores"]]
     assert sorted(steps) == [8 * (i + 1) for i in range(done + 2)]
