@@ -592,7 +592,10 @@ def run_all(runs: list[Run], args: Args) -> list[Run]:
             )
         print(f"run.py: on the cluster at {ray.get_runtime_context().gcs_address}", flush=True)
     else:  # "local", as None would join any cluster that it finds
-        ray.init(address="local", include_dashboard=False, **quiet)
+        try:
+            ray.init(address="local", include_dashboard=False, **quiet)
+        except Exception as error:  # Ray has no narrower one for a node that does not come up, as on an overloaded machine
+            sys.exit(f"run.py: Ray did not start ({str(error).splitlines()[0]}); nothing was run, start the command again")
     for what, wanted in (("CPU", args.cpus), ("GPU", args.gpus)):
         most = max(node["Resources"].get(what, 0) for node in ray.nodes() if node["Alive"])
         if wanted > most:

@@ -4,6 +4,7 @@ import fcntl
 import importlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -456,6 +457,17 @@ def test_no_cluster_is_one_line(tmp_path, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and err.count("\n") == 1
     assert "--address auto: no cluster there (Could not find any running Ray instance.); expected auto, or HOST:PORT" in err
+
+
+def test_a_ray_that_does_not_start_is_one_line(tmp_path, monkeypatch):
+    def init(**options):
+        raise Exception("The current node timed out during startup.\nMore lines.")
+
+    path, _ = write_grid(tmp_path, [1], 1024)
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
+    line = "run.py: Ray did not start (The current node timed out during startup.); nothing was run, start the command again"
+    with pytest.raises(SystemExit, match=f"^{re.escape(line)}$"):
+        grid.run_all(grid.toml_grid(path), grid.Args(str(path)))
 
 
 def test_running_is_who_holds_the_lock(tmp_path):
