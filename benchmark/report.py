@@ -14,7 +14,8 @@ the mean over seeds ± its standard error. Writes into --out
     curves.csv      learning curves, advantage sign changes and shares of the gradient of local runs: tag, step, a column a run
     profiles.csv    performance profiles: share of an arm's runs above a relative score, with 95 % intervals (rliable)
     samples.json    RLHF: ten prompts of each run with what followed before and after training, and the changes of the measures
-    *.svg, *.png    learning curves (Figure 3), advantage sign changes (Figure 2), profiles, scores by beta, RLHF: KL
+    *.svg, *.png    learning curves (Figure 3), advantage sign changes (Figure 2), the policy's share of the gradient, profiles,
+                    scores by beta, RLHF: KL
 
 An arm is called by its runs' --exp-name, which run.py takes from the TOML file; runs of our scripts without one are called by
 what their settings make of them (PPO, SPPO, control PPO). The baseline is the TOML file's `baseline`, else PPO or A2C. The
@@ -74,13 +75,13 @@ PUBLISHED = Path(__file__).parent / "paper/scores.csv"
 PAPER = Path(__file__).parent / "paper/hyperparameters.toml"
 RETURNS = ("charts/episodic_return", "objective/scores")
 CURVES = (*RETURNS, "charts/adv_sign_change")
-KEPT = (
-    *CURVES,
-    "objective/kl",
-    "losses/grad_share_policy",
-    "losses/grad_share_value",
-    "losses/grad_share_entropy",
-)  # in curves.csv
+GRADIENT = {
+    "policy": "losses/grad_share_policy",
+    "value": "losses/grad_share_value",
+    "entropy": "losses/grad_share_entropy",
+    "steps that the clip cuts": "losses/grad_clipped",
+}
+KEPT = (*CURVES, "objective/kl", *GRADIENT.values())  # in curves.csv
 # Arguments that runs of one row may differ in: what makes an arm, what names a run, and what is no other experiment
 ARM = ("alpha", "beta", "Z", "num_bins", "reverse_prob", "norm_adv", "literal_signs", "mean_weight")
 DIVIDED = ("vf_coef", "ent_coef", "max_grad_norm", "adam_eps")  # in which run.py's reweighted arms differ from PPO
@@ -765,6 +766,27 @@ def training(runs: pd.DataFrame, curves: pd.DataFrame) -> list[str]:
     return [*lines, ""]
 
 
+def gradient(runs: pd.DataFrame, curves: pd.DataFrame) -> list[str]:
+    """Of one script's runs: each part's share of the gradient's squared norm, and of the steps that the clip cuts."""
+    merged = curves[curves.tag.isin(GRADIENT.values())].merge(runs[["run_id", "env", "arm"]], on="run_id")
+    if not merged.tag.isin([GRADIENT["policy"]]).any():
+        return []
+    values = merged.groupby(["env", "arm", "run_id", "tag"]).value.mean().unstack()
+    roles = roles_of(runs)
+    lines = [
+        "Shares of the gradient's squared norm before the clip, mean over training:",
+        "",
+        f"| | | {' | '.join(GRADIENT)} |",
+        "|---" * (len(GRADIENT) + 2) + "|",
+    ]
+    for env in sorted(merged.env.unique()):
+        for arm in order(list(values.loc[env].index.unique("arm")), roles):
+            columns = [values.loc[env, arm].get(tag, pd.Series(dtype=float)) for tag in GRADIENT.values()]
+            texts = [with_error(x.mean(), x.sem()) if x.count() > 1 else f"{x.mean():.2g}" if len(x) else "" for x in columns]
+            lines.append(f"| {env} | {arm} | {' | '.join(texts)} |")
+    return [*lines, ""]
+
+
 def aggregates(runs: pd.DataFrame, several: pd.DataFrame, baseline: str, found: pd.DataFrame) -> list[str]:
     """What `found` says, as a table; `several` are those of the runs whose cell has two seeds or more."""
     roles = roles_of(several)
@@ -1193,7 +1215,11 @@ def main(args: Args) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--out {args.out}: expected a folder to write in ({error.strerror})")
-    pictures = [f"{name}.{kind}" for name in ("curves", "kl", "sign_changes", "betas", "profiles_*") for kind in ("svg", "png")]
+    pictures = [
+        f"{name}.{kind}"
+        for name in ("curves", "kl", "grad_shares", "sign_changes", "betas", "profiles_*")
+        for kind in ("svg", "png")
+    ]
     for name in ("aggregates.csv", "profiles.csv", "samples.json", *pictures):
         for path in args.out.glob(name):  # of an earlier report, which this one may not replace
             path.unlink()
@@ -1241,10 +1267,11 @@ def main(args: Args) -> None:
         if beside and part.paper_mean.notna().any():
             lines += [
                 f"The paper's PPO stands beside {' and '.join(beside)}: its released script does not normalise its advantages; "
-                "whether its table was made so is not known (README, fact 7).",
+                "whether its table was made so is not known (docs/loss.md, fact 7).",
                 "",
             ]
         lines += training(mine, curves)
+        lines += gradient(mine, curves)
         lines += measures(mine)
         if script in FAMILIES and "ppo" in script:
             lines += equal_curves(mine, curves)
@@ -1267,6 +1294,7 @@ def main(args: Args) -> None:
         )
     draw_curves(runs, curves, args.out / "curves.svg")
     draw_curves(runs, curves, args.out / "kl.svg", ("objective/kl",), "KL to the reference, nats")
+    draw_curves(runs, curves, args.out / "grad_shares.svg", (GRADIENT["policy"],), "policy's share of the gradient")
     shares = draw_sign_changes(runs, curves, args.out / "sign_changes.svg")
     draw_betas(runs, args.out / "betas.svg")
     if len(shares):
@@ -1280,6 +1308,7 @@ def main(args: Args) -> None:
     pictures = [
         ("curves.svg", "learning curves"),
         ("kl.svg", "KL while training"),
+        ("grad_shares.svg", "the policy's share of the gradient"),
         ("betas.svg", "scores by beta"),
         ("sign_changes.svg", "sign changes"),
     ]

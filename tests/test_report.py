@@ -269,6 +269,25 @@ def test_the_last_tenth_of_training(tmp_path):
     assert report.training(runs, curves[curves.run_id == "of another script"]) == []
 
 
+def test_shares_of_the_gradient_are_told_and_drawn(tmp_path):
+    """Means over training, then over seeds, by hand: 0.1 and 0.3 of one seed, 0.4 and 0.8 of the other."""
+    runs = write_runs(tmp_path / "runs", {("Hopper", "none", "DPPO"): [1.0, 2.0], ("Hopper", "none", "DSPPO"): [3.0]})
+    logged = {("DPPO", 1): (0.1, 0.3), ("DPPO", 2): (0.4, 0.8), ("DSPPO", 1): (0.75, 0.25)}
+    for (arm, seed), shares in logged.items():
+        with SummaryWriter(next(runs.glob(f"Hopper__none__{arm}__{seed}/*"))) as writer:
+            for step, share in zip((500, 1000), shares, strict=True):
+                writer.add_scalar("charts/adv_sign_change", 0.1, step)
+                for name, value in (("share_policy", share), ("share_value", 1 - share), ("clipped", 1.0)):
+                    writer.add_scalar(f"losses/grad_{name}", value, step)
+    lines = make([runs], tmp_path / "out").splitlines()
+    assert "| | | policy | value | entropy | steps that the clip cuts |" in lines
+    assert "| Hopper-v4 | DPPO | 0.40 ± 0.20 | 0.60 ± 0.20 |  | 1.00 |" in lines
+    assert "| Hopper-v4 | DSPPO | 0.5 | 0.5 |  | 1 |" in lines
+    assert (tmp_path / "out/grad_shares.png").exists() and "![the policy's share of the gradient](grad_shares.svg)" in lines
+    make([write_runs(tmp_path / "none", curves=True)], tmp_path / "out")  # runs that log none
+    assert not (tmp_path / "out/grad_shares.png").exists()
+
+
 def test_the_step_to_which_a_control_is_equal():
     """By hand. Of DSPPO, seed 1 parts from its control at step 300 in one tag; seeds 2 and 4 where only one of the two has
     logged; seed 3 has no control alike in all else; seed 5 never, as the sixth digit is the last that counts."""
