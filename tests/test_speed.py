@@ -3,12 +3,13 @@
 import dataclasses
 import importlib
 import json
+import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ENV, ROOT
 
 sys.path.insert(0, str(ROOT / "benchmark/studies"))
 import speed
@@ -51,6 +52,26 @@ def test_a_process_is_measured(arm, monkeypatch):
     suite = dataclasses.replace(speed.SUITES["da2c"], env_id="Pendulum-v1", block=2)
     rates, peak = speed.measure(speed.Args(blocks=3), suite, speed.commands("da2c")[arm], 1)
     assert len(rates) == 3 and min(rates) > 0 and 50 < peak < 5000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch brings libgomp on Linux alone")
+@pytest.mark.parametrize(
+    ("script", "own", "expected"), [("sppo_atari.py", {}, "20000"), ("sa2c_atari.py", {"GOMP_SPINCOUNT": "7"}, "7")]
+)
+def test_torchs_waiting_threads_leave_the_cores_to_the_games(script, own, expected):
+    """libgomp itself tells what it has read."""
+    environment = {**ENV, "OMP_DISPLAY_ENV": "VERBOSE", **own}
+    done = subprocess.run([sys.executable, ROOT / script, "--help"], env=environment, capture_output=True, text=True)
+    assert f"GOMP_SPINCOUNT = '{expected}'" in done.stderr
+
+
+def test_peers_run_in_the_users_environment():
+    """Not in that of sppo_atari.py, which speed.py imports."""
+    code = "import os, speed; print(os.environ['GOMP_SPINCOUNT'], speed.ENVIRONMENT.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**ENV, "PYTHONPATH": str(ROOT / "benchmark/studies")}, stdout=subprocess.PIPE
+    )
+    assert done.stdout.split() == [b"20000", b"None"]
 
 
 def test_peers_that_are_not_installed_are_left_out_in_one_line(monkeypatch, capsys):

@@ -30,6 +30,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
+ENVIRONMENT = dict(os.environ)  # before sppo_atari sets GOMP_SPINCOUNT, so that peers run as their users run them
 sys.path.insert(0, str(Path(__file__).parents[2]))
 try:
     import numpy as np
@@ -165,7 +166,7 @@ def measure(args: Args, suite: Suite, arm: str, threads: int) -> tuple[list[floa
         command = [*arm.split(), *common.split(), "--run-dir", folder]
         if suite.block > 1:
             command += ["--log-interval", str(suite.block), "--checkpoint-interval", str(1000 * suite.block)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        environment = {**ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         process = subprocess.Popen([sys.executable, *command], env=environment, **quiet)
         _, status, usage = os.wait4(process.pid, 0)
