@@ -700,7 +700,7 @@ def markdown(table: pd.DataFrame, roles: dict[str, str]) -> list[str]:
 
 def equal_curves(runs: pd.DataFrame, curves: pd.DataFrame) -> list[str]:
     """Of one script's runs with PPO: the last step up to which a symmetric run logs, to six digits, what its control does,
-    which has its gradient (README, fact 2), and what the baseline does, which has not; each alike in all else."""
+    which has its gradient (docs/loss.md, fact 2), and what the baseline does, which has not; each alike in all else."""
     points = {run_id: {} for run_id in runs.run_id}
     for point in curves[curves.run_id.isin(set(runs.run_id)) & curves.tag.isin(CURVES)].itertuples():
         points[point.run_id][point.step, point.tag] = f"{point.value:.6g}"
