@@ -54,8 +54,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
-# The games need the cores while torch's threads wait: let those sleep soon. Must be set before torch is imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+# The games need the cores while torch's threads wait: let those sleep soon. On Linux torch reads this when it is imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import gymnasium
 import imageio

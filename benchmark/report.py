@@ -79,6 +79,7 @@ GRADIENT = {
     "policy": "losses/grad_share_policy",
     "value": "losses/grad_share_value",
     "entropy": "losses/grad_share_entropy",
+    "reference text": "losses/grad_share_reference",
     "steps that the clip cuts": "losses/grad_clipped",
 }
 KEPT = (*CURVES, "objective/kl", *GRADIENT.values())  # in curves.csv
@@ -772,17 +773,18 @@ def gradient(runs: pd.DataFrame, curves: pd.DataFrame) -> list[str]:
     if not merged.tag.isin([GRADIENT["policy"]]).any():
         return []
     values = merged.groupby(["env", "arm", "run_id", "tag"]).value.mean().unstack()
-    roles = roles_of(runs)
+    shown, roles = {name: tag for name, tag in GRADIENT.items() if tag in values}, roles_of(runs)
     lines = [
-        "Shares of the gradient's squared norm before the clip, mean over training:",
+        "Shares of the gradient's squared norm before the clip, mean over training, and of how many runs:",
         "",
-        f"| | | {' | '.join(GRADIENT)} |",
-        "|---" * (len(GRADIENT) + 2) + "|",
+        f"| | | {' | '.join(shown)} |",
+        "|---" * (len(shown) + 2) + "|",
     ]
     for env in sorted(merged.env.unique()):
         for arm in order(list(values.loc[env].index.unique("arm")), roles):
-            columns = [values.loc[env, arm].get(tag, pd.Series(dtype=float)) for tag in GRADIENT.values()]
-            texts = [with_error(x.mean(), x.sem()) if x.count() > 1 else f"{x.mean():.2g}" if len(x) else "" for x in columns]
+            columns = [values.loc[env, arm][tag].dropna() for tag in shown.values()]
+            means = [with_error(x.mean(), x.sem()) if len(x) > 1 else f"{x.mean():.2g}" for x in columns]
+            texts = [f"{mean} ({len(x)})" if len(x) else "" for mean, x in zip(means, columns, strict=True)]
             lines.append(f"| {env} | {arm} | {' | '.join(texts)} |")
     return [*lines, ""]
 

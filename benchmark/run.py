@@ -207,6 +207,10 @@ def fail(message: str):
     sys.exit(2)
 
 
+def first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 # --- grids ------------------------------------------------------------------------------------------------------------
 
 
@@ -587,15 +591,13 @@ def run_all(runs: list[Run], args: Args) -> list[Run]:
         try:
             ray.init(address=args.address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            fail(
-                f"--address {args.address}: no cluster there ({str(error).splitlines()[0]}); expected auto, or HOST:PORT of one"
-            )
+            fail(f"--address {args.address}: no cluster there ({first_line(error)}); expected auto, or HOST:PORT of one")
         print(f"run.py: on the cluster at {ray.get_runtime_context().gcs_address}", flush=True)
     else:  # "local", as None would join any cluster that it finds
         try:
             ray.init(address="local", include_dashboard=False, **quiet)
         except Exception as error:  # Ray has no narrower one for a node that does not come up, as on an overloaded machine
-            sys.exit(f"run.py: Ray did not start ({str(error).splitlines()[0]}); nothing was run, start the command again")
+            sys.exit(f"run.py: Ray did not start ({first_line(error)}); nothing was run, start the command again")
     for what, wanted in (("CPU", args.cpus), ("GPU", args.gpus)):
         most = max(node["Resources"].get(what, 0) for node in ray.nodes() if node["Alive"])
         if wanted > most:

@@ -55,8 +55,9 @@ def test_a_process_is_measured(arm, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch brings libgomp on Linux alone")
+@pytest.mark.parametrize("script", ["sppo_atari.py", "sa2c_atari.py"])
 @pytest.mark.parametrize(
-    ("script", "own", "expected"), [("sppo_atari.py", {}, "20000"), ("sa2c_atari.py", {"GOMP_SPINCOUNT": "7"}, "7")]
+    ("own", "expected"), [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")]
 )
 def test_torchs_waiting_threads_leave_the_cores_to_the_games(script, own, expected):
     """libgomp itself tells what it has read."""
@@ -72,6 +73,20 @@ def test_peers_run_in_the_users_environment():
         [sys.executable, "-c", code], env={**ENV, "PYTHONPATH": str(ROOT / "benchmark/studies")}, stdout=subprocess.PIPE
     )
     assert done.stdout.split() == [b"20000", b"None"]
+
+
+def test_a_process_gets_the_users_environment(monkeypatch):
+    class Started(Exception):
+        pass
+
+    def start(command, env, **options):
+        raise Started(env)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "123")  # as a script sets it after speed.py has begun
+    with pytest.raises(Started) as started:
+        speed.measure(speed.Args(), speed.SUITES["da2c"], speed.commands("da2c")[speed.SB3], 1)
+    assert started.value.args[0].get("GOMP_SPINCOUNT") != "123" and started.value.args[0]["OMP_NUM_THREADS"] == "1"
 
 
 def test_peers_that_are_not_installed_are_left_out_in_one_line(monkeypatch, capsys):
