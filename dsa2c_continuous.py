@@ -90,7 +90,7 @@ class Args:
     literal_signs: bool = False
     """use the sign that Eq. 7 prints for A < 0; its gradient opposes A2C's"""
     mean_weight: bool = False
-    """a control: weight all samples of a rollout alike, by the mean of alpha + beta |Z| pi_i"""
+    """a control: replace each sample's weight alpha + beta |Z| pi_i by its mean over the rollout"""
     reverse_prob: Literal["joint", "factored"] = "joint"
     """probability in the reverse loss: joint over dimensions, as released; factored: a sum with one term per dimension"""
 
@@ -311,7 +311,7 @@ def numpy_actor(agent):
 def act(actor, obs: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:
     """Actions [B, D] for obs [B, obs_dim]: bins, or real numbers from a Gaussian actor; greedy without `noise`.
 
-    noise: Gumbel [B, D, num_bins] (argmax of log-probability plus Gumbel noise is a sample); for a Gaussian normal [B, D].
+    noise: for bins Gumbel [B, D, num_bins] (the argmax of logits plus Gumbel noise is a sample), for a Gaussian normal [B, D].
     """
     layers, num_bins, std = actor
     for weight, bias in layers[:-1]:
@@ -333,7 +333,7 @@ def exploration_noise(rng: np.random.Generator, shape: tuple[int, ...], num_bins
 
 def make_env(args, **kwargs):
     """One environment with a time limit; observations flat."""
-    import mujoco  # not at the top: it reads MUJOCO_GL when it is imported, which `check_env` may set
+    import mujoco  # not at the top: mujoco reads MUJOCO_GL at its import, and `check_task` may set it
 
     mujoco.set_mju_user_warning(warnings.warn)  # mujoco would write MUJOCO_LOG.TXT into the working folder
     with warnings.catch_warnings():
@@ -461,10 +461,10 @@ def update(agent, weights, optimizer, loss_fn, args, batch):
 
 
 def grad_shares(agent, args, loss_fn, batch):
-    """How the squared norm of the gradient g divides among its PARTS.
+    """The share of each of the PARTS of the loss in its gradient.
 
-    g = sum_i g_i, so |g|^2 = sum_i <g_i, g>. The shares <g_i, g> / |g|^2 sum to 1; a part that opposes the sum has a
-    negative one. batch: the inputs of `loss_fn` after `args`.
+    g_i is the gradient of part i, g their sum. The share is <g_i, g> / |g|^2. The shares sum to 1; a part that opposes g
+    has a negative one. batch: the inputs of `loss_fn` after `args`.
     """
     parameters = [parameter for parameter in agent.parameters() if parameter.requires_grad]
     weights = {weight for own in PARTS.values() for weight in own}
@@ -525,7 +525,7 @@ def train(args, run):
 
         # stop if the last update made the weights non-finite; else act
         run.exit_if_not_finite(global_step, {"the sum of the weights": weights.sum().item()})
-        actor, cut_steps, cut_obs = numpy_actor(agent), [], []
+        actor, cut_steps, cut_envs, cut_obs = numpy_actor(agent), [], [], []
         exploration = exploration_noise(action_rng, actions.shape, args.num_bins)
         reward_noise = args.noise_std * noise_rng.standard_normal(shape) if args.noise == "gaussian" else np.zeros(shape)
         for step in range(args.num_steps):
@@ -547,17 +547,18 @@ def train(args, run):
                 finished_lengths.append(int(episode_lengths[i]))
                 discounted_returns[i], episode_returns[i], episode_lengths[i] = 0, 0, 0
                 if not terminated[i]:  # truncated by the time limit: bootstrap from the final observation
-                    cut_steps.append((step, i))
+                    cut_steps.append(step)
+                    cut_envs.append(i)
                     cut_obs.append(normalise_obs(last_obs, obs_stats))
 
-        # learn; the values are those of the weights that acted, in one batch
+        # learn; the weights are still those that acted, so one batch gives the values of all steps
         batch = [torch.from_numpy(array).flatten(0, 1).to(run.device) for array in (obs, actions)]
         with torch.no_grad():
             values = agent.critic(batch[0]).view(shape)
             next_values = agent.critic(torch.from_numpy(next_obs).to(run.device)).squeeze(-1)
             if cut_obs:
                 final_values = agent.critic(torch.from_numpy(np.array(cut_obs)).to(run.device)).squeeze(-1)
-                rewards[tuple(np.transpose(cut_steps))] += args.gamma * final_values.cpu().numpy()
+                rewards[cut_steps, cut_envs] += args.gamma * final_values.cpu().numpy()
             rewards_t, dones_t = torch.as_tensor(np.stack([rewards, dones]), device=run.device)
             advantages, returns = compute_gae(rewards_t, values, dones_t, next_values, args.gamma, args.gae_lambda)
         batch += [advantages.flatten(), returns.flatten()]
@@ -579,7 +580,7 @@ def train(args, run):
             if args.noise == "gaussian":
                 stats["charts/noise_std"] = np.std(reward_noises)
             all_returns, all_values = torch.stack(fits).unbind(1)
-            unexplained = (all_returns - all_values).var() / all_returns.var().clamp(min=1e-30)
+            unexplained = (all_returns - all_values).var(correction=0) / all_returns.var(correction=0).clamp(min=1e-30)
             stats["losses/explained_variance"] = (1 - unexplained).item()
             stats["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             run.log(global_step, stats, seconds)
@@ -756,7 +757,9 @@ class Run:
         self.last_line, self.status = time.monotonic(), {}
         self.recent_steps = deque([(self.last_line, self.start_step)])  # of the last minute
         bar = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps{postfix}"
-        self.progress = tqdm(total=args.total_timesteps, initial=self.start_step, unit_scale=True, bar_format=bar, disable=None)
+        batch_size = args.num_envs * args.num_steps
+        total = args.total_timesteps // batch_size * batch_size  # whole iterations
+        self.progress = tqdm(total=total, initial=self.start_step, unit_scale=True, bar_format=bar, disable=None)
         self.cleanup.callback(self.progress.close)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
@@ -851,7 +854,7 @@ class Run:
             self.recent_steps.popleft()
         then, first_step = self.recent_steps[0]
         speed = (global_step - first_step) / (now - then)
-        left = tqdm.format_interval((self.args.total_timesteps - global_step) / speed)
+        left = tqdm.format_interval((self.progress.total - global_step) / speed)
         known = [f"{name} {value}" for name, value in self.status.items()]
         status = ", ".join([*known, f"{speed:,.0f} steps/s", f"{left} left"])
         self.progress.set_postfix_str(status, refresh=False)
@@ -997,7 +1000,7 @@ HINTS = {
     "env": "env-id",
 }
 LENGTH = "total_timesteps"  # the argument for the length of a run
-TRAINING_ONLY = ("track", "capture_video")  # switches of a run that --evaluate does not take over
+TRAINING_ONLY = ("track", "capture_video", "compile")  # switches of a run that --evaluate does not take over
 # what may change with --resume, and with --evaluate
 RESUMABLE = "total_timesteps track wandb_project_name wandb_entity wandb_group wandb_tags eval_episodes eval_interval"
 RESUMABLE = [*RESUMABLE.split(), "capture_video", "num_threads", "cuda", "compile", "checkpoint_interval"]
@@ -1038,7 +1041,7 @@ def read_command_line(argv, defaults):
     for word in argv:
         name = word.split("=")[0].replace("_", "-").replace("--no-", "--")
         if word.startswith("--") and name not in names | {"--help"}:
-            close = [f"--{HINTS[name[2:]]}"] if name[2:] in HINTS else difflib.get_close_matches(name, names, n=1)
+            close = [f"--{HINTS[name[2:]]}"] if name[2:] in HINTS else difflib.get_close_matches(name, names, n=1, cutoff=0.75)
             hint = next((f"; did you mean {other}?" for other in close if other in names), "; see --help")
             fail(f"{word.split('=')[0]}: unknown argument{hint}")
     switches = {flag(field.name) for field in fields(Args) if field.type is bool}
@@ -1135,8 +1138,8 @@ def check_tracking(args):
 
 
 def keep_freed_memory():
-    """Asks glibc to keep freed memory; else the kernel zeroes every large array anew, a sixth of the time of PPO on Atari
-    on two cores. Does nothing without glibc."""
+    """Asks glibc to keep freed memory. Otherwise the kernel zeroes every large array again, which takes a sixth of the time
+    of PPO on Atari on two cores. Does nothing without glibc."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX
@@ -1189,7 +1192,7 @@ def main(args):
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a character that the terminal lacks does not end the run
-    for number in (signal.SIGINT, signal.SIGTERM):  # until there is a run to save; environments and videos are closed
+    for number in (signal.SIGINT, signal.SIGTERM):  # until `Run` takes over; sys.exit closes environments and videos
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     arguments = parse_args(sys.argv[1:], Args())
     check_args(arguments)

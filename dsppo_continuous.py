@@ -139,7 +139,7 @@ class Args:
     max_grad_norm: PositiveFloat = 0.5
     """maximum norm of the gradient"""
     target_kl: PositiveFloat | None = None
-    """stop the update after an epoch whose last minibatch has a larger approx_kl, in nats"""
+    """end the update after an epoch if approx_kl of its last minibatch, in nats, exceeds this"""
 
     # evaluation
     eval_episodes: NonNegativeInt = 10
@@ -336,7 +336,7 @@ def numpy_actor(agent):
 def act(actor, obs: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:
     """Actions [B, D] for obs [B, obs_dim]: bins, or real numbers from a Gaussian actor; greedy without `noise`.
 
-    noise: Gumbel [B, D, num_bins] (argmax of log-probability plus Gumbel noise is a sample); for a Gaussian normal [B, D].
+    noise: for bins Gumbel [B, D, num_bins] (the argmax of logits plus Gumbel noise is a sample), for a Gaussian normal [B, D].
     """
     layers, num_bins, std = actor
     for weight, bias in layers[:-1]:
@@ -358,7 +358,7 @@ def exploration_noise(rng: np.random.Generator, shape: tuple[int, ...], num_bins
 
 def make_env(args, **kwargs):
     """One environment with a time limit; observations flat."""
-    import mujoco  # not at the top: it reads MUJOCO_GL when it is imported, which `check_env` may set
+    import mujoco  # not at the top: mujoco reads MUJOCO_GL at its import, and `check_task` may set it
 
     mujoco.set_mju_user_warning(warnings.warn)  # mujoco would write MUJOCO_LOG.TXT into the working folder
     with warnings.catch_warnings():
@@ -483,7 +483,7 @@ def update(agent, weights, optimizer, loss_fn, args, batch):
             weights.grad.zero_()
             loss, stats = loss_fn(agent, args, *minibatch)
             loss.backward()
-            # clip_grad_norm_, which takes three times as long for one small tensor
+            # clip_grad_norm_ written out: the call takes three times as long for one small tensor
             norm = weights.grad.norm()
             weights.grad.mul_((args.max_grad_norm / (norm + 1e-6)).clamp_(max=1.0))
             optimizer.step()
@@ -495,10 +495,10 @@ def update(agent, weights, optimizer, loss_fn, args, batch):
 
 
 def grad_shares(agent, args, loss_fn, batch):
-    """How the squared norm of the gradient g divides among its PARTS.
+    """The share of each of the PARTS of the loss in its gradient.
 
-    g = sum_i g_i, so |g|^2 = sum_i <g_i, g>. The shares <g_i, g> / |g|^2 sum to 1; a part that opposes the sum has a
-    negative one. batch: the inputs of `loss_fn` after `args`.
+    g_i is the gradient of part i, g their sum. The share is <g_i, g> / |g|^2. The shares sum to 1; a part that opposes g
+    has a negative one. batch: the inputs of `loss_fn` after `args`.
     """
     parameters = [parameter for parameter in agent.parameters() if parameter.requires_grad]
     weights = {weight for own in PARTS.values() for weight in own}
@@ -558,7 +558,7 @@ def train(args, run):
 
         # stop if the last update made the weights non-finite; else act
         run.exit_if_not_finite(global_step, {"the sum of the weights": weights.sum().item()})
-        finished_returns, finished_lengths, cut_steps, cut_obs = [], [], [], []
+        finished_returns, finished_lengths, cut_steps, cut_envs, cut_obs = [], [], [], [], []
         actor = numpy_actor(agent)
         exploration = exploration_noise(action_rng, actions.shape, args.num_bins)
         reward_noise = args.noise_std * noise_rng.standard_normal(shape) if args.noise == "gaussian" else np.zeros(shape)
@@ -581,10 +581,11 @@ def train(args, run):
                 finished_lengths.append(int(episode_lengths[i]))
                 discounted_returns[i], episode_returns[i], episode_lengths[i] = 0, 0, 0
                 if not terminated[i]:  # truncated by the time limit: bootstrap from the final observation
-                    cut_steps.append((step, i))
+                    cut_steps.append(step)
+                    cut_envs.append(i)
                     cut_obs.append(normalise_obs(last_obs, obs_stats))
 
-        # learn; values and log-probabilities are those of the weights that acted, in one batch
+        # learn; the weights are still those that acted, so one batch gives the values and log-probabilities of all steps
         batch = [torch.from_numpy(array).flatten(0, 1).to(run.device) for array in (obs, actions)]
         with torch.no_grad():
             logprobs, _, values = agent(*batch)
@@ -592,7 +593,7 @@ def train(args, run):
             next_values = agent.critic(torch.from_numpy(next_obs).to(run.device)).squeeze(-1)
             if cut_obs:
                 final_values = agent.critic(torch.from_numpy(np.array(cut_obs)).to(run.device)).squeeze(-1)
-                rewards[tuple(np.transpose(cut_steps))] += args.gamma * final_values.cpu().numpy()
+                rewards[cut_steps, cut_envs] += args.gamma * final_values.cpu().numpy()
             rewards_t, dones_t = torch.as_tensor(np.stack([rewards, dones]), device=run.device)
             advantages, returns = compute_gae(rewards_t, values, dones_t, next_values, args.gamma, args.gae_lambda)
         batch += [logprobs, advantages.flatten(), returns.flatten()]
@@ -607,12 +608,14 @@ def train(args, run):
             stats["charts/episodic_length"] = np.mean(finished_lengths)
         if args.noise == "gaussian":
             stats["charts/noise_std"] = reward_noise.std()
-        stats["losses/explained_variance"] = (1 - (returns - values).var() / returns.var().clamp(min=1e-30)).item()
+        unexplained = (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-30)
+        stats["losses/explained_variance"] = (1 - unexplained).item()
         stats["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
         run.log(global_step, stats, time.perf_counter() - start)
-        last, stopping = iteration + 1 == num_iterations, bool(run.signals)
+        last = iteration + 1 == num_iterations
         if args.eval_interval and global_step % args.eval_interval < batch_size and not last:
             run.evaluate((agent, obs_stats), global_step)
+        stopping = bool(run.signals)  # also after a signal that ended the evaluation
         if last or stopping or (iteration + 1) % args.checkpoint_interval == 0:
             state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "recent_returns": list(recent_returns)}
             run.save(global_step, obs_stats=obs_stats.state(), return_stats=return_stats.state(), **state)
@@ -781,7 +784,9 @@ class Run:
         self.last_line, self.status = time.monotonic(), {}
         self.recent_steps = deque([(self.last_line, self.start_step)])  # of the last minute
         bar = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps{postfix}"
-        self.progress = tqdm(total=args.total_timesteps, initial=self.start_step, unit_scale=True, bar_format=bar, disable=None)
+        batch_size = args.num_envs * args.num_steps
+        total = args.total_timesteps // batch_size * batch_size  # whole iterations
+        self.progress = tqdm(total=total, initial=self.start_step, unit_scale=True, bar_format=bar, disable=None)
         self.cleanup.callback(self.progress.close)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
@@ -876,7 +881,7 @@ class Run:
             self.recent_steps.popleft()
         then, first_step = self.recent_steps[0]
         speed = (global_step - first_step) / (now - then)
-        left = tqdm.format_interval((self.args.total_timesteps - global_step) / speed)
+        left = tqdm.format_interval((self.progress.total - global_step) / speed)
         known = [f"{name} {value}" for name, value in self.status.items()]
         status = ", ".join([*known, f"{speed:,.0f} steps/s", f"{left} left"])
         self.progress.set_postfix_str(status, refresh=False)
@@ -1022,7 +1027,7 @@ HINTS = {
     "env": "env-id",
 }
 LENGTH = "total_timesteps"  # the argument for the length of a run
-TRAINING_ONLY = ("track", "capture_video")  # switches of a run that --evaluate does not take over
+TRAINING_ONLY = ("track", "capture_video", "compile")  # switches of a run that --evaluate does not take over
 # what may change with --resume, and with --evaluate
 RESUMABLE = "total_timesteps track wandb_project_name wandb_entity wandb_group wandb_tags eval_episodes eval_interval"
 RESUMABLE = [*RESUMABLE.split(), "capture_video", "num_threads", "cuda", "compile", "checkpoint_interval"]
@@ -1063,7 +1068,7 @@ def read_command_line(argv, defaults):
     for word in argv:
         name = word.split("=")[0].replace("_", "-").replace("--no-", "--")
         if word.startswith("--") and name not in names | {"--help"}:
-            close = [f"--{HINTS[name[2:]]}"] if name[2:] in HINTS else difflib.get_close_matches(name, names, n=1)
+            close = [f"--{HINTS[name[2:]]}"] if name[2:] in HINTS else difflib.get_close_matches(name, names, n=1, cutoff=0.75)
             hint = next((f"; did you mean {other}?" for other in close if other in names), "; see --help")
             fail(f"{word.split('=')[0]}: unknown argument{hint}")
     switches = {flag(field.name) for field in fields(Args) if field.type is bool}
@@ -1160,8 +1165,8 @@ def check_tracking(args):
 
 
 def keep_freed_memory():
-    """Asks glibc to keep freed memory; else the kernel zeroes every large array anew, a sixth of the time of PPO on Atari
-    on two cores. Does nothing without glibc."""
+    """Asks glibc to keep freed memory. Otherwise the kernel zeroes every large array again, which takes a sixth of the time
+    of PPO on Atari on two cores. Does nothing without glibc."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX
@@ -1214,7 +1219,7 @@ def main(args):
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a character that the terminal lacks does not end the run
-    for number in (signal.SIGINT, signal.SIGTERM):  # until there is a run to save; environments and videos are closed
+    for number in (signal.SIGINT, signal.SIGTERM):  # until `Run` takes over; sys.exit closes environments and videos
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     arguments = parse_args(sys.argv[1:], Args())
     check_args(arguments)

@@ -54,7 +54,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
-# The games need the cores while torch's threads wait: let those sleep soon. On Linux torch reads this when it is imported.
+# Torch's idle threads spin on cores that the games need. With this small number they sleep soon. Linux; read at torch's import.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
@@ -91,7 +91,7 @@ class Args:
     literal_signs: bool = False
     """use the sign that Eq. 7 prints for A < 0; its gradient opposes A2C's"""
     mean_weight: bool = False
-    """a control: weight all samples of a rollout alike, by the mean of alpha + beta |Z| pi_i"""
+    """a control: replace each sample's weight alpha + beta |Z| pi_i by its mean over the rollout"""
 
     # noise
     noise: Literal["none", "bsc"] = "none"
@@ -288,8 +288,8 @@ def resolve_game(env_id):
 def make_envs(rom, num_envs, args, **preprocessing):
     """Games stepped in C++ threads: frame skip 4, maximum of 2 frames, grey 84x84, 4 frames stacked, raw rewards.
 
-    `terminated` marks a lost life, and the game goes on (episodic life as in SB3 and CleanRL). A finished game restarts
-    within the same step. 108,000 frames truncate a game.
+    `terminated` marks a lost life, and the game goes on. Unlike in SB3 and CleanRL nothing presses FIRE then, and the frame
+    stack stays. A finished game restarts within the same step. 108,000 frames truncate a game.
     """
     return AtariVectorEnv(
         rom,
@@ -369,10 +369,10 @@ def update(agent, square_avgs, learning_rate, loss_fn, args, batch):
 
 
 def grad_shares(agent, args, loss_fn, batch):
-    """How the squared norm of the gradient g divides among its PARTS.
+    """The share of each of the PARTS of the loss in its gradient.
 
-    g = sum_i g_i, so |g|^2 = sum_i <g_i, g>. The shares <g_i, g> / |g|^2 sum to 1; a part that opposes the sum has a
-    negative one. batch: the inputs of `loss_fn` after `args`.
+    g_i is the gradient of part i, g their sum. The share is <g_i, g> / |g|^2. The shares sum to 1; a part that opposes g
+    has a negative one. batch: the inputs of `loss_fn` after `args`.
     """
     parameters = [parameter for parameter in agent.parameters() if parameter.requires_grad]
     weights = {weight for own in PARTS.values() for weight in own}
@@ -461,7 +461,7 @@ def train(args, run):
             rewards_t, dones_t = torch.as_tensor(np.stack([rewards, dones]), device=run.device)  # one transfer
             advantages, returns = compute_gae(rewards_t, values, dones_t, next_values, args.gamma, args.gae_lambda)
         batch = tuple(tensor.flatten(0, 1) for tensor in (obs, actions, advantages, returns))
-        # three more backward passes: under 1 % of the time at every second log
+        # at every second log: the three backward passes then take under 1 % of the time
         shares = grad_shares(agent, args, rollout_loss, batch) if (iteration + 1) % (2 * args.log_interval) == 0 else {}
         history.append(update(agent, square_avgs, learning_rate, loss_fn, args, batch))
         fits.append(torch.stack([returns, values]))
@@ -479,7 +479,7 @@ def train(args, run):
             if symbols:
                 stats["charts/noise_rate"] = flips / symbols
             all_returns, all_values = torch.stack(fits).unbind(1)
-            unexplained = (all_returns - all_values).var() / all_returns.var().clamp(min=1e-30)
+            unexplained = (all_returns - all_values).var(correction=0) / all_returns.var(correction=0).clamp(min=1e-30)
             stats["losses/explained_variance"] = (1 - unexplained).item()
             stats["charts/learning_rate"] = learning_rate
             run.log(global_step, stats, seconds)
@@ -619,7 +619,9 @@ class Run:
         self.last_line, self.status = time.monotonic(), {}
         self.recent_steps = deque([(self.last_line, self.start_step)])  # of the last minute
         bar = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps{postfix}"
-        self.progress = tqdm(total=args.total_timesteps, initial=self.start_step, unit_scale=True, bar_format=bar, disable=None)
+        batch_size = args.num_envs * args.num_steps
+        total = args.total_timesteps // batch_size * batch_size  # whole iterations
+        self.progress = tqdm(total=total, initial=self.start_step, unit_scale=True, bar_format=bar, disable=None)
         self.cleanup.callback(self.progress.close)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
@@ -714,7 +716,7 @@ class Run:
             self.recent_steps.popleft()
         then, first_step = self.recent_steps[0]
         speed = (global_step - first_step) / (now - then)
-        left = tqdm.format_interval((self.args.total_timesteps - global_step) / speed)
+        left = tqdm.format_interval((self.progress.total - global_step) / speed)
         known = [f"{name} {value}" for name, value in self.status.items()]
         status = ", ".join([*known, f"{speed:,.0f} steps/s", f"{left} left"])
         self.progress.set_postfix_str(status, refresh=False)
@@ -860,7 +862,7 @@ HINTS = {
     "env": "env-id",
 }
 LENGTH = "total_timesteps"  # the argument for the length of a run
-TRAINING_ONLY = ("track", "capture_video")  # switches of a run that --evaluate does not take over
+TRAINING_ONLY = ("track", "capture_video", "compile")  # switches of a run that --evaluate does not take over
 # what may change with --resume, and with --evaluate
 RESUMABLE = "total_timesteps track wandb_project_name wandb_entity wandb_group wandb_tags eval_episodes eval_interval"
 RESUMABLE = [*RESUMABLE.split(), "capture_video", "num_threads", "cuda", "compile", "checkpoint_interval"]
@@ -901,7 +903,7 @@ def read_command_line(argv, defaults):
     for word in argv:
         name = word.split("=")[0].replace("_", "-").replace("--no-", "--")
         if word.startswith("--") and name not in names | {"--help"}:
-            close = [f"--{HINTS[name[2:]]}"] if name[2:] in HINTS else difflib.get_close_matches(name, names, n=1)
+            close = [f"--{HINTS[name[2:]]}"] if name[2:] in HINTS else difflib.get_close_matches(name, names, n=1, cutoff=0.75)
             hint = next((f"; did you mean {other}?" for other in close if other in names), "; see --help")
             fail(f"{word.split('=')[0]}: unknown argument{hint}")
     switches = {flag(field.name) for field in fields(Args) if field.type is bool}
@@ -998,8 +1000,8 @@ def check_tracking(args):
 
 
 def keep_freed_memory():
-    """Asks glibc to keep freed memory; else the kernel zeroes every large array anew, a sixth of the time of PPO on Atari
-    on two cores. Does nothing without glibc."""
+    """Asks glibc to keep freed memory. Otherwise the kernel zeroes every large array again, which takes a sixth of the time
+    of PPO on Atari on two cores. Does nothing without glibc."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX
@@ -1052,7 +1054,7 @@ def main(args):
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a character that the terminal lacks does not end the run
-    for number in (signal.SIGINT, signal.SIGTERM):  # until there is a run to save; environments and videos are closed
+    for number in (signal.SIGINT, signal.SIGTERM):  # until `Run` takes over; sys.exit closes environments and videos
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     arguments = parse_args(sys.argv[1:], Args())
     check_args(arguments)

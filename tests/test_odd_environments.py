@@ -294,3 +294,29 @@ def test_a_folder_that_cannot_be_written_is_one_line(call):
     ended = subprocess.run(command, capture_output=True, text=True, env=env)
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
     assert f"--resume {folder}: " in ended.stderr and (folder / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_log_of_one_sample_is_finite(call):
+    one = ["--num-envs", "1", "--num-steps", "1", "--minibatch-size", "1", "--no-norm-adv", "--total-timesteps", "3"]
+    if "a2c" in call.script.__name__:
+        one = ["--num-envs", "1", "--num-steps", "1", "--total-timesteps", "129"]  # the last log has one iteration
+    assert outcome(call("Plain-v0", *one, "--eval-episodes", "0"))[1]["global_step"] == int(one[-1])
+
+
+def test_a_signal_during_an_evaluation_while_training_saves_at_once(call, monkeypatch):
+    """A2C, whose iteration takes milliseconds, runs one more."""
+    monkeypatch.setattr(call.script, "evaluate", lambda policy, args, device, video, stop: stop.append(signal.SIGINT) or [])
+    with pytest.raises(SystemExit):
+        call("Plain-v0", "--eval-interval", "64", "--total-timesteps", "256")
+    defaults = call.script.Args()
+    step = 64 if "ppo" in call.script.__name__ else 64 + defaults.num_envs * defaults.num_steps
+    assert torch.load(only(only(call.tmp_path)) / "checkpoint.pt", weights_only=True)["global_step"] == step
+
+
+def test_a_compiled_run_plays_without_a_compiler(call, monkeypatch):
+    folder = call("Plain-v0", "--eval-episodes", "1")
+    record = json.loads((folder / "args.json").read_text())
+    (folder / "args.json").write_text(json.dumps({**record, "args": {**record["args"], "compile": True}}))
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert not call.script.parse_args(["--evaluate", str(folder)], call.script.Args()).compile
+    call.script.check_args(call.script.parse_args(["--evaluate", str(folder)], call.script.Args()))

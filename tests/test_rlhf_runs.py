@@ -335,6 +335,8 @@ def test_model_folder_replaces_an_old_one_whole(call, tmp_path):
     call("--iterations", 1, "--save-model", "--run-dir", tmp_path)
     folder = only(tmp_path)
     shutil.copy(folder / "args.json", folder / "model" / "stale.json")
+    (folder / "model.tmp").mkdir()  # of a run that was killed while it saved
+    shutil.copy(folder / "args.json", folder / "model.tmp" / "stale.json")
     call("--resume", folder, "--iterations", 2)
     assert not (folder / "model" / "stale.json").exists() and not (folder / "model.tmp").exists()
 

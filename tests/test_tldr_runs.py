@@ -333,3 +333,16 @@ def test_each_epoch_has_an_order_of_its_own(call, tmp_path, monkeypatch):
     call("--iterations", 10, *none, "--run-dir", tmp_path)
     first, second = ([text for texts in part for text in texts] for part in (seen[:5], seen[5:]))
     assert len(seen) == 10 and sorted(first) == sorted(second) and first != second
+
+
+def test_bfloat16_rounding_is_no_reason_to_refuse_a_model_but_a_lost_mask_is(capsys):
+    torch.manual_seed(0)
+    size = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 12}
+    config = transformers.LlamaConfig(**size, num_attention_heads=4, max_position_embeddings=64, initializer_range=0.3)
+    lm = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    agent = tldr.Agent(lm)
+    tldr.check_lm(tldr.Args(), "policy", lm, lambda tokens, real, **cache: agent.backbone(tokens, real, None, **cache))
+    with pytest.raises(SystemExit):
+        seen = lambda tokens, real, **cache: agent.backbone(tokens, torch.ones_like(real), None, **cache)  # noqa: E731
+        tldr.check_lm(tldr.Args(), "policy", lm, seen)
+    assert "padding on the left changes its numbers" in capsys.readouterr().err
