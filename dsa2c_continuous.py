@@ -497,8 +497,7 @@ def train(args, run):
     weights = flatten_parameters(agent)
     optimizer = torch.optim.RMSprop([weights], lr=args.learning_rate, alpha=args.rmsprop_alpha, eps=args.rmsprop_eps)
     loss_fn = torch.compile(rollout_loss) if args.compile else rollout_loss
-    obs_stats, return_stats = RunningMeanStd((obs_dim,)), RunningMeanStd()
-    recent_returns = deque(maxlen=100)
+    obs_stats, return_stats, recent_returns = RunningMeanStd((obs_dim,)), RunningMeanStd(), deque(maxlen=100)
     if run.checkpoint:
         agent.load_state_dict(run.checkpoint["agent"])
         optimizer.load_state_dict(run.checkpoint["optimizer"])

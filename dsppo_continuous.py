@@ -531,8 +531,7 @@ def train(args, run):
     weights = flatten_parameters(agent)
     optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=args.adam_eps, fused=True)
     loss_fn = torch.compile(minibatch_loss) if args.compile else minibatch_loss
-    obs_stats, return_stats = RunningMeanStd((obs_dim,)), RunningMeanStd()
-    recent_returns = deque(maxlen=100)
+    obs_stats, return_stats, recent_returns = RunningMeanStd((obs_dim,)), RunningMeanStd(), deque(maxlen=100)
     if run.checkpoint:
         agent.load_state_dict(run.checkpoint["agent"])
         optimizer.load_state_dict(run.checkpoint["optimizer"])

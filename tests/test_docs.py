@@ -338,7 +338,8 @@ def test_scores_are_those_of_runs_csv(page):
                         curves.setdefault(identity, []).append((int(row["step"]), float(row[identity])))
         arms = {}
         for row in runs:
-            key = tuple(row.get(name) for name in ("noise", "alpha", "beta", "norm_adv", "num_bins", "reverse_prob", "mean_weight"))
+            names = ("noise", "alpha", "beta", "norm_adv", "num_bins", "reverse_prob", "mean_weight")
+            key = tuple(row.get(name) for name in names)
             arms.setdefault(key, {})[int(row["seed"])] = (float(row["score"]), row["run_id"])
         found = []
         for scores in arms.values():
