@@ -180,8 +180,6 @@ class Args:
     """CPU threads of torch and of the games; 0: all cores"""
 
 
-# Parts of the loss, each with the arguments that weight it
-PARTS = {"policy": ("alpha", "beta"), "value": ("vf_coef",), "entropy": ("ent_coef",)}
 # Random generators beside torch's: each is seeded with [seed, its number, step], so that none disturbs another
 EVALUATION, NOISE, GAMES = 1, 2, 3
 
@@ -368,28 +366,6 @@ def update(agent, square_avgs, learning_rate, loss_fn, args, batch):
     return stats | {"losses/grad_norm": norm, "losses/grad_clipped": (norm > args.max_grad_norm).float()}
 
 
-def grad_shares(agent, args, loss_fn, batch):
-    """The share of each of the PARTS of the loss in its gradient.
-
-    g_i is the gradient of part i, g their sum. The share is <g_i, g> / |g|^2. The shares sum to 1; a part that opposes g
-    has a negative one. batch: the inputs of `loss_fn` after `args`.
-    """
-    parameters = [parameter for parameter in agent.parameters() if parameter.requires_grad]
-    weights = {weight for own in PARTS.values() for weight in own}
-    grads = {}
-    for name, own in PARTS.items():
-        if any(getattr(args, weight) for weight in own):  # else the part has no gradient
-            loss, _ = loss_fn(agent, replace(args, **dict.fromkeys(weights - set(own), 0.0)), *batch)
-            grads[name] = torch.autograd.grad(loss, parameters)
-    total = [sum(parts) for parts in zip(*grads.values(), strict=True)]
-
-    def dot_total(grad):
-        return sum(torch.dot(own.flatten().double(), whole.flatten().double()) for own, whole in zip(grad, total, strict=True))
-
-    square = max(float(dot_total(total)), 1e-300)
-    return {f"losses/grad_share_{name}": float(dot_total(grads[name])) / square if name in grads else 0.0 for name in PARTS}
-
-
 def train(args, run):
     """Acts, learns and logs until `total_timesteps`. `run` keeps the curves, checkpoints and scores (see Operations)."""
     batch_size = args.num_envs * args.num_steps
@@ -496,8 +472,32 @@ def train(args, run):
 
 # === Operations: nothing below changes what is learned ================================================================
 
-# Specific to these environments: the packages that decide a run's numbers, evaluation, loading a policy, checks
+# Specific to these environments: packages that decide the numbers, the gradient's shares, evaluation, loading, checks
 PACKAGES = ("torch", "gymnasium", "ale-py", "numpy")
+# Parts of the loss, each with the arguments that weight it
+PARTS = {"policy": ("alpha", "beta"), "value": ("vf_coef",), "entropy": ("ent_coef",)}
+
+
+def grad_shares(agent, args, loss_fn, batch):
+    """The share of each of the PARTS of the loss in its gradient.
+
+    g_i is the gradient of part i, g their sum. The share is <g_i, g> / |g|^2. The shares sum to 1; a part that opposes g
+    has a negative one. batch: the inputs of `loss_fn` after `args`.
+    """
+    parameters = [parameter for parameter in agent.parameters() if parameter.requires_grad]
+    weights = {weight for own in PARTS.values() for weight in own}
+    grads = {}
+    for name, own in PARTS.items():
+        if any(getattr(args, weight) for weight in own):  # else the part has no gradient
+            loss, _ = loss_fn(agent, replace(args, **dict.fromkeys(weights - set(own), 0.0)), *batch)
+            grads[name] = torch.autograd.grad(loss, parameters)
+    total = [sum(parts) for parts in zip(*grads.values(), strict=True)]
+
+    def dot_total(grad):
+        return sum(torch.dot(own.flatten().double(), whole.flatten().double()) for own, whole in zip(grad, total, strict=True))
+
+    square = max(float(dot_total(total)), 1e-300)
+    return {f"losses/grad_share_{name}": float(dot_total(grads[name])) / square if name in grads else 0.0 for name in PARTS}
 
 
 def evaluate(agent, args, device, video_path=None, stop=()):

@@ -258,8 +258,6 @@ OFFLINE = Args(
 )
 TASK = "imdb"  # in the names of assets and run folders
 EPISODES = "eval_episodes"  # the argument for the number of texts that are scored before and after training
-# Parts of the loss, each with the arguments that weight it
-PARTS = {"policy": ("alpha", "beta"), "value": ("vf_coef",), "entropy": ("ent_coef",), "reference": ("reference_nll_coef",)}
 # Generators beside torch's own, so that none disturbs another: each is seeded with [seed, its number, ...]
 EVALUATION, SPLIT, ORDER, SAMPLES, MINIBATCHES = 1, 2, 3, 4, 5
 PAD = -1  # fills batches of token ids: no vocabulary has it, so it is never taken for EOS, nor sampled
@@ -500,15 +498,9 @@ def compute_gae(rewards, values, dones, next_values, gamma, gae_lambda):
     return advantages, advantages + values
 
 
-def masked_mean(x: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """Mean of x where `real`, both of one shape."""
-    return (x * real).sum() / real.sum()
-
-
 def whiten(x: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """x with mean 0 and variance 1 over its entries where `real`; 0 elsewhere."""
-    mean = masked_mean(x, real)
-    variance = masked_mean((x - mean) ** 2, real)
+    variance, mean = torch.var_mean(x[real], correction=0)
     return (x - mean) * (variance + 1e-8).rsqrt() * real
 
 
@@ -563,42 +555,6 @@ def advantages_and_returns(batch: dict, args: Args) -> tuple[torch.Tensor, torch
     return advantages.T * real, returns.T * real
 
 
-def grad_shares(agent, args, loss_fn, batch):
-    """The share of each of the PARTS of the loss in its gradient.
-
-    g_i is the gradient of part i, g their sum. The share is <g_i, g> / |g|^2. The shares sum to 1; a part that opposes g
-    has a negative one. batch: the inputs of `loss_fn` after `args`.
-    """
-    parameters = [parameter for parameter in agent.parameters() if parameter.requires_grad]
-    weights = {weight for own in PARTS.values() for weight in own}
-    grads = {}
-    for name, own in PARTS.items():
-        if any(getattr(args, weight) for weight in own):  # else the part has no gradient
-            loss, _ = loss_fn(agent, replace(args, **dict.fromkeys(weights - set(own), 0.0)), *batch)
-            grads[name] = torch.autograd.grad(loss, parameters)
-    total = [sum(parts) for parts in zip(*grads.values(), strict=True)]
-
-    def dot_total(grad):
-        return sum(torch.dot(own.flatten().double(), whole.flatten().double()) for own, whole in zip(grad, total, strict=True))
-
-    square = max(float(dot_total(total)), 1e-300)
-    return {f"losses/grad_share_{name}": float(dot_total(grads[name])) / square if name in grads else 0.0 for name in PARTS}
-
-
-def sum_over_processes(accelerator: Accelerator, tensors: list[torch.Tensor]) -> None:
-    """Sums each tensor over all processes, in place, in buckets of up to 16 million numbers."""
-    while tensors:
-        bucket = [tensors[0]]
-        for tensor in tensors[1:]:
-            if sum(other.numel() for other in bucket) + tensor.numel() > 2**24:
-                break
-            bucket.append(tensor)
-        total = accelerator.reduce(torch.cat([tensor.flatten() for tensor in bucket]), "sum")
-        for tensor, part in zip(bucket, total.split([tensor.numel() for tensor in bucket]), strict=True):
-            tensor.copy_(part.view_as(tensor))
-        tensors = tensors[len(bucket) :]
-
-
 def update(agent, optimizer, accelerator, args, batch: tuple[torch.Tensor, ...], iteration: int) -> dict[str, float]:
     """`update_epochs` passes over the rollout in shuffled minibatches of trajectories; the mean of each statistic.
 
@@ -628,7 +584,8 @@ def update(agent, optimizer, accelerator, args, batch: tuple[torch.Tensor, ...],
                     sums[name] += value
             names, sums = list(sums), torch.stack(list(sums.values()))
             if accelerator.num_processes > 1:
-                sum_over_processes(accelerator, [sums, *(parameter.grad for parameter in parameters)])
+                for tensor in (sums, *(parameter.grad for parameter in parameters)):
+                    torch.distributed.all_reduce(tensor)  # in place
             norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             collected.append(torch.cat([sums, torch.stack([norm, (norm > args.max_grad_norm).float()])]))
@@ -676,7 +633,7 @@ def train(args, run, texts, tokenizer, agent, reference, reward):
         stats["time/update"] = time.perf_counter() - learning
         stats |= {f"objective/{name}": value for name, value in describe(batch, tokenizer.eos_token_id, args).items()}
         stats["losses/explained_variance"] = (1 - (returns - batch["values"])[real].var() / returns[real].var()).item()
-        stats["charts/adv_sign_change"] = masked_mean((raw_advantages.sign() != advantages.sign()).float(), real).item()
+        stats["charts/adv_sign_change"] = (raw_advantages.sign() != advantages.sign())[real].float().mean().item()
         stats["charts/learning_rate"] = args.learning_rate
         stats["charts/SPS"] = real.sum().item() / seconds  # a step is a token
         run.log(iteration, stats, seconds)
@@ -693,9 +650,33 @@ def train(args, run, texts, tokenizer, agent, reference, reward):
 
 # === Operations: nothing below changes what is learned ================================================================
 
-# Specific to this task: what decides a run's numbers, what may be Hub ids, evaluation, loading, saving, checks
+# Specific to this task: packages that decide the numbers, Hub ids, the gradient's shares, evaluation, loading, saving, checks
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "peft", "datasets", "numpy")
 SOURCES = ("policy", "tokenizer", "reward_model", "dataset")
+# Parts of the loss, each with the arguments that weight it
+PARTS = {"policy": ("alpha", "beta"), "value": ("vf_coef",), "entropy": ("ent_coef",), "reference": ("reference_nll_coef",)}
+
+
+def grad_shares(agent, args, loss_fn, batch):
+    """The share of each of the PARTS of the loss in its gradient.
+
+    g_i is the gradient of part i, g their sum. The share is <g_i, g> / |g|^2. The shares sum to 1; a part that opposes g
+    has a negative one. batch: the inputs of `loss_fn` after `args`.
+    """
+    parameters = [parameter for parameter in agent.parameters() if parameter.requires_grad]
+    weights = {weight for own in PARTS.values() for weight in own}
+    grads = {}
+    for name, own in PARTS.items():
+        if any(getattr(args, weight) for weight in own):  # else the part has no gradient
+            loss, _ = loss_fn(agent, replace(args, **dict.fromkeys(weights - set(own), 0.0)), *batch)
+            grads[name] = torch.autograd.grad(loss, parameters)
+    total = [sum(parts) for parts in zip(*grads.values(), strict=True)]
+
+    def dot_total(grad):
+        return sum(torch.dot(own.flatten().double(), whole.flatten().double()) for own, whole in zip(grad, total, strict=True))
+
+    square = max(float(dot_total(total)), 1e-300)
+    return {f"losses/grad_share_{name}": float(dot_total(grads[name])) / square if name in grads else 0.0 for name in PARTS}
 
 
 def describe(batch: dict, eos: int, args: Args) -> dict[str, float]:
@@ -1221,7 +1202,8 @@ def prepare_hub(args: Args, *names: str) -> None:
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")  # between peft and transformers
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # else transformers asks a conversion service to open a pull request
     offline = args.offline or huggingface_hub.constants.HF_HUB_OFFLINE
-    if not offline and not all(Path(getattr(args, name)).exists() for name in names):
+    sources = [getattr(args, name) for name in names if getattr(args, name) is not None]
+    if not offline and not all(Path(source).exists() for source in sources):
         try:
             urlopen(Request(huggingface_hub.constants.ENDPOINT, method="HEAD"), timeout=5).close()
         except HTTPError:

@@ -143,6 +143,8 @@ class Args:
     """causal language model to which the reward adapter belongs: Hub id or folder; not loaded twice if it is the policy"""
     reward_adapter: str = "jdchang/tldr_rm_adapter"
     """LoRA adapter in peft's format with a head `score`, for reward_base: Hub id or folder"""
+    reward_model: Name | None = None
+    """a whole reward model, in place of reward_base and reward_adapter: a sequence classifier of one label, Hub id or folder"""
     reward_text: str = "<|startoftext|>{text}<|endoftext|>"
     """what the reward model reads; {text} is prompt and summary"""
     reward_max_length: PositiveInt = 550
@@ -551,15 +553,9 @@ def compute_gae(rewards, values, dones, next_values, gamma, gae_lambda):
     return advantages, advantages + values
 
 
-def masked_mean(x: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """Mean of x where `real`, both of one shape."""
-    return (x * real).sum() / real.sum()
-
-
 def whiten(x: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """x with mean 0 and variance 1 over its entries where `real`; 0 elsewhere."""
-    mean = masked_mean(x, real)
-    variance = masked_mean((x - mean) ** 2, real)
+    variance, mean = torch.var_mean(x[real], correction=0)
     return (x - mean) * (variance + 1e-8).rsqrt() * real
 
 
@@ -619,20 +615,6 @@ def advantages_and_returns(batch: dict, args: Args) -> tuple[torch.Tensor, torch
     return advantages.T * real, returns.T * real
 
 
-def sum_over_processes(accelerator: Accelerator, tensors: list[torch.Tensor]) -> None:
-    """Sums each tensor over all processes, in place, in buckets of up to 16 million numbers."""
-    while tensors:
-        bucket = [tensors[0]]
-        for tensor in tensors[1:]:
-            if sum(other.numel() for other in bucket) + tensor.numel() > 2**24:
-                break
-            bucket.append(tensor)
-        total = accelerator.reduce(torch.cat([tensor.flatten() for tensor in bucket]), "sum")
-        for tensor, part in zip(bucket, total.split([tensor.numel() for tensor in bucket]), strict=True):
-            tensor.copy_(part.view_as(tensor))
-        tensors = tensors[len(bucket) :]
-
-
 def update(agent, optimizer, accelerator, args, batch: dict[str, torch.Tensor], iteration: int) -> dict[str, float]:
     """`update_epochs` passes over the rollout in shuffled minibatches of trajectories; the mean of each statistic.
 
@@ -672,7 +654,8 @@ def update(agent, optimizer, accelerator, args, batch: dict[str, torch.Tensor], 
                     sums[name] += value
             names, totals = list(sums), torch.stack(list(sums.values()))
             if accelerator.num_processes > 1:
-                sum_over_processes(accelerator, [totals, *(parameter.grad for parameter in parameters)])
+                for tensor in (totals, *(parameter.grad for parameter in parameters)):
+                    torch.distributed.all_reduce(tensor)  # in place
             policy_norm = torch.stack([parameter.grad.norm() for parameter in policy_parameters]).norm()
             norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
@@ -723,7 +706,7 @@ def train(args, run, posts, tokenizer, agent, reward):
         stats["time/update"] = time.perf_counter() - learning
         stats |= {f"objective/{name}": value for name, value in describe(batch, tokenizer.eos_token_id, args).items()}
         stats["losses/explained_variance"] = (1 - (returns - batch["values"])[real].var() / returns[real].var()).item()
-        stats["charts/adv_sign_change"] = masked_mean((raw_advantages.sign() != advantages.sign()).float(), real).item()
+        stats["charts/adv_sign_change"] = (raw_advantages.sign() != advantages.sign())[real].float().mean().item()
         stats["charts/learning_rate"] = args.learning_rate
         stats["charts/SPS"] = real.sum().item() / seconds  # a step is a token
         run.log(iteration, stats, seconds)
@@ -740,9 +723,9 @@ def train(args, run, posts, tokenizer, agent, reward):
 
 # === Operations: nothing below changes what is learned ================================================================
 
-# Specific to this task: what decides a run's numbers, what may be Hub ids, evaluation, loading, saving, checks
+# Specific to this task: packages that decide the numbers, Hub ids, evaluation, loading, saving, checks
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "peft", "datasets", "rouge-score", "numpy")
-SOURCES = ("policy", "tokenizer", "reward_base", "reward_adapter", "dataset")
+SOURCES = ("policy", "tokenizer", "reward_base", "reward_adapter", "reward_model", "dataset")
 
 
 def describe(batch: dict, eos: int, args: Args) -> dict[str, float]:
@@ -831,9 +814,10 @@ def evaluate_texts(prompts, posts, models, args, accelerator):
 
 
 def load_lm(args: Args, name: str, device: torch.device) -> transformers.PreTrainedModel:
-    """Loads the argument `name`, a causal language model, frozen: safetensors with all weights, without remote code."""
+    """Loads the argument `name`, frozen: a causal language model, or the whole reward model. Safetensors, no remote code."""
     source, options = getattr(args, name), {"local_files_only": args.offline, "trust_remote_code": False}
-    dtype, loader = getattr(torch, args.dtype), transformers.AutoModelForCausalLM
+    dtype, whole_reward = getattr(torch, args.dtype), name == "reward_model"
+    loader = transformers.AutoModelForSequenceClassification if whole_reward else transformers.AutoModelForCausalLM
     try:
         if is_adapter(args, name):
             raise ValueError("an adapter; merge it into its base first, with peft's merge_and_unload")
@@ -842,7 +826,7 @@ def load_lm(args: Args, name: str, device: torch.device) -> transformers.PreTrai
             if "drop" in setting and isinstance(value, float):
                 setattr(config, setting, 0.0)  # dropout of the base, also where updates switch LoRA's on
         options |= {"config": config, "dtype": dtype, "use_safetensors": None if args.allow_pickle else True}
-        if args.load_in_4bit:
+        if args.load_in_4bit and not whole_reward:
             options["quantization_config"] = transformers.BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
             )
@@ -851,23 +835,47 @@ def load_lm(args: Args, name: str, device: torch.device) -> transformers.PreTrai
     except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, ...
         cannot_load(args, name, error, "a Hub id or a folder that can be loaded", loader)
     check_weights(args, name, info)
-    lm = lm if args.load_in_4bit else lm.to(device)
+    lm = lm.to(device) if "device_map" not in options else lm
     return lm.requires_grad_(False).eval()
 
 
+def use_own_head(args: Args, model: "Agent") -> None:
+    """Makes the head of a whole reward model the head `reward`. Refuses a model that padding on the left would change."""
+    lm, reason = model.lm, ""
+    head = getattr(lm, "score", None)
+    one_label = isinstance(head, nn.Linear) and head.out_features == 1
+    require(args, "reward_model", one_label, "a causal model with a head `score` of one label, which is its reward")
+    model.heads["reward"], model.active = head.float(), "reward"
+    short, long = (torch.arange(length, device=lm.device) * 7919 % lm.config.vocab_size for length in (5, 9))
+    batch = torch.stack([F.pad(short, (4, 0), value=PAD), long])
+    try:
+        with torch.no_grad():
+            alone = torch.cat([lm.base_model(ids[None]).last_hidden_state[:, -1] for ids in (short, long)]).float()
+            padded = model.backbone(batch, batch != PAD, "reward").last_hidden_state[:, -1].float()
+        if not (padded - alone).norm() <= alone.norm() * (0.02 if lm.dtype == torch.float32 else 0.2):  # room for rounding
+            reason = "padding on the left changes its numbers"
+    except Exception as error:  # arguments that it does not take, shapes, ...
+        reason = one_line(error)
+    require(args, "reward_model", not reason, f"a causal model that takes padding and positions ({reason})")
+
+
 def load_reward(args: Args, agent: "Agent", tokenizer, device: torch.device) -> "Agent":
-    """The model whose adapter `reward` and head score texts: the agent itself, if both have one base, or another one."""
-    same = args.reward_base == args.policy or Path(args.reward_base).resolve() == Path(args.policy).resolve()
-    if same:
+    """The model whose head `reward` scores texts: the agent itself with an adapter, if both have one base, or another one."""
+    name = "reward_model" if args.reward_model else "reward_base"
+    source = getattr(args, name)
+    if name == "reward_base" and (source == args.policy or Path(source).resolve() == Path(args.policy).resolve()):
         context = agent.lm.config.max_position_embeddings
         require(args, "reward_max_length", args.reward_max_length <= context, f"{context}, the policy's context, or less")
         model = agent
     else:
-        lm = load_lm(args, "reward_base", device)
+        lm = load_lm(args, name, device)
         wanted = f"a model with {args.reward_max_length} positions or more (--reward-max-length) and {len(tokenizer)} tokens"
         fits = getattr(lm.config, "max_position_embeddings", 0) >= args.reward_max_length
-        require(args, "reward_base", fits and lm.config.vocab_size >= len(tokenizer), wanted)
+        require(args, name, fits and lm.config.vocab_size >= len(tokenizer), wanted)
         model = Agent(lm, with_lm_head=False).to(device)
+        if args.reward_model:
+            use_own_head(args, model)
+            return model
         check_lm(args, "reward_base", lm, lambda *tokens, **cache: model.backbone(*tokens, None, **cache))
     try:
         config = LoraConfig.from_pretrained(args.reward_adapter, local_files_only=args.offline)
@@ -1294,7 +1302,8 @@ def prepare_hub(args: Args, *names: str) -> None:
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")  # between peft and transformers
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # else transformers asks a conversion service to open a pull request
     offline = args.offline or huggingface_hub.constants.HF_HUB_OFFLINE
-    if not offline and not all(Path(getattr(args, name)).exists() for name in names):
+    sources = [getattr(args, name) for name in names if getattr(args, name) is not None]
+    if not offline and not all(Path(source).exists() for source in sources):
         try:
             urlopen(Request(huggingface_hub.constants.ENDPOINT, method="HEAD"), timeout=5).close()
         except HTTPError:

@@ -188,8 +188,9 @@ def test_defaults_of_the_tldr_script_are_the_papers():
     assert {f"lora_{name}": value for name, value in lora.items()} == {
         name: args[name] for name in args if name[:5] == "lora_" and name != "lora_target_modules"
     }
-    assert {name for name in settings if name not in args} == {"prompt", "metrics", "reward_model"}  # prose
-    assert settings["reward_model"] == f"{args['reward_base']} + adapter {args['reward_adapter']}"
+    assert {name for name in settings if name not in args} == {"prompt", "metrics"}  # prose
+    assert settings.pop("reward_model") == f"{args['reward_base']} + adapter {args['reward_adapter']}"
+    assert args["reward_model"] is None  # a whole one would take their place
     assert settings.pop("reward_text").startswith(args["reward_text"].replace("{text}", "{prompt and summary}"))
     for name in settings.keys() & args.keys():
         assert args[name] == settings[name], name

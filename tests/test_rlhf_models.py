@@ -347,6 +347,68 @@ def test_a_classifier_without_its_tokenizers_files_is_refused(assets, tmp_path, 
     assert "this tokenizer tells no words apart" in err
 
 
+# --- whole reward models of TL;DR -------------------------------------------------------------------------------------
+
+
+def reward_models():
+    """Sequence classifiers of one label, as TRL's RewardTrainer saves them."""
+    spread, causal = {"max_position_embeddings": 64, "initializer_range": 0.3, "num_labels": 1}, transformers
+    small = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.3, "num_labels": 1}
+    return {
+        "gpt2": lambda: causal.GPT2ForSequenceClassification(causal.GPT2Config(vocab_size=V, **small)),
+        "gptj": lambda: causal.GPTJForSequenceClassification(causal.GPTJConfig(vocab_size=V, rotary_dim=8, **small)),
+        "llama": lambda: causal.LlamaForSequenceClassification(causal.LlamaConfig(**SIZE, **spread)),
+        "neox": lambda: causal.GPTNeoXForSequenceClassification(causal.GPTNeoXConfig(**SIZE, **spread)),
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", reward_models())
+def test_a_whole_reward_model_scores_as_by_itself(family, dtype, assets, tmp_path):
+    """Texts of several lengths in one batch against transformers' own classifier, which reads each alone."""
+    torch.manual_seed(0)
+    folder = save(reward_models()[family](), tmp_path / family)
+    args = tldr_args(assets, reward_model=folder, dtype=dtype, reward_text="{text}<|endoftext|>")
+    _, agent, reward = tldr.load_models(args, CPU)
+    assert reward is not agent and not any(parameter.requires_grad for parameter in reward.parameters())
+    texts = ["a great film", "an awful movie with a terrible plot and a worse end", "good"]
+    with torch.no_grad():
+        scores = tldr.score(texts, reward, TOKENIZER, args)
+        whole = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        alone = [whole(TOKENIZER(text + "<|endoftext|>", return_tensors="pt").input_ids).logits.item() for text in texts]
+    assert np.std(alone) > 0.05
+    assert scores.tolist() == pytest.approx(alone, abs=1e-4 if dtype == "float32" else 0.5 * np.std(alone))
+
+
+def test_reward_models_that_would_score_wrongly_are_refused(assets, tmp_path, capsys):
+    torch.manual_seed(0)
+    config = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": V}
+    two = save(transformers.GPT2ForSequenceClassification(transformers.GPT2Config(**config, num_labels=2)), tmp_path / "two")
+    err = refused(capsys, load, tldr, assets, reward_model=two)
+    assert f"--reward-model {two}: expected a causal model with a head `score` of one label, which is its reward" in err
+    bert = transformers.BertConfig(vocab_size=V, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_labels=1)
+    bert = save(transformers.BertForSequenceClassification(bert), tmp_path / "bert")
+    assert "expected a causal model with a head `score`" in refused(capsys, load, tldr, assets, reward_model=bert)
+    err = refused(capsys, load, tldr, assets, reward_model=str(assets / "policy"))
+    assert "expected a model with all its weights; score.weight are missing" in err
+    config = transformers.GPT2Config(**{**config, "n_positions": 39}, num_labels=1)
+    short = save(transformers.GPT2ForSequenceClassification(config), tmp_path / "short")
+    err = refused(capsys, load, tldr, assets, reward_model=short)
+    assert f"--reward-model {short}: expected a model with 40 positions or more (--reward-max-length)" in err
+
+
+def test_a_whole_reward_model_that_padding_changes_is_refused(assets, tmp_path, capsys, monkeypatch):
+    """As a model would that counts positions from the padding."""
+    torch.manual_seed(0)
+    args = tldr_args(assets, reward_model=save(reward_models()["gpt2"](), tmp_path / "gpt2"))
+    lm = tldr.load_lm(args, "reward_model", CPU)
+    tldr.use_own_head(args, tldr.Agent(lm, with_lm_head=False))
+    forward = lm.transformer.forward
+    monkeypatch.setattr(lm.transformer, "forward", lambda *own, position_ids=None, **rest: forward(*own, **rest))
+    err = refused(capsys, tldr.use_own_head, args, tldr.Agent(lm, with_lm_head=False))
+    assert "expected a causal model that takes padding and positions (padding on the left changes its numbers)" in err
+
+
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
