@@ -251,7 +251,8 @@ class Args:
     checkpoint_interval: PositiveInt = 10
     """save a checkpoint every this many iterations"""
     save_model: bool = False
-    """write adapters/ for peft, and, unless in 4 bits, model/ for from_pretrained: the policy merged, rounded to dtype"""
+    """write adapters/ for peft, and, unless in 4 bits, model/ for from_pretrained: the policy merged, rounded to dtype; with
+    --evaluate: those of the checkpoint"""
     cuda: bool = True
     """use a GPU if there is one"""
     reward_batch_size: PositiveInt = 16
@@ -1526,11 +1527,11 @@ HINTS = {
     "eval-steps": "eval-interval",
 }
 LENGTH = "iterations"  # the argument for the length of a run
-TRAINING_ONLY = ("track",)  # switches of a run that --evaluate does not take over
+TRAINING_ONLY = ("track", "save_model")  # switches of a run that --evaluate does not take over
 # what may change with --resume, and with --evaluate
 RESUMABLE = "iterations track wandb_project_name wandb_entity wandb_group wandb_tags eval_interval checkpoint_interval"
 RESUMABLE = [*RESUMABLE.split(), "save_model", "reward_batch_size", "num_threads", "cuda", *SOURCES]  # files may have moved
-EVALUABLE = ["prompts", EPISODES, "reward_batch_size", "num_threads", "cuda", *SOURCES]
+EVALUABLE = ["prompts", EPISODES, "save_model", "reward_batch_size", "num_threads", "cuda", *SOURCES]
 
 
 def say(line):
@@ -1695,7 +1696,7 @@ def has_finished(args):
 
 
 def evaluate_run(args, accelerator):
-    """--evaluate: prints what the policy of a finished or stopped run writes, as JSON lines. Writes no file."""
+    """--evaluate: prints what the policy of a finished or stopped run writes, as JSON lines. --save-model: saves it, too."""
     folder = Path(args.evaluate).resolve()
     if not (folder / "checkpoint.pt").exists():
         fail(f"--evaluate {args.evaluate}: has no checkpoint yet")
@@ -1711,6 +1712,8 @@ def evaluate_run(args, accelerator):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
     print(f"{SCRIPT}: {numbers}; {len(samples)} texts, iteration {checkpoint['iteration']}", file=sys.stderr)
+    if args.save_model:
+        save_policy(folder, models[1], models[0], args)
 
 
 def main(args):
@@ -1718,7 +1721,7 @@ def main(args):
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     if args.cuda and torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("high")  # TF32 on GPUs: factors of 11 bits, sums in float32; so are the logits
     accelerator = Accelerator(cpu=not (args.cuda and torch.cuda.is_available()))
     finished = args.resume and has_finished(args)
     accelerator.wait_for_everyone()  # until every process has looked for result.json

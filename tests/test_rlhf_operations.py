@@ -138,6 +138,26 @@ def test_prompts_are_lines_and_are_printed_as_given(task, call, capsys, tmp_path
     assert "line 2: expected an object in braces" in line
 
 
+def test_evaluate_saves_the_model_of_the_checkpoint(task, call, capsys, tmp_path):
+    """A run that was stopped can be exported: the files are those that the run itself writes; nothing else is touched."""
+    *_, finished = task
+    own, exported = (shutil.copytree(finished, tmp_path / name) for name in ("own", "exported"))
+    (own / "result.json").unlink()
+    call("--resume", own, "--save-model")
+    before = contents(exported)
+    capsys.readouterr()
+    call("--evaluate", exported, "--save-model")
+    assert capsys.readouterr().out.count("\n") == 8
+    new = {path.relative_to(exported): text for path, text in contents(exported).items() if path not in before}
+    assert before.items() <= contents(exported).items() and any(path.match("model/model.safetensors") for path in new)
+    assert new == {path: (own / path).read_bytes() for path in new}
+    assert {path.parts[0] for path in new} == {path.name for path in own.iterdir() if path.name in ("model", "adapters")}
+    assert json.loads((own / "args.json").read_text())["args"]["save_model"]
+    shutil.rmtree(own / "model")
+    call("--evaluate", own)  # saves only if it is told to itself
+    assert not (own / "model").exists()
+
+
 def test_evaluate_of_a_tracked_run_needs_no_login(task, call, capsys, tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     *_, finished = task
