@@ -1239,8 +1239,17 @@ class Run:
         if self.leads:
             for key, value in result.items():
                 self.writer.add_scalar(f"{name}/{key}", value, self.texts(iterations))
+            self.show(f"{name}/samples", [list(samples[0]), *(list(sample.values()) for sample in samples[:20])], iterations)
         # JSON has no infinity, which a perplexity can be
         return {key: value if math.isfinite(value) else None for key, value in result.items()}, samples
+
+    def show(self, name, table, iterations):
+        """A table, its header first, as a text in TensorBoard and as a table in W&B."""
+        rows = ["| " + " | ".join(re.sub(r"[\n|]", " ", str(cell)) for cell in row) + " |" for row in table]
+        text = "\n".join([rows[0], "|---" * len(table[0]) + "|", *rows[1:]])
+        self.writer.add_text(name, text, self.texts(iterations))
+        if self.args.track:
+            self.wandb.log({name: self.wandb.Table(columns=table[0], data=table[1:])})
 
     def exit_stopped(self, iterations):
         """After a signal: prints how to resume."""
@@ -1255,11 +1264,8 @@ class Run:
         if not self.leads:
             return
         (before, samples_before), (after, samples) = self.before, after
-        table = save_samples(self.folder, samples_before, samples) if samples else None
-        if table:
-            rows = ["| " + " | ".join(re.sub(r"[\n|]", " ", str(cell)) for cell in row) + " |" for row in table]
-            text = "\n".join([rows[0], "|---" * len(table[0]) + "|", *rows[1:]])
-            self.writer.add_text("samples", text, self.texts(self.args.iterations))
+        if samples:
+            self.show("samples", save_samples(self.folder, samples_before, samples), self.args.iterations)
         if self.args.save_model:
             save_policy(self.folder, agent, tokenizer, self.args)
         result = {
@@ -1273,8 +1279,6 @@ class Run:
         }
         write_json(self.folder / "result.json", result)
         if self.args.track:
-            if table:
-                self.wandb.log({"samples": self.wandb.Table(columns=table[0], data=table[1:])})
             self.wandb.summary.update({name: result[name] for name in ("score", "score_stderr", "seconds")})
         self.close()
         score = f"score {before['score']:.3f} before, {after['score']:.3f} after" if after else "not evaluated"

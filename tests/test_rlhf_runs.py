@@ -92,6 +92,10 @@ def test_a_run_leaves_what_the_readme_says(assets, tmp_path):
     events = [event for path in folder.glob("events*") for event in EventFileLoader(str(path)).Load()]
     texts = [value for event in events for value in event.summary.value if value.tag.startswith("samples")]
     assert samples[0]["prompt"].encode() in texts[0].tensor.string_val[0]
+    evaluated = [event for event in events for value in event.summary.value if value.tag.startswith("eval/samples")]
+    assert [event.step for event in evaluated] == [0, 16, 32]
+    texts = [event.summary.value[0].tensor.string_val[0].decode() for event in evaluated]
+    assert samples[0]["response_before"] in texts[0] and samples[0]["response"] in texts[2]
 
     lm = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
@@ -104,8 +108,14 @@ def test_a_run_leaves_what_the_readme_says(assets, tmp_path):
     assert config["beta"] == 0.4 and config["versions"] == saved["versions"]
     points = [(row["global_step"], row["objective/scores"]) for row in history if "objective/scores" in row]
     assert points == [(step, pytest.approx(value)) for step, value in logged["objective/scores"]]
-    tables = list(tmp_path.glob("wandb/offline-run-*/files/media/table/*.json"))
-    assert json.loads(tables[0].read_text())["data"][0][0] == samples[0]["prompt"]
+    media = only(tmp_path, "wandb/offline-run-*/files/media/table")
+    (table,) = media.glob("samples_*.json")
+    assert json.loads(table.read_text())["data"][0][0] == samples[0]["prompt"]
+    tables = [
+        json.loads(path.read_text()) for path in tmp_path.glob("wandb/offline-run-*/files/media/table/eval/samples_*.json")
+    ]
+    written = [dict(zip(table["columns"], table["data"][0], strict=True))["response"] for table in tables]
+    assert len(tables) == 3 and {samples[0]["response_before"], samples[0]["response"]} <= {*written}
 
 
 def test_a_resumed_run_goes_on_to_the_bit(call, tmp_path):
