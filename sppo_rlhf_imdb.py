@@ -531,11 +531,12 @@ def rollout(agent, reference, reward, tokenizer, prompts, uniforms, args, accele
     logprobs, ref_logprobs, values = (torch.zeros(responses.shape, device=tokens.device) for _ in range(3))
     part_size = max(1, args.minibatch_size // accelerator.num_processes // args.gradient_accumulation)
     with torch.no_grad():
-        for rows in torch.arange(share, device=tokens.device).split(part_size):
-            into = torch.zeros_like(real).index_fill_(0, rows, True) & real
-            logprobs[into], values[into], _ = agent(tokens[rows], prompts.shape[1], args.temperature)
+        for start in range(0, share, part_size):
+            rows = slice(start, start + part_size)
+            into = real[rows]
+            logprobs[rows][into], values[rows][into], _ = agent(tokens[rows], prompts.shape[1], args.temperature)
             with agent.lm.disable_adapter() if reference is agent else contextlib.nullcontext():
-                ref_logprobs[into] = reference(tokens[rows], prompts.shape[1], args.temperature)[0]
+                ref_logprobs[rows][into] = reference(tokens[rows], prompts.shape[1], args.temperature)[0]
     batch = {"tokens": tokens, "logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values, "scores": scores}
     batch["empty"] = torch.tensor([float(not text.strip()) for text in decode(responses, tokenizer)], device=tokens.device)
     batch = {name: accelerator.gather(tensor) for name, tensor in batch.items()}

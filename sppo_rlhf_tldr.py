@@ -595,8 +595,9 @@ def rollout(agent, reward, tokenizer, prompts, uniforms, args, accelerator) -> t
     )
     with torch.no_grad():
         for result, compute in passes:
-            for rows in torch.arange(share, device=tokens.device).split(part_size):
-                result[torch.zeros_like(real).index_fill_(0, rows, True) & real] = compute(tokens[rows])
+            for start in range(0, share, part_size):
+                rows = slice(start, start + part_size)
+                result[rows][real[rows]] = compute(tokens[rows])
     batch = {"tokens": tokens, "logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values, "scores": scores}
     batch["empty"] = torch.tensor([float(not text.strip()) for text in decode(responses, tokenizer)], device=tokens.device)
     batch = {name: accelerator.gather(tensor) for name, tensor in batch.items()}
