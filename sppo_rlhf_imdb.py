@@ -50,6 +50,7 @@ What differs from the paper and its released code:
 #     "numpy==2.4.6",
 #     "tyro==1.0.17",
 #     "pydantic==2.14.4",
+#     "safetensors==0.8.0",
 #     "filelock==4.2.12",
 #     "tensorboard==2.21.0",
 #     "wandb==0.31.0",
@@ -98,6 +99,7 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -1029,13 +1031,7 @@ class Run:
             self.checkpoint = load_checkpoint(folder, "--resume")
 
     def lock(self):
-        """Only one job may train a run. The operating system releases the lock of a process that is killed."""
-        lock = FileLock(self.folder / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            fail(f"--resume {self.args.resume}: another process is training this run")
-        self.cleanup.callback(lock.release)
+        self.cleanup.callback(lock_run(self.folder, f"--resume {self.args.resume}").release)
 
     def track(self):
         """Starts the W&B run, or continues it. W&B logs what TensorBoard gets."""
@@ -1149,7 +1145,7 @@ class Run:
         text = "\n".join([rows[0], "|---" * len(table[0]) + "|", *rows[1:]])
         self.writer.add_text(name, text, self.texts(iterations))
         if self.args.track:
-            self.wandb.log({name: self.wandb.Table(columns=table[0], data=table[1:])})
+            self.wandb.log({name: self.wandb.Table(columns=table[0], data=table[1:]), "global_step": self.texts(iterations)})
 
     def exit_stopped(self, iterations):
         """After a signal: prints how to resume."""
@@ -1363,6 +1359,16 @@ def git_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def lock_run(folder, argument):
+    """Only one job may write to a run. The operating system releases the lock of a process that is killed."""
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        fail(f"{argument}: another process is training this run")
+    return lock
 
 
 def load_checkpoint(folder, argument):
@@ -1593,9 +1599,10 @@ def keep_freed_memory():
 def has_finished(args):
     """Whether the run to resume has nothing left to do."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        done = json.loads(Path(args.resume, "result.json").read_text())["global_step"] // args.trajectories_per_update
-        saved = Path(args.resume, "model").exists() or Path(args.resume, "adapters").exists()
-        return done >= args.iterations and (saved or not args.save_model)
+        result = json.loads(Path(args.resume, "result.json").read_text())
+        # a folder model/ alone may be an earlier checkpoint's, written by --evaluate
+        saved = result["args"]["save_model"] and (Path(args.resume, "model").exists() or Path(args.resume, "adapters").exists())
+        return result["global_step"] // args.trajectories_per_update >= args.iterations and (saved or not args.save_model)
     return False
 
 
@@ -1605,6 +1612,11 @@ def evaluate_run(args, accelerator):
     if not (folder / "checkpoint.pt").exists():
         fail(f"--evaluate {args.evaluate}: has no checkpoint yet")
     checkpoint = load_checkpoint(folder, "--evaluate")
+    if args.save_model:
+        try:
+            lock = lock_run(folder, f"--evaluate {args.evaluate}")
+        except OSError as error:  # a folder that this user cannot write to
+            fail(f"--evaluate {args.evaluate}: {error.strerror}; expected a folder that --save-model can write to")
     prompts = read_prompts(args) if args.prompts else None
     texts = None if prompts else load_texts(args)
     models = load_models(args, accelerator.device)
@@ -1617,7 +1629,12 @@ def evaluate_run(args, accelerator):
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
     print(f"{SCRIPT}: {numbers}; {len(samples)} texts, iteration {checkpoint['iteration']}", file=sys.stderr)
     if args.save_model:
-        save_policy(folder, models[1], models[0], args)
+        try:
+            save_policy(folder, models[1], models[0], args)
+        except (OSError, SafetensorError) as error:
+            fail(f"--evaluate {args.evaluate}: the model could not be saved ({one_line(error)})")
+        lock.release()
+        print(f"{SCRIPT}: saved the model of iteration {checkpoint['iteration']} in {folder}", file=sys.stderr)
 
 
 def main(args):
@@ -1625,7 +1642,7 @@ def main(args):
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     if args.cuda and torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")  # TF32 on GPUs: factors of 11 bits, sums in float32; so are the logits
+        torch.set_float32_matmul_precision("high")  # TF32: factors of 11 bits, float32 sums, for the logits, too
     accelerator = Accelerator(cpu=not (args.cuda and torch.cuda.is_available()))
     finished = args.resume and has_finished(args)
     accelerator.wait_for_everyone()  # until every process has looked for result.json
@@ -1642,10 +1659,11 @@ def main(args):
     try:
         with run.cleanup:
             train(args, run, texts, *models)
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in DISK_ERRORS:
             raise
-        sys.exit(f"{SCRIPT}: {error.strerror}; the run ends, {run.folder} keeps the last checkpoint, if there is one")
+        reason = getattr(error, "strerror", None) or one_line(error)
+        sys.exit(f"{SCRIPT}: {reason}; the run ends, {run.folder} keeps the last checkpoint, if there is one")
 
 
 if __name__ == "__main__":

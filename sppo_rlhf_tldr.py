@@ -108,6 +108,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, load_peft_weights
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from rouge_score.rouge_scorer import RougeScorer
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -155,7 +156,7 @@ class Args:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """type of the base models' weights (float16 would round the value adapter's small gradients to 0)"""
     load_in_4bit: bool = False
-    """quantise the base models to 4 bits (NF4); needs a CUDA GPU and the package bitsandbytes"""
+    """quantise the bases, but no reward_model, to 4 bits (NF4); needs a CUDA GPU and the package bitsandbytes"""
     allow_pickle: bool = False
     """load pickled weights (.bin) where a repository has no safetensors, by torch.load with weights_only"""
 
@@ -816,7 +817,7 @@ def evaluate_texts(prompts, posts, models, args, accelerator):
 
 
 def load_lm(args: Args, name: str, device: torch.device) -> transformers.PreTrainedModel:
-    """Loads the argument `name`, frozen: a causal language model, or the whole reward model. Safetensors, no remote code."""
+    """Loads and freezes what the argument `name` gives: a causal language model, or the whole reward model."""
     source, options = getattr(args, name), {"local_files_only": args.offline, "trust_remote_code": False}
     dtype, whole_reward = getattr(torch, args.dtype), name == "reward_model"
     loader = transformers.AutoModelForSequenceClassification if whole_reward else transformers.AutoModelForCausalLM
@@ -841,12 +842,17 @@ def load_lm(args: Args, name: str, device: torch.device) -> transformers.PreTrai
     return lm.requires_grad_(False).eval()
 
 
-def use_own_head(args: Args, model: "Agent") -> None:
+def use_own_head(args: Args, model: "Agent", tokenizer) -> None:
     """Makes the head of a whole reward model the head `reward`. Refuses a model that padding on the left would change."""
     lm, reason = model.lm, ""
     head = getattr(lm, "score", None)
     one_label = isinstance(head, nn.Linear) and head.out_features == 1
     require(args, "reward_model", one_label, "a causal model with a head `score` of one label, which is its reward")
+    # transformers' classifiers read the last token that is not padding: of a text with EOS as padding the one before EOS
+    last = tokenizer(args.reward_text.replace("{text}", ENDING), add_special_tokens=False).input_ids[-1]
+    padding = lm.config.get_text_config().pad_token_id
+    wanted = "one that does not end in the reward model's padding token, which it never reads"
+    require(args, "reward_text", last != padding, wanted)
     model.heads["reward"], model.active = head.float(), "reward"
     short, long = (torch.arange(length, device=lm.device) * 7919 % lm.config.vocab_size for length in (5, 9))
     batch = torch.stack([F.pad(short, (4, 0), value=PAD), long])
@@ -854,7 +860,7 @@ def use_own_head(args: Args, model: "Agent") -> None:
         with torch.no_grad():
             alone = torch.cat([lm.base_model(ids[None]).last_hidden_state[:, -1] for ids in (short, long)]).float()
             padded = model.backbone(batch, batch != PAD, "reward").last_hidden_state[:, -1].float()
-        if not (padded - alone).norm() <= alone.norm() * (0.02 if lm.dtype == torch.float32 else 0.2):  # room for rounding
+        if not (padded - alone).norm() <= alone.norm() * (0.02 if lm.dtype == torch.float32 else 0.05):  # room for rounding
             reason = "padding on the left changes its numbers"
     except Exception as error:  # arguments that it does not take, shapes, ...
         reason = one_line(error)
@@ -876,7 +882,7 @@ def load_reward(args: Args, agent: "Agent", tokenizer, device: torch.device) -> 
         require(args, name, fits and lm.config.vocab_size >= len(tokenizer), wanted)
         model = Agent(lm, with_lm_head=False).to(device)
         if args.reward_model:
-            use_own_head(args, model)
+            use_own_head(args, model, tokenizer)
             return model
         check_lm(args, "reward_base", lm, lambda *tokens, **cache: model.backbone(*tokens, None, **cache))
     try:
@@ -1130,13 +1136,7 @@ class Run:
             self.checkpoint = load_checkpoint(folder, "--resume")
 
     def lock(self):
-        """Only one job may train a run. The operating system releases the lock of a process that is killed."""
-        lock = FileLock(self.folder / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            fail(f"--resume {self.args.resume}: another process is training this run")
-        self.cleanup.callback(lock.release)
+        self.cleanup.callback(lock_run(self.folder, f"--resume {self.args.resume}").release)
 
     def track(self):
         """Starts the W&B run, or continues it. W&B logs what TensorBoard gets."""
@@ -1250,7 +1250,7 @@ class Run:
         text = "\n".join([rows[0], "|---" * len(table[0]) + "|", *rows[1:]])
         self.writer.add_text(name, text, self.texts(iterations))
         if self.args.track:
-            self.wandb.log({name: self.wandb.Table(columns=table[0], data=table[1:])})
+            self.wandb.log({name: self.wandb.Table(columns=table[0], data=table[1:]), "global_step": self.texts(iterations)})
 
     def exit_stopped(self, iterations):
         """After a signal: prints how to resume."""
@@ -1464,6 +1464,16 @@ def git_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def lock_run(folder, argument):
+    """Only one job may write to a run. The operating system releases the lock of a process that is killed."""
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        fail(f"{argument}: another process is training this run")
+    return lock
 
 
 def load_checkpoint(folder, argument):
@@ -1694,9 +1704,10 @@ def keep_freed_memory():
 def has_finished(args):
     """Whether the run to resume has nothing left to do."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        done = json.loads(Path(args.resume, "result.json").read_text())["global_step"] // args.trajectories_per_update
-        saved = Path(args.resume, "model").exists() or Path(args.resume, "adapters").exists()
-        return done >= args.iterations and (saved or not args.save_model)
+        result = json.loads(Path(args.resume, "result.json").read_text())
+        # a folder model/ alone may be an earlier checkpoint's, written by --evaluate
+        saved = result["args"]["save_model"] and (Path(args.resume, "model").exists() or Path(args.resume, "adapters").exists())
+        return result["global_step"] // args.trajectories_per_update >= args.iterations and (saved or not args.save_model)
     return False
 
 
@@ -1706,6 +1717,11 @@ def evaluate_run(args, accelerator):
     if not (folder / "checkpoint.pt").exists():
         fail(f"--evaluate {args.evaluate}: has no checkpoint yet")
     checkpoint = load_checkpoint(folder, "--evaluate")
+    if args.save_model:
+        try:
+            lock = lock_run(folder, f"--evaluate {args.evaluate}")
+        except OSError as error:  # a folder that this user cannot write to
+            fail(f"--evaluate {args.evaluate}: {error.strerror}; expected a folder that --save-model can write to")
     prompts = read_prompts(args) if args.prompts else None
     texts = None if prompts else load_texts(args)
     models = load_models(args, accelerator.device)
@@ -1718,7 +1734,12 @@ def evaluate_run(args, accelerator):
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
     print(f"{SCRIPT}: {numbers}; {len(samples)} texts, iteration {checkpoint['iteration']}", file=sys.stderr)
     if args.save_model:
-        save_policy(folder, models[1], models[0], args)
+        try:
+            save_policy(folder, models[1], models[0], args)
+        except (OSError, SafetensorError) as error:
+            fail(f"--evaluate {args.evaluate}: the model could not be saved ({one_line(error)})")
+        lock.release()
+        print(f"{SCRIPT}: saved the model of iteration {checkpoint['iteration']} in {folder}", file=sys.stderr)
 
 
 def main(args):
@@ -1726,7 +1747,7 @@ def main(args):
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     if args.cuda and torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")  # TF32 on GPUs: factors of 11 bits, sums in float32; so are the logits
+        torch.set_float32_matmul_precision("high")  # TF32: factors of 11 bits, float32 sums, for the logits, too
     accelerator = Accelerator(cpu=not (args.cuda and torch.cuda.is_available()))
     finished = args.resume and has_finished(args)
     accelerator.wait_for_everyone()  # until every process has looked for result.json
@@ -1743,10 +1764,11 @@ def main(args):
     try:
         with run.cleanup:
             train(args, run, texts, *models)
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in DISK_ERRORS:
             raise
-        sys.exit(f"{SCRIPT}: {error.strerror}; the run ends, {run.folder} keeps the last checkpoint, if there is one")
+        reason = getattr(error, "strerror", None) or one_line(error)
+        sys.exit(f"{SCRIPT}: {reason}; the run ends, {run.folder} keeps the last checkpoint, if there is one")
 
 
 if __name__ == "__main__":

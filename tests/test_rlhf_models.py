@@ -350,10 +350,10 @@ def test_a_classifier_without_its_tokenizers_files_is_refused(assets, tmp_path, 
 # --- whole reward models of TL;DR -------------------------------------------------------------------------------------
 
 
-def reward_models():
-    """Sequence classifiers of one label, as TRL's RewardTrainer saves them."""
-    spread, causal = {"max_position_embeddings": 64, "initializer_range": 0.3, "num_labels": 1}, transformers
-    small = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.3, "num_labels": 1}
+def reward_models(pad_token_id=None):
+    """Sequence classifiers of one label. TRL's RewardTrainer saves such, with EOS as pad_token_id if there is no other."""
+    own, causal = {"initializer_range": 0.3, "num_labels": 1, "pad_token_id": pad_token_id}, transformers
+    spread, small = {"max_position_embeddings": 64, **own}, {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, **own}
     return {
         "gpt2": lambda: causal.GPT2ForSequenceClassification(causal.GPT2Config(vocab_size=V, **small)),
         "gptj": lambda: causal.GPTJForSequenceClassification(causal.GPTJConfig(vocab_size=V, rotary_dim=8, **small)),
@@ -363,12 +363,13 @@ def reward_models():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("pad_token_id", "ending"), [(None, "<|endoftext|>"), (0, "")])  # 0 is EOS
 @pytest.mark.parametrize("family", reward_models())
-def test_a_whole_reward_model_scores_as_by_itself(family, dtype, assets, tmp_path):
-    """Texts of several lengths in one batch against transformers' own classifier, which reads each alone."""
+def test_a_whole_reward_model_scores_as_by_itself(family, pad_token_id, ending, dtype, assets, tmp_path, capsys):
+    """Texts of several lengths in one batch against transformers' own classifier, which reads each alone, EOS included."""
     torch.manual_seed(0)
-    folder = save(reward_models()[family](), tmp_path / family)
-    args = tldr_args(assets, reward_model=folder, dtype=dtype, reward_text="{text}<|endoftext|>")
+    folder = save(reward_models(pad_token_id)[family](), tmp_path / family)
+    args = tldr_args(assets, reward_model=folder, dtype=dtype, reward_text="{text}" + ending)
     _, agent, reward = tldr.load_models(args, CPU)
     assert reward is not agent and not any(parameter.requires_grad for parameter in reward.parameters())
     texts = ["a great film", "an awful movie with a terrible plot and a worse end", "good"]
@@ -378,6 +379,9 @@ def test_a_whole_reward_model_scores_as_by_itself(family, dtype, assets, tmp_pat
         alone = [whole(TOKENIZER(text + "<|endoftext|>", return_tensors="pt").input_ids).logits.item() for text in texts]
     assert np.std(alone) > 0.05
     assert scores.tolist() == pytest.approx(alone, abs=1e-4 if dtype == "float32" else 0.5 * np.std(alone))
+    if not ending:  # here the classifier skips an EOS, which is its padding; the script would read it
+        err = refused(capsys, tldr.load_models, tldr.replace(args, reward_text="{text}<|endoftext|>"), CPU)
+        assert "--reward-text {text}<|endoftext|>: expected one that does not end in the reward model's padding token" in err
 
 
 def test_reward_models_that_would_score_wrongly_are_refused(assets, tmp_path, capsys):
@@ -397,15 +401,18 @@ def test_reward_models_that_would_score_wrongly_are_refused(assets, tmp_path, ca
     assert f"--reward-model {short}: expected a model with 40 positions or more (--reward-max-length)" in err
 
 
-def test_a_whole_reward_model_that_padding_changes_is_refused(assets, tmp_path, capsys, monkeypatch):
-    """As a model would that counts positions from the padding."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dropped", [("position_ids",), ("position_ids", "attention_mask")], ids=["positions", "mask"])
+def test_a_whole_reward_model_that_padding_changes_is_refused(dropped, dtype, assets, tmp_path, capsys, monkeypatch):
+    """As a model would that counts positions from the padding, or reads it."""
     torch.manual_seed(0)
-    args = tldr_args(assets, reward_model=save(reward_models()["gpt2"](), tmp_path / "gpt2"))
+    args = tldr_args(assets, reward_model=save(reward_models()["gpt2"](), tmp_path / "gpt2"), dtype=dtype)
     lm = tldr.load_lm(args, "reward_model", CPU)
-    tldr.use_own_head(args, tldr.Agent(lm, with_lm_head=False))
+    tldr.use_own_head(args, tldr.Agent(lm, with_lm_head=False), TOKENIZER)
     forward = lm.transformer.forward
-    monkeypatch.setattr(lm.transformer, "forward", lambda *own, position_ids=None, **rest: forward(*own, **rest))
-    err = refused(capsys, tldr.use_own_head, args, tldr.Agent(lm, with_lm_head=False))
+    monkeypatch.setattr(lm.transformer, "forward", lambda *own, **rest: forward(*own, **rest | dict.fromkeys(dropped)))
+    lm.score.to(lm.dtype)
+    err = refused(capsys, tldr.use_own_head, args, tldr.Agent(lm, with_lm_head=False), TOKENIZER)
     assert "expected a causal model that takes padding and positions (padding on the left changes its numbers)" in err
 
 

@@ -16,6 +16,7 @@ import tldr_assets
 import torch
 from filelock import FileLock
 from helpers import ENV, no_process_outlives_its_test, only, run, start, wait_for  # noqa: F401
+from safetensors import SafetensorError
 
 import sppo_rlhf_imdb
 import sppo_rlhf_tldr
@@ -144,6 +145,7 @@ def test_evaluate_saves_the_model_of_the_checkpoint(task, call, capsys, tmp_path
     own, exported = (shutil.copytree(finished, tmp_path / name) for name in ("own", "exported"))
     (own / "result.json").unlink()
     call("--resume", own, "--save-model")
+    (exported / ".lock").touch()
     before = contents(exported)
     capsys.readouterr()
     call("--evaluate", exported, "--save-model")
@@ -156,6 +158,42 @@ def test_evaluate_saves_the_model_of_the_checkpoint(task, call, capsys, tmp_path
     shutil.rmtree(own / "model")
     call("--evaluate", own)  # saves only if it is told to itself
     assert not (own / "model").exists()
+
+
+def test_the_model_of_an_earlier_checkpoint_is_replaced(task, call, tmp_path):
+    """Exported, trained on without saving, then saved: model/ is the last checkpoint's, not the exported one."""
+    *_, finished = task
+    folder = shutil.copytree(finished, tmp_path / "run")
+    call("--evaluate", folder, "--save-model")
+    (early,) = (path.read_bytes() for path in folder.glob("model/*.safetensors"))
+    call("--resume", folder, "--iterations", 3)
+    call("--resume", folder, "--save-model")
+    (late,) = (path.read_bytes() for path in folder.glob("model/*.safetensors"))
+    call("--evaluate", folder, "--save-model")
+    assert early != late == (folder / "model/model.safetensors").read_bytes()
+
+
+def test_what_saving_with_evaluate_refuses(task, call, capsys, tmp_path, monkeypatch):
+    """A run that trains, before anything is evaluated, and a disk that is full."""
+    module, *_, finished = task
+    folder = shutil.copytree(finished, tmp_path / "run")
+    with FileLock(folder / ".lock"):
+        line = refused(call, capsys, "--evaluate", folder, "--save-model")
+        assert line.endswith(f": error: --evaluate {folder}: another process is training this run\n")
+        call("--evaluate", folder)  # only reads
+
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(module, "save_policy", full)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        call("--evaluate", folder, "--save-model")
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and "the model could not be saved (I/O error: No space left on device" in err
+    with pytest.raises(SystemExit) as stopped:
+        call("--resume", folder, "--save-model")
+    assert "No space left on device (os error 28); the run ends, " in str(stopped.value)
 
 
 def test_evaluate_of_a_tracked_run_needs_no_login(task, call, capsys, tmp_path, monkeypatch):

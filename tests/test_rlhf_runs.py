@@ -111,9 +111,8 @@ def test_a_run_leaves_what_the_readme_says(assets, tmp_path):
     media = only(tmp_path, "wandb/offline-run-*/files/media/table")
     (table,) = media.glob("samples_*.json")
     assert json.loads(table.read_text())["data"][0][0] == samples[0]["prompt"]
-    tables = [
-        json.loads(path.read_text()) for path in tmp_path.glob("wandb/offline-run-*/files/media/table/eval/samples_*.json")
-    ]
+    tables = [json.loads(path.read_text()) for path in media.glob("eval/samples_*.json")]
+    assert [row["global_step"] for row in history if any(key.startswith("eval/samples") for key in row)] == [0, 16, 32]
     written = [dict(zip(table["columns"], table["data"][0], strict=True))["response"] for table in tables]
     assert len(tables) == 3 and {samples[0]["response_before"], samples[0]["response"]} <= {*written}
 

@@ -154,6 +154,24 @@ def test_a_stopped_run_resumes_and_logs_no_step_twice(signum, assets, call, tmp_
     assert (folder / "result.json").exists()
 
 
+def test_a_whole_reward_model_scores_a_run(call, assets, tmp_path, capsys):
+    """The reward adapter merged into its base, with its head: the run is the adapter's own, also resumed and evaluated."""
+    classifier = transformers.GPT2ForSequenceClassification.from_pretrained(assets / "policy", num_labels=1, pad_token_id=1)
+    merged = peft.PeftModel.from_pretrained(classifier, assets / "reward").merge_and_unload()
+    merged.save_pretrained(tmp_path / "whole")
+    call("--iterations", 2, "--run-dir", tmp_path / "adapter")
+    call("--iterations", 1, "--run-dir", tmp_path / "run", "--reward-model", tmp_path / "whole", "--reward-base", "nothing")
+    adapter, whole = only(tmp_path / "adapter"), only(tmp_path / "run")
+    call("--resume", whole, "--iterations", 2)
+    expected, found = (json.loads((folder / "result.json").read_text()) for folder in (adapter, whole))
+    for name in ("before", "after"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-3)
+    capsys.readouterr()
+    call("--evaluate", whole)
+    scores = [json.loads(line)["score"] for line in capsys.readouterr().out.splitlines()]
+    assert np.mean(scores) == pytest.approx(found["score"])
+
+
 def test_two_processes_learn_what_one_does(assets, tmp_path):
     args = [*tldr_assets.arguments(assets), "--iterations", 2, "--lora-dropout", 0]
     run(SCRIPT, *args, "--run-dir", tmp_path / "one")
