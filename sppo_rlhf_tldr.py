@@ -12,8 +12,9 @@ A prompt is a post and "TL;DR:", and the policy writes a summary. A reward model
 score as its reward. Every token costs kl_coef (log pi - log pi_ref).
 
 One frozen base model has four roles. With the adapter `policy` it is the policy. With the adapter `value` and a head it is
-the critic. With no adapter it is the reference. With the adapter `reward` and a head it is the reward model, if that has the
-same base. Only the adapters `policy` and `value` and the value head are trained. The algorithm ends at the line "Operations".
+the critic. With no adapter it is the reference. With the adapter `reward` and a head it is the reward model; a reward model
+with another base is a model of its own. Only the adapters `policy` and `value` and the value head are trained. The algorithm
+ends at the line "Operations".
 
 Examples:
 
