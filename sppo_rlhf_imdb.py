@@ -1642,7 +1642,7 @@ def main(args):
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     if args.cuda and torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")  # TF32: factors of 11 bits, float32 sums, for the logits, too
+        torch.set_float32_matmul_precision("high")  # TF32: 11-bit factors and float32 sums, also in the logits
     accelerator = Accelerator(cpu=not (args.cuda and torch.cuda.is_available()))
     finished = args.resume and has_finished(args)
     accelerator.wait_for_everyone()  # until every process has looked for result.json

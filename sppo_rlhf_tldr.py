@@ -157,7 +157,7 @@ class Args:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """type of the base models' weights (float16 would round the value adapter's small gradients to 0)"""
     load_in_4bit: bool = False
-    """quantise the bases, but no reward_model, to 4 bits (NF4); needs a CUDA GPU and the package bitsandbytes"""
+    """quantise the base models, but not reward_model, to 4 bits (NF4); needs a CUDA GPU and the package bitsandbytes"""
     allow_pickle: bool = False
     """load pickled weights (.bin) where a repository has no safetensors, by torch.load with weights_only"""
 
@@ -849,7 +849,7 @@ def use_own_head(args: Args, model: "Agent", tokenizer) -> None:
     head = getattr(lm, "score", None)
     one_label = isinstance(head, nn.Linear) and head.out_features == 1
     require(args, "reward_model", one_label, "a causal model with a head `score` of one label, which is its reward")
-    # transformers' classifiers read the last token that is not padding: of a text with EOS as padding the one before EOS
+    # transformers' classifiers score the last token that is not padding; if EOS is the padding, that is the token before EOS
     last = tokenizer(args.reward_text.replace("{text}", ENDING), add_special_tokens=False).input_ids[-1]
     padding = lm.config.get_text_config().pad_token_id
     wanted = "one that does not end in the reward model's padding token, which it never reads"
@@ -1748,7 +1748,7 @@ def main(args):
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     if args.cuda and torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")  # TF32: factors of 11 bits, float32 sums, for the logits, too
+        torch.set_float32_matmul_precision("high")  # TF32: 11-bit factors and float32 sums, also in the logits
     accelerator = Accelerator(cpu=not (args.cuda and torch.cuda.is_available()))
     finished = args.resume and has_finished(args)
     accelerator.wait_for_everyone()  # until every process has looked for result.json

@@ -416,6 +416,30 @@ def test_a_whole_reward_model_that_padding_changes_is_refused(dropped, dtype, as
     assert "expected a causal model that takes padding and positions (padding on the left changes its numbers)" in err
 
 
+@pytest.mark.parametrize(("relative", "fits"), [(0.02, True), (0.1, False)])
+def test_how_far_rounding_may_move_a_whole_reward_model(relative, fits, assets, tmp_path, capsys, monkeypatch):
+    """In bfloat16 a right model of 30 layers is off by 0.012, one that reads the padding by 0.138 (SmolLM2-135M)."""
+    torch.manual_seed(0)
+    args = tldr_args(assets, reward_model=save(reward_models()["gpt2"](), tmp_path / "gpt2"), dtype="bfloat16")
+    lm = tldr.load_lm(args, "reward_model", CPU)
+    forward = lm.transformer.forward
+
+    def moved(*own, attention_mask=None, **rest):
+        out = forward(*own, attention_mask=attention_mask, **rest)
+        if attention_mask is not None:  # the padded batch
+            hidden = out.last_hidden_state
+            noise = torch.randn_like(hidden)
+            out.last_hidden_state = hidden + noise * relative * hidden.norm() / noise.norm()
+        return out
+
+    monkeypatch.setattr(lm.transformer, "forward", moved)
+    if fits:
+        tldr.use_own_head(args, tldr.Agent(lm, with_lm_head=False), TOKENIZER)
+    else:
+        err = refused(capsys, tldr.use_own_head, args, tldr.Agent(lm, with_lm_head=False), TOKENIZER)
+        assert "padding on the left changes its numbers" in err
+
+
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
