@@ -363,7 +363,8 @@ def update(agent, square_avgs, learning_rate, loss_fn, args, batch):
     loss.backward()
     norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
     rmsprop_tf(agent.parameters(), square_avgs, learning_rate, args.rmsprop_alpha, args.rmsprop_eps)
-    return stats | {"losses/grad_norm": norm, "losses/grad_clipped": (norm > args.max_grad_norm).float()}
+    stats |= {"losses/grad_norm": norm, "losses/grad_clipped": (norm > args.max_grad_norm).float()}
+    return {name: value.clone() for name, value in stats.items()}  # the next replay of a CUDA graph overwrites its outputs
 
 
 def train(args, run):
@@ -379,7 +380,9 @@ def train(args, run):
     run.cleanup.callback(envs.close)
     agent = Agent(int(envs.single_action_space.n), args.bf16).to(run.device)
     square_avgs = [torch.ones_like(parameter) for parameter in agent.parameters()]
-    act_fn, loss_fn = (torch.compile(act), torch.compile(rollout_loss)) if args.compile else (act, rollout_loss)
+    act_fn, loss_fn = act, rollout_loss
+    if args.compile:  # "reduce-overhead" records CUDA graphs on a GPU, and changes nothing on a CPU
+        act_fn, loss_fn = (torch.compile(function, mode="reduce-overhead") for function in (act, rollout_loss))
     recent_returns = deque(maxlen=100)
     if run.checkpoint:
         agent.load_state_dict(run.checkpoint["agent"])

@@ -10,7 +10,8 @@ parameters over a token is 2 N operations, its backward pass through a frozen ba
 checkpointing computes the forward pass again; generation reads all weights, keys and values once a token. Phases are those of
 the script's `time/...`. Measured times are shown beside what the model predicts at the rates of this machine's matrix products,
 many rows and few; the measured peak of tensors beyond the base beside the predicted one. A process holds more than its tensors:
-what the allocator keeps, libraries' buffers. Nothing else should run. Writes benchmark/results/scale-tldr/.
+what the allocator keeps, libraries' buffers. Nothing else should run. Writes benchmark/results/scale-tldr/, on a GPU
+scale-tldr-gpu/.
 """
 
 import itertools
@@ -309,7 +310,7 @@ def main(args: Args) -> None:
         lines.append(f"| {label} | {' | '.join(f'{size / GIB:.1f} GiB' for size in sizes)} |")
     print("\n".join(lines))
     if not args.predict_only:
-        folder = Path(__file__).parents[1] / "results/scale-tldr"
+        folder = Path(__file__).parents[1] / f"results/scale-tldr{'-gpu' if args.device == 'cuda' else ''}"
         folder.mkdir(exist_ok=True)
         tldr.write_atomically(folder / "report.md", ("\n".join(lines) + "\n").encode())
         tldr.write_atomically(folder / "measured.json", (json.dumps(content, indent=1) + "\n").encode())

@@ -2,14 +2,15 @@
 
     python benchmark/studies/speed.py atari-ppo        # sppo_atari.py on Alien; the others: atari-a2c, dppo, da2c (Walker2d-v4)
     python benchmark/studies/speed.py dppo --blocks 6 --rounds 1
+    python benchmark/studies/speed.py atari-ppo --cuda --blocks 10    # on a GPU: SB3, SPPO, SPPO with --compile; or atari-a2c
     python benchmark/studies/speed.py imdb             # sppo_rlhf_imdb.py --offline beside rlhf_peer.py: see speed_rlhf.py
     python benchmark/studies/speed.py all              # one after another, an hour or two; report.md has all in one table
 
 Each arm is a process of its own (so that peak memory is its own) that trains for a few blocks of iterations; the first two
 of each process are warm-up and do not count. The figure is the median of environment steps per second over all others,
-and the ratio of these medians, on the CPU. What the reverse term costs is measured on updates alone, in pairs, against
-a loss that has no such term in its code. Writes {suite}.md and .json to benchmark/results/speed/, and report.md, the table
-of all suites that have a .json there. Nothing else should run. Two more peers are measured where they are installed
+and the ratio of these medians. What the reverse term costs is measured on updates alone, in pairs, against a loss that has no
+such term in its code. Writes {suite}.md and .json (with --cuda {suite}-gpu) to benchmark/results/speed/, and report.md, the
+table of all suites that have a .json there. Nothing else should run. Two more peers are measured where they are installed
 (requirements-peers.txt): SBX on Walker2d, and EnvPool's games in our PPO loop on Atari. sppo_rlhf_tldr.py, whose updates are
 those of sppo_rlhf_imdb.py, is not among the suites: what it is for, a model of six billion weights, needs a GPU, and
 scale_tldr.py is about that.
@@ -49,6 +50,12 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 WARM_UP = 2  # blocks
+GPU_PEAK = """# runs a script and writes the MiB of GPU memory that torch's allocator held at most
+import atexit, os, pathlib, runpy, sys, torch
+sys.argv = sys.argv[1:]
+atexit.register(lambda: pathlib.Path(os.environ["GPU_PEAK"]).write_text(str(torch.cuda.max_memory_reserved() / 2**20)))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 SB3 = "Stable-Baselines3"
 OPTIONAL = {  # of a suite, peers that are measured where their package is installed: label: package, command
     "atari-ppo": {"PPO (α 1, β 0) with EnvPool's games": ("envpool", "benchmark/studies/envpool_peer.py --alpha 1 --beta 0")},
@@ -140,11 +147,17 @@ class Args:
     """times that the arms take turns"""
     pairs: int = 10
     """pairs of updates that measure what the reverse term costs"""
+    cuda: bool = False
+    """measure the loops of an Atari script on a GPU"""
 
 
-def commands(suite: str) -> dict[str, str]:
+def commands(suite: str, cuda: bool = False) -> dict[str, str]:
     """Label and command of each arm, SB3 first. Of what cannot be measured here, one line says why."""
     script = f"{SUITES[suite].script}.py"
+    if cuda:
+        label, arm = next((label, arm) for label, arm in SUITES[suite].arms.items() if "α 0.5" in label)
+        ours = {label: f"{script} {arm}", f"{label} with --compile": f"{script} {arm} --compile"}
+        return {SB3: f"benchmark/studies/sb3_peer.py --peer-of {script}"} | ours
     found = {SB3: f"benchmark/studies/sb3_peer.py --peer-of {script}"}
     for label, (package, command) in OPTIONAL.get(suite, {}).items():
         try:
@@ -158,24 +171,27 @@ def commands(suite: str) -> dict[str, str]:
 
 
 def measure(args: Args, suite: Suite, arm: str, threads: int) -> tuple[list[float], float]:
-    """Environment steps per second of each counted block, and the peak resident memory in MiB, of a fresh process."""
+    """Of a fresh process: environment steps per second of each counted block, and the peak of memory in MiB, on a CPU all that
+    is resident, on a GPU what torch's allocator holds."""
     batch = suite.num_envs * suite.num_steps * suite.block
     total = str(batch * (WARM_UP + args.blocks))
     with tempfile.TemporaryDirectory() as folder:
-        common = f"--env-id {suite.env_id} --total-timesteps {total} --num-threads {threads} --eval-episodes 0 --no-cuda"
-        command = [*arm.split(), *common.split(), "--run-dir", folder]
+        common = f"--env-id {suite.env_id} --total-timesteps {total} --num-threads {threads} --eval-episodes 0"
+        command = [*arm.split(), *common.split(), "--cuda" if args.cuda else "--no-cuda", "--run-dir", folder]
         if suite.block > 1:
             command += ["--log-interval", str(suite.block), "--checkpoint-interval", str(1000 * suite.block)]
-        environment = {**ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
+        environment = {**ENVIRONMENT, "OMP_NUM_THREADS": str(threads), "GPU_PEAK": f"{folder}/gpu_peak"}
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen([sys.executable, *command], env=environment, **quiet)
+        wrapper = ["-c", GPU_PEAK] if args.cuda else []
+        process = subprocess.Popen([sys.executable, *wrapper, *command], env=environment, **quiet)
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             sys.exit(f"failed: {' '.join(command)}")
         (path,) = Path(folder).glob("*/events.out.tfevents.*")
         events = EventFileLoader(str(path)).Load()  # the time at which each block was logged
         times = [e.wall_time for e in events for v in e.summary.value if v.tag == "charts/SPS"]
-    return (batch / np.diff(times)[-args.blocks :]).tolist(), usage.ru_maxrss / 1024
+        peak = float(Path(folder, "gpu_peak").read_text()) if args.cuda else usage.ru_maxrss / 1024
+    return (batch / np.diff(times)[-args.blocks :]).tolist(), peak
 
 
 def timed(function, count: int = 1) -> float:
@@ -315,7 +331,7 @@ def phases(args: Args, suite: Suite, threads: int) -> dict:
 def combine(folder: Path) -> list[str]:
     """All suites in one table: every arm beside its peer, and what the reverse term costs an update."""
     lines = ["| script | | median | against the peer | peak memory | update, beta > 0 / without | commit |", "|---" * 7 + "|"]
-    for name in (*SUITES, "imdb"):
+    for name in (*SUITES, "atari-ppo-gpu", "atari-a2c-gpu", "imdb"):
         path = folder / f"{name}.json"
         if not path.exists():
             continue
@@ -330,12 +346,13 @@ def combine(folder: Path) -> list[str]:
         else:
             rates = {label: np.median(values) for label, values in found["steps_per_second"].items()}
             texts = {label: f"{rate:,.0f} steps/s" for label, rate in rates.items()}
-            cost, script = found["phases"]["update, symmetric / plain"], SUITES[name].script
+            cost, script = found.get("phases", {}).get("update, symmetric / plain"), SUITES[name.removesuffix("-gpu")].script
         peer = next(iter(rates))
         for label, rate in rates.items():
-            cells = [f"{script}.py", label, texts[label], f"{rate / rates[peer]:.2f} x", f"{found['peak_mib'][label]:,.0f} MiB"]
+            where = f"{script}.py{' on a GPU' if name.endswith('-gpu') else ''}"
+            cells = [where, label, texts[label], f"{rate / rates[peer]:.2f} x", f"{found['peak_mib'][label]:,.0f} MiB"]
             symmetric = re.search(r"β (?!0\b)|β 0\.", label)
-            cells += [f"{cost:.3f}" if symmetric else "", found["commit"][:12] + found["commit"][40:]]
+            cells += [f"{cost:.3f}" if symmetric and cost else "", found["commit"][:12] + found["commit"][40:]]
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -345,6 +362,9 @@ def main(args: Args) -> None:
         if getattr(args, name) < 1:
             print(f"speed.py: error: --{name} {getattr(args, name)}: expected 1 or more", file=sys.stderr)
             sys.exit(2)
+    if args.cuda and not (args.suite.startswith("atari") and torch.cuda.is_available()):
+        print(f"speed.py: error: {args.suite} --cuda: expected atari-ppo or atari-a2c, and a GPU", file=sys.stderr)
+        sys.exit(2)
     os.chdir(Path(__file__).parents[2])
     results = Path("benchmark/results/speed")
     results.mkdir(exist_ok=True)
@@ -361,49 +381,17 @@ def main(args: Args) -> None:
     sppo_atari.write_atomically(results / "report.md", ("\n".join(combine(results)) + "\n").encode())
 
 
-def measure_suite(args: Args) -> None:
-    """Measures one script beside Stable-Baselines3 and writes what the docstring above says."""
-    suite, commit = SUITES[args.suite], sppo_atari.git_commit()  # before the files of the results change
-    threads = suite.threads or os.cpu_count()
-    speeds, memory = defaultdict(list), defaultdict(float)
-    arms = commands(args.suite)
-    for turn in range(args.rounds):
-        for label, arm in arms.items():
-            rates, peak = measure(args, suite, arm, threads)
-            speeds[label] += rates
-            memory[label] = max(memory[label], peak)
-            print(f"round {turn + 1}, {label}: {np.median(rates):.0f} steps/s, {peak:.0f} MiB", flush=True)
-    parts = phases(args, suite, threads)
-
-    medians = {label: float(np.median(rates)) for label, rates in speeds.items()}
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
-    bf16 = "has" if sppo_atari.cpu_has_bf16() else "has no"
-    names = ["torch", "stable-baselines3", "gymnasium", "ale-py", "mujoco", "numpy"]
-    names += [package for label, (package, _) in OPTIONAL.get(args.suite, {}).items() if label in arms]
-    versions = {"python": platform.python_version(), **{name: version(name) for name in names}}
-    lines = [
-        f"{suite.env_id}, {suite.num_envs} x {suite.num_steps} steps, {threads} threads of {cpu}, which {bf16} bf16 "
-        f"instructions; {args.rounds} rounds of {args.blocks} blocks of {suite.block} iterations after {WARM_UP} of warm-up.",
-        "",
-        "| | steps/s, median (quartiles) | against SB3 | peak memory |",
-        "|---|---|---|---|",
-    ]
-    for label, rates in speeds.items():
-        low, high = np.percentile(rates, (25, 75))
-        ratio = medians[label] / medians[SB3]
-        lines.append(
-            f"| {label} | {medians[label]:,.0f} ({low:,.0f} to {high:,.0f}) | {ratio:.2f} x | {memory[label]:.0f} MiB |"
-        )
+def phases_table(suite: Suite, parts: dict, medians: dict, pairs: int) -> list[str]:
+    """What the reverse term costs, and the phases of an iteration; completes `parts`."""
     low, high = parts["quartiles"]
     # beside the three phases: values and advantages, what follows a step (normalisers, episodes), logging
     symmetric = next(label for label in suite.arms if "α 0.5" in label)
     parts["whole"] = suite.num_envs * suite.num_steps / medians[symmetric]
     parts["the rest"] = parts["whole"] - parts["environments"] - parts["acting"] - parts["update"]
-    lines += [
+    lines = [
         "",
         "An update beside one without the reverse term in its code, in turns: "
-        f"{parts['update, symmetric / plain']:.3f} x the time (quartiles {low:.3f} to {high:.3f} of {args.pairs} pairs).",
+        f"{parts['update, symmetric / plain']:.3f} x the time (quartiles {low:.3f} to {high:.3f} of {pairs} pairs).",
         "",
         f"| phase, measured alone, of an iteration of {symmetric} | ms | share |",
         "|---|---|---|",
@@ -418,10 +406,51 @@ def measure_suite(args: Args) -> None:
             f"The update runs at {parts['update GFLOP/s']:.0f} GFLOP/s; a 2048 x 2048 float32 matrix product at "
             f"{parts['matmul GFLOP/s']:.0f} ({parts['update GFLOP/s'] / parts['matmul GFLOP/s']:.0%} of it).",
         ]
-    stem = Path("benchmark/results/speed") / args.suite
+    return lines
+
+
+def measure_suite(args: Args) -> None:
+    """Measures one script beside Stable-Baselines3 and writes what the docstring above says."""
+    suite, commit = SUITES[args.suite], sppo_atari.git_commit()  # before the files of the results change
+    threads = suite.threads or os.cpu_count()
+    speeds, memory = defaultdict(list), defaultdict(float)
+    arms = commands(args.suite, args.cuda)
+    for turn in range(args.rounds):
+        for label, arm in arms.items():
+            rates, peak = measure(args, suite, arm, threads)
+            speeds[label] += rates
+            memory[label] = max(memory[label], peak)
+            print(f"round {turn + 1}, {label}: {np.median(rates):.0f} steps/s, {peak:.0f} MiB", flush=True)
+    parts = {} if args.cuda else phases(args, suite, threads)
+
+    medians = {label: float(np.median(rates)) for label, rates in speeds.items()}
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
+    bf16 = "has" if sppo_atari.cpu_has_bf16() else "has no"
+    gpu = torch.cuda.get_device_name() if args.cuda else None
+    names = ["torch", "stable-baselines3", "gymnasium", "ale-py", "mujoco", "numpy"]
+    names += [package for label, (package, _) in OPTIONAL.get(args.suite, {}).items() if label in arms]
+    versions = {"python": platform.python_version(), **{name: version(name) for name in names}}
+    machine = f"{f'{gpu}, ' if gpu else ''}{threads} threads of {cpu}, which {bf16} bf16 instructions"
+    lines = [
+        f"{suite.env_id}, {suite.num_envs} x {suite.num_steps} steps, {machine}; "
+        f"{args.rounds} rounds of {args.blocks} blocks of {suite.block} iterations after {WARM_UP} of warm-up.",
+        "",
+        "| | steps/s, median (quartiles) | against SB3 | peak memory |",
+        "|---|---|---|---|",
+    ]
+    for label, rates in speeds.items():
+        low, high = np.percentile(rates, (25, 75))
+        ratio = medians[label] / medians[SB3]
+        lines.append(
+            f"| {label} | {medians[label]:,.0f} ({low:,.0f} to {high:,.0f}) | {ratio:.2f} x | {memory[label]:.0f} MiB |"
+        )
+    if parts:
+        lines += phases_table(suite, parts, medians, args.pairs)
+    stem = Path("benchmark/results/speed") / f"{args.suite}{'-gpu' if gpu else ''}"
     sppo_atari.write_atomically(stem.with_suffix(".md"), ("\n".join(lines) + "\n").encode())
-    about = {"commit": commit, "versions": versions, "cpu": cpu}
-    content = {**about, "steps_per_second": speeds, "peak_mib": memory, "phases": parts}
+    about = {"commit": commit, "versions": versions, "cpu": cpu} | ({"gpu": gpu} if gpu else {})
+    content = {**about, "steps_per_second": speeds, "peak_mib": memory} | ({"phases": parts} if parts else {})
     sppo_atari.write_atomically(stem.with_suffix(".json"), (json.dumps(content, indent=1) + "\n").encode())
     print("\n".join(lines))
 
