@@ -175,7 +175,7 @@ class Args:
     bf16: bool = False
     """run the network in bfloat16; faster only on hardware with bf16 instructions"""
     compile: bool = False
-    """torch.compile acting and the loss; the first minute is slower"""
+    """torch.compile acting and the loss, with CUDA graphs on a GPU; the first minute is slower"""
     num_threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """CPU threads of torch and of the games; 0: all cores"""
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import struct
@@ -16,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from wandb.proto import wandb_internal_pb2
 
 ROOT = Path(__file__).parents[1]
-ENV = {"PATH": "/usr/bin:/bin", "HOME": "/tmp"}
+ENV = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "CUDA_VISIBLE_DEVICES": os.environ["CUDA_VISIBLE_DEVICES"]}
 started = []
 
 needs_compiler = pytest.mark.skipif(

@@ -101,8 +101,8 @@ def test_rewards_and_dones_that_the_advantages_see(loop, noise):
     _, _, seen, _ = loop(noise=noise, noise_prob=1.0)
     agent = seen["update"][0][0]
     with torch.no_grad():
-        cut_value = agent(torch.full((1, 4, 84, 84), 200, dtype=torch.uint8))[1].item()
-        next_value = agent(torch.full((1, 4, 84, 84), 6, dtype=torch.uint8))[1].item()
+        final_obs = torch.tensor([200, 6], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 4, 84, 84)
+        cut_value, next_value = agent(final_obs.to(agent.actor.weight.device))[1].tolist()
     clipped = np.sign(RAW).astype(float)
     if noise == "bsc":  # every 0 and 1 flips, a -1 passes
         clipped = np.where(clipped >= 0, 1 - clipped, clipped)
