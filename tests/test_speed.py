@@ -118,12 +118,42 @@ def test_nothing_to_measure_is_refused(name, capsys):
     assert stopped.value.code == 2 and capsys.readouterr().err == f"speed.py: error: --{name} 0: expected 1 or more\n"
 
 
+@pytest.mark.parametrize("suite", ["dppo", "atari-ppo"])
+def test_cuda_is_refused_where_there_is_nothing_to_measure(suite, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: suite == "dppo")
+    with pytest.raises(SystemExit) as stopped:
+        speed.main(speed.Args(suite, cuda=True))
+    expected = f"speed.py: error: {suite} --cuda: expected atari-ppo or atari-a2c, and a GPU\n"
+    assert stopped.value.code == 2 and capsys.readouterr().err == expected
+
+
+def test_on_a_gpu_the_peak_is_that_of_torchs_allocator(monkeypatch):
+    """The command asks for the GPU, and a wrapper notes the peak; here the GPU is taken out of the command."""
+    popen, commands = subprocess.Popen, []
+
+    def start(command, **kwargs):
+        commands.append(command)
+        no_gpu = "import torch; torch.cuda.max_memory_reserved = lambda: 3 * 2**20\n"
+        words = [no_gpu + word if word == speed.GPU_PEAK else word.replace("--cuda", "--no-cuda") for word in command]
+        return popen(words, **kwargs)
+
+    monkeypatch.setattr(speed.subprocess, "Popen", start)
+    suite = dataclasses.replace(speed.SUITES["atari-a2c"], block=2)
+    arms = speed.commands("atari-a2c", cuda=True)
+    assert list(arms) == [speed.SB3, "SA2C (α 0.5, β 5)", "SA2C (α 0.5, β 5) with --compile"]
+    rates, peak = speed.measure(speed.Args(blocks=2, cuda=True), suite, arms["SA2C (α 0.5, β 5)"], 1)
+    assert len(rates) == 2 and min(rates) > 0 and peak == 3.0
+    assert "--cuda" in commands[0] and commands[0][3] == "sa2c_atari.py"
+
+
 def test_all_suites_in_one_table(tmp_path):
     about = {"commit": "a" * 40 + "-dirty"}
     rates = {"Stable-Baselines3": [100.0, 90.0, 130.0], "PPO (α 1, β 0)": [150.0, 250.0, 200.0], "SPPO (α 0.5, β 10)": [150.0]}
     phases = {"update, symmetric / plain": 0.99}
     content = {**about, "steps_per_second": rates, "peak_mib": dict.fromkeys(rates, 1234.4), "phases": phases}
     (tmp_path / "atari-ppo.json").write_text(json.dumps(content))
+    content = {**about, "gpu": "one", "steps_per_second": rates, "peak_mib": dict.fromkeys(rates, 12.0)}
+    (tmp_path / "atari-ppo-gpu.json").write_text(json.dumps(content))
     times = {
         "loop": {"generate": [3.0, 4.0, 5.0], "update": [6.0], "tokens": [640.0]},
         "SPPO (α 0.5, β 0.4)": {"generate": [5.0]},
@@ -139,6 +169,9 @@ def test_all_suites_in_one_table(tmp_path):
         "| sppo_atari.py | Stable-Baselines3 | 100 steps/s | 1.00 x | 1,234 MiB |  | aaaaaaaaaaaa-dirty |",
         "| sppo_atari.py | PPO (α 1, β 0) | 200 steps/s | 2.00 x | 1,234 MiB |  | aaaaaaaaaaaa-dirty |",
         "| sppo_atari.py | SPPO (α 0.5, β 10) | 150 steps/s | 1.50 x | 1,234 MiB | 0.990 | aaaaaaaaaaaa-dirty |",
+        "| sppo_atari.py on a GPU | Stable-Baselines3 | 100 steps/s | 1.00 x | 12 MiB |  | aaaaaaaaaaaa-dirty |",
+        "| sppo_atari.py on a GPU | PPO (α 1, β 0) | 200 steps/s | 2.00 x | 12 MiB |  | aaaaaaaaaaaa-dirty |",
+        "| sppo_atari.py on a GPU | SPPO (α 0.5, β 10) | 150 steps/s | 1.50 x | 12 MiB |  | aaaaaaaaaaaa-dirty |",
         "| sppo_rlhf_imdb.py | loop | 10.0 s an iteration | 1.00 x | 10 MiB |  | aaaaaaaaaaaa-dirty |",
         "| sppo_rlhf_imdb.py | SPPO (α 0.5, β 0.4) | 5.0 s an iteration | 2.00 x | 9 MiB | 1.100 | aaaaaaaaaaaa-dirty |",
     ]
