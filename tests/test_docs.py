@@ -315,7 +315,7 @@ def sections(page):
     return re.findall(r"(?ms)^## (.*?)$(.*?)(?=^## |\Z)", page.read_text())
 
 
-@pytest.mark.parametrize("page", ["results-ppo.md", "results-a2c.md"])
+@pytest.mark.parametrize("page", ["results-ppo.md", "results-ppo-atari.md", "results-a2c.md"])
 def test_scores_are_those_of_runs_csv(page):
     """Mean, standard error, each seed's score, the last tenth of training and the chances, from the committed csv files."""
     checked = chances = 0
@@ -368,7 +368,7 @@ def test_scores_are_those_of_runs_csv(page):
                 for cell in [cell for row in rows for cell in row[1:] if " to " in cell]:
                     assert cell in aggregates, cell
                     chances += 1
-    assert checked >= 15 and chances >= 10
+    assert checked >= 11 and chances >= 10
 
 
 STUDIES = {  # page: its studies, and which of their cells stand in the page as they are (times of phases are rounded there)

@@ -166,3 +166,12 @@ def test_orthogonal_initialisation_with_the_usual_gains():
         weight = layer.weight.detach().flatten(1)
         torch.testing.assert_close(weight @ weight.T, gain**2 * torch.eye(len(weight)), rtol=0, atol=1e-5)
         assert not layer.bias.any()
+
+
+def test_compile_asks_for_cuda_graphs(loop, monkeypatch):
+    """torch's name for them; a CPU compiles as without it."""
+    asked = {}
+    monkeypatch.setattr(torch, "compile", lambda function, mode: asked.update({function.__name__: mode}) or function)
+    script, *_ = loop(compile=True)
+    loss = "minibatch_loss" if script is sppo_atari else "rollout_loss"
+    assert asked == {"act": "reduce-overhead", loss: "reduce-overhead"}
