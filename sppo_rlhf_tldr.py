@@ -152,8 +152,8 @@ class Args:
     reward_max_length: PositiveInt = 550
     """maximum number of tokens of reward_text; the end of longer texts is kept"""
     dataset: str = "CarperAI/openai_summarize_tldr"
-    """posts, with columns `prompt` and `label` (the summary): Hub id or folder with splits train, valid(ation) and test, or a
-    file of JSON lines, which is split 80 : 10 : 10"""
+    """posts, with columns `prompt` and `label` or `completion` (the summary): Hub id or folder with splits train, valid(ation)
+    and test, or a file of JSON lines, which is split 80 : 10 : 10"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """type of the base models' weights (float16 would round the value adapter's small gradients to 0)"""
     load_in_4bit: bool = False
@@ -959,6 +959,9 @@ def load_texts(args: Args) -> dict[str, list[tuple[str, str]]]:
             splits = dict(datasets.load_dataset(args.dataset))
         if "valid" in splits:
             splits["validation"] = splits.pop("valid")
+        for name, split in splits.items():
+            if "completion" in split.column_names and "label" not in split.column_names:  # as trl-lib/tldr names it
+                splits[name] = split.rename_column("completion", "label")
         columns = {name: split.column_names for name, split in splits.items()}
         whole = {
             name: {column: split[column][:] for column in ("prompt", "label") if column in columns[name]}
@@ -972,7 +975,7 @@ def load_texts(args: Args) -> dict[str, list[tuple[str, str]]]:
     for name, count in wanted.items():
         require(args, "dataset", name in splits, f"the splits train, valid(ation) and test; it has {', '.join(splits)}")
         named = whole[name].keys() == {"prompt", "label"}
-        require(args, "dataset", named, f"columns named prompt and label; its columns are {', '.join(columns[name])}")
+        require(args, "dataset", named, f"columns prompt and label (or completion); its columns are {', '.join(columns[name])}")
         posts[name] = list(zip(whole[name]["prompt"], whole[name]["label"], strict=True))
         texts = all(isinstance(text, str) for post in posts[name] for text in post)
         require(args, "dataset", texts, "columns prompt and label that hold texts alone")

@@ -387,6 +387,8 @@ def test_posts_of_a_folder_and_of_a_file(assets, tmp_path):
     assert {name: len(rows) for name, rows in split.items()} == {"train": 32, "validation": 4, "test": 4}
     assert sorted(post for posts in split.values() for post in posts) == sorted(tldr_assets.posts(40, 0))
     assert tldr.load_texts(args) == split != tldr.load_texts(make_args(**{**vars(args), "seed": 2}))
+    (tmp_path / "trl.jsonl").write_text(lines.replace('"label": ', '"completion": '))
+    assert tldr.load_texts(make_args(**{**vars(args), "dataset": str(tmp_path / "trl.jsonl")})) == split
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
