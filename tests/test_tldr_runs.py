@@ -236,7 +236,10 @@ BAD = [
     ("--top-k 100000", "--top-k 100000: expected the policy's vocabulary, "),
     ("--test-episodes 1", "--test-episodes 1: expected 0, or 2 or more for a standard error"),
     ("--test-episodes 9", "posts: expected at least 9 posts in the split test; it has 8"),
-    ("--dataset {tmp}/no_label.jsonl", "no_label.jsonl: expected columns prompt and label (or completion); its columns are prompt"),
+    (
+        "--dataset {tmp}/no_label.jsonl",
+        "no_label.jsonl: expected columns prompt and label (or completion); its columns are prompt",
+    ),
     ("--dataset {tmp}/null.jsonl", "null.jsonl: expected columns prompt and label that hold texts alone"),
     ("--dataset {tmp}/missing.jsonl", "missing.jsonl: expected a Hub id, a folder or a file of JSON lines that can be loaded"),
     ("--dataset {tmp}/no_test", "expected the splits train, valid(ation) and test; it has train"),
