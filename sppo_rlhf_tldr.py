@@ -824,7 +824,8 @@ def load_lm(args: Args, name: str, device: torch.device) -> transformers.PreTrai
     loader = transformers.AutoModelForSequenceClassification if whole_reward else transformers.AutoModelForCausalLM
     try:
         if is_adapter(args, name):
-            raise ValueError("an adapter; merge it into its base first, with peft's merge_and_unload")
+            merge = "merge it into its base first, with peft's merge_and_unload"
+            raise ValueError(f"an adapter; {'give it as --reward-adapter' if whole_reward else merge}")
         config = transformers.AutoConfig.from_pretrained(source, **options)
         for setting, value in config.to_dict().items():
             if "drop" in setting and isinstance(value, float):

@@ -86,6 +86,11 @@ def test_an_adapter_is_no_policy(script, assets, tmp_path, capsys):
     assert "--policy" in err and "(an adapter; merge it into its base first, with peft's merge_and_unload)" in err
 
 
+def test_an_adapter_is_no_whole_reward_model(assets, capsys):
+    err = refused(capsys, load, tldr, assets, reward_model=str(assets / "reward"))
+    assert "--reward-model" in err and "(an adapter; give it as --reward-adapter)" in err
+
+
 @each_script
 def test_heads_are_as_wide_as_the_hidden_states(script, assets, tmp_path):
     """OPT-350m projects its last hidden states to another width than hidden_size."""
