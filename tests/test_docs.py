@@ -371,6 +371,47 @@ def test_scores_are_those_of_runs_csv(page):
     assert checked >= 11 and chances >= 10
 
 
+def test_chances_of_results_md_are_those_of_the_runs():
+    """Each chance of the table, with its interval, by its algorithm, task, length, other arm and noise."""
+    pairs = {}  # (algorithm, task, length, noised) -> {arm: {other: its cell}}, arms in lower case
+    for path in RESULTS.glob("*/aggregates.csv"):
+        (setting,) = {(run["env_id"], run["total_timesteps"]) for run in csv.DictReader(path.with_name("runs.csv").open())}
+        for row in csv.DictReader(path.open()):
+            if row["what"].startswith("P("):
+                key = (row["script"].split("_")[0].removesuffix(".py"), *setting, row["noise"] != "none")
+                cell = f"{float(row['value']):.2f} ({float(row['low']):.2f} to {float(row['high']):.2f})"
+                arms = pairs.setdefault(key, {})
+                assert arms.setdefault(row["arm"].lower(), {}).setdefault(row["other"].lower(), cell) == cell, (path, row)
+    ((head, *rows),) = [rows for rows in tables((ROOT / "docs/results.md").read_text()) if "its control, none" in rows[0]]
+    count = 0
+    for row in rows:
+        arm, task, steps = re.fullmatch(r"(.+), (\w+) \(([\d,]+)\)", row[0]).groups()
+        arm = arm.lower().replace("factored (β 10)", "factored")
+        task = "InvertedDoublePendulum" if task == "IDP" else task
+        for title, cell in zip(head[1:], row[1:], strict=True):
+            found = [
+                arms
+                for (algorithm, env, length, noised), arms in pairs.items()
+                if algorithm == arm.split()[0] and env.startswith(task) and length == steps.replace(",", "")
+                if noised == title.endswith(", noise")
+            ]
+            if cell in ("not run", "none exists"):
+                assert cell == "none exists" or not found, (row[0], title)
+                continue
+            (arms,) = found
+            ((others),) = [arms[name] for name in (arm, f"{arm} β {10 if title.endswith(', noise') else 0.2}") if name in arms]
+            baseline = arm.split()[0].replace("sp", "p").replace("sa", "a")
+            (other,) = [
+                name
+                for name in others
+                if name.split()[0] == "control" or name == baseline
+                if ("control" in title) == ("control" in name)
+            ]
+            assert cell == others[other], (row[0], title)
+            count += 1
+    assert count >= 30
+
+
 STUDIES = {  # page: its studies, and which of their cells stand in the page as they are (times of phases are rounded there)
     "results-sb3.md": ("learning-[abg]*", r"\d"),
     "results-rlhf.md": ("learning-[it]*", r"\d"),
