@@ -17,7 +17,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from wandb.proto import wandb_internal_pb2
 
 ROOT = Path(__file__).parents[1]
-ENV = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "CUDA_VISIBLE_DEVICES": os.environ["CUDA_VISIBLE_DEVICES"]}
+ENV = {
+    "PATH": "/usr/bin:/bin",
+    "HOME": "/tmp",
+    "CUDA_VISIBLE_DEVICES": os.environ["CUDA_VISIBLE_DEVICES"],
+    "OMP_NUM_THREADS": os.environ["OMP_NUM_THREADS"],
+}
 started = []
 
 needs_compiler = pytest.mark.skipif(
