@@ -96,7 +96,7 @@ def test_track_without_a_key_is_one_line_and_creates_nothing(tmp_path):
 def test_same_seed_same_curve_and_another_seed_another(tmp_path):
     curves = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        args = ["--total-timesteps", 1280, "--eval-episodes", 1, "--seed", seed, "--num-threads", 2]
+        args = ["--total-timesteps", 384, "--eval-episodes", 1, "--seed", seed, "--num-threads", 2]
         call(*SMALL[:-2], *args, "--run-dir", tmp_path / name)
         logged = scalars(only(tmp_path / name))
         curves.append({tag: points for tag, points in logged.items() if tag != "charts/SPS"})
