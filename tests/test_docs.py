@@ -412,6 +412,19 @@ def test_chances_of_results_md_are_those_of_the_runs():
     assert count >= 30
 
 
+def test_every_interval_in_the_prose_is_in_a_report():
+    """Chances and interquartile means, outside the tables too: each stands in some aggregates.csv."""
+    reported = {
+        tuple(f"{float(row[name]):.2f}" for name in ("value", "low", "high"))
+        for path in RESULTS.glob("*/aggregates.csv")
+        for row in csv.DictReader(path.open())
+    }
+    for page in ("README.md", "docs/results.md", "docs/results-ppo.md", "docs/results-ppo-atari.md", "docs/results-a2c.md"):
+        text = " ".join((ROOT / page).read_text().split())
+        found = re.findall(r"(\d\.\d\d)(?: \(|, )(\d\.\d\d) to (\d\.\d\d)\)", text)
+        assert found and not set(found) - reported, page
+
+
 STUDIES = {  # page: its studies, and which of their cells stand in the page as they are (times of phases are rounded there)
     "results-sb3.md": ("learning-[abg]*", r"\d"),
     "results-rlhf.md": ("learning-[it]*", r"\d"),
