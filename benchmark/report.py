@@ -900,11 +900,10 @@ def save(figure, path: Path) -> None:
     plt.close(figure)
 
 
-def grid_of_axes(count: int):
+def grid_of_axes(count: int, width: float = 4.8):
     columns = min(3, count) if count != 4 else 2
-    figure, axes = plt.subplots(
-        -(-count // columns), columns, figsize=(4.8 * columns, 3.6 * -(-count // columns)), squeeze=False
-    )
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, 3.6 * rows), squeeze=False)
     for axis in axes.flat[count:]:
         axis.set_axis_off()
     return figure, axes.flat
@@ -928,7 +927,8 @@ def draw_curves(runs: pd.DataFrame, curves: pd.DataFrame, path: Path, tags: tupl
     groups = list(merged.groupby(["script", "env", "noise"]))
     if not groups:
         return
-    figure, axes = grid_of_axes(len(groups))
+    many = merged.arm.nunique() > 5  # a legend so long would hide curves: it stands beside them
+    figure, axes = grid_of_axes(len(groups), 7 if many else 4.8)
     roles, style = roles_of(runs), styles(runs)
     for axis, ((script, env, noise), group) in zip(axes, groups, strict=False):
         for arm in order(list(group.arm.unique()), roles):
@@ -947,7 +947,7 @@ def draw_curves(runs: pd.DataFrame, curves: pd.DataFrame, path: Path, tags: tupl
         axis.set_title(f"{env}{noisy}\n{script}; {spread_of(group)}", fontsize=8)
         axis.xaxis.set_major_locator(MaxNLocator(6))
         axis.xaxis.set_major_formatter(EngFormatter())
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, **({"bbox_to_anchor": (1, 1), "loc": "upper left"} if many else {}))
     save(figure, path)
 
 
