@@ -316,7 +316,12 @@ def sections(page):
 
 
 # A page's arms and chances, so that a table whose head has changed is not passed over
-SCORES = {"results-ppo.md": (32, 50), "results-ppo-atari.md": (23, 29), "results-follow-up.md": (8, 5), "results-a2c.md": (27, 17)}
+SCORES = {
+    "results-ppo.md": (32, 50),
+    "results-ppo-atari.md": (23, 29),
+    "results-follow-up.md": (8, 5),
+    "results-a2c.md": (27, 17),
+}
 
 
 @pytest.mark.parametrize("page", SCORES)
@@ -342,8 +347,8 @@ def test_scores_are_those_of_runs_csv(page):
                         curves.setdefault(identity, []).append((int(row["step"]), float(row[identity])))
         arms = {}
         for row in runs:
-            names = "noise alpha beta norm_adv num_bins reverse_prob mean_weight vf_coef ent_coef max_grad_norm".split()
-            key = tuple(row.get(name) for name in names)
+            names = ("noise", "alpha", "beta", "norm_adv", "num_bins", "reverse_prob", "mean_weight")
+            key = tuple(row.get(name) for name in (*names, "vf_coef", "ent_coef", "max_grad_norm"))
             arms.setdefault(key, {})[int(row["seed"])] = (float(row["score"]), row["run_id"])
         found = []
         for scores in arms.values():
@@ -377,9 +382,11 @@ def test_scores_are_those_of_runs_csv(page):
 
 def test_chances_of_results_md_are_those_of_the_runs():
     """Each chance of the table, with its interval, by its algorithm, task, length, other arm and noise."""
-    pairs = {}  # (algorithm, task, length, noised) -> {arm: {other: its cell}}, arms in lower case
+    pairs = {}  # (algorithm, task, length, first seed, noised) -> {arm: {other: its cell}}, arms in lower case
     for path in RESULTS.glob("*/aggregates.csv"):
-        (setting,) = {(run["env_id"], run["total_timesteps"]) for run in csv.DictReader(path.with_name("runs.csv").open())}
+        runs = list(csv.DictReader(path.with_name("runs.csv").open()))
+        (setting,) = {(run["env_id"], run["total_timesteps"]) for run in runs}
+        setting = (*setting, min(run["seed"] for run in runs))
         for row in csv.DictReader(path.open()):
             if row["what"].startswith("P("):
                 key = (row["script"].split("_")[0].removesuffix(".py"), *setting, row["noise"] != "none")
@@ -389,14 +396,15 @@ def test_chances_of_results_md_are_those_of_the_runs():
     ((head, *rows),) = [rows for rows in tables((ROOT / "docs/results.md").read_text()) if "its control, none" in rows[0]]
     count = 0
     for row in rows:
-        arm, task, steps = re.fullmatch(r"(.+), (\w+) \(([\d,]+)\)", row[0]).groups()
+        arm, task, seed, steps = re.fullmatch(r"(.+), (\w+?)(?: again, seeds (\d) to \d)? \(([\d,]+)\)", row[0]).groups()
         arm = arm.lower().replace("factored (β 10)", "factored")
         task = "InvertedDoublePendulum" if task == "IDP" else task
         for title, cell in zip(head[1:], row[1:], strict=True):
             found = [
                 arms
-                for (algorithm, env, length, noised), arms in pairs.items()
-                if algorithm == arm.split()[0] and env.startswith(task) and length == steps.replace(",", "")
+                for (algorithm, env, length, first, noised), arms in pairs.items()
+                if algorithm == arm.split()[0] and env.startswith(task)
+                if length == steps.replace(",", "") and first == (seed or "1")
                 if noised == title.endswith(", noise")
             ]
             if cell in ("not run", "none exists"):
@@ -417,7 +425,7 @@ def test_chances_of_results_md_are_those_of_the_runs():
 
 
 def test_every_interval_in_the_prose_is_in_a_report():
-    """Chances and interquartile means, outside the tables too: each stands in some aggregates.csv."""
+    """Chances and interquartile means, outside the tables too, and scores with errors: each is in a report's csv file."""
     reported = {
         tuple(f"{float(row[name]):.2f}" for name in ("value", "low", "high"))
         for path in RESULTS.glob("*/aggregates.csv")
@@ -427,6 +435,11 @@ def test_every_interval_in_the_prose_is_in_a_report():
         text = " ".join((ROOT / page).read_text().split())
         found = re.findall(r"(\d\.\d\d)(?: \(|, )(\d\.\d\d) to (\d\.\d\d)\)", text)
         assert found and not set(found) - reported, page
+    cells = [row for path in RESULTS.glob("*/cells.csv") for row in csv.DictReader(path.open()) if row["stderr"]]
+    means = {tuple(f"{float(row[name]):,.0f}" for name in ("mean", "stderr")) for row in cells}
+    for page in ("README.md", "docs/results.md"):
+        found = re.findall(r"([\d,]+) ± ([\d,]*\d)", (ROOT / page).read_text())
+        assert found and not set(found) - means, page
 
 
 STUDIES = {  # page: its studies, and which of their cells stand in the page as they are (times of phases are rounded there)
