@@ -910,13 +910,16 @@ def grid_of_axes(count: int, width: float = 4.8):
 
 
 def curve_table(points: pd.DataFrame) -> pd.DataFrame:
-    """Values by step and run. Steps of episodes differ between seeds: a hundred bins, with straight lines over empty ones; of
-    runs with as many points, means of five bins (5 % of training)."""
+    """Values by step and run. Runs that were measured at the same few steps have these. Steps of episodes differ between seeds:
+    a hundred bins, with straight lines over empty ones, and means of five bins (5 % of training) if each run has 40 points."""
+    table = points.pivot_table(index="step", columns="run_id", values="value")
+    if len(table) < 40 and table.notna().all(axis=None):
+        return table
     ends = np.linspace(0, points.step.max(), 101)[1:]
     bins = ends[np.searchsorted(ends, points.step).clip(max=99)]
     table = points.assign(bin=bins).pivot_table(index="bin", columns="run_id", values="value")
     table = table.reindex(ends).interpolate(method="index", limit_area="inside")
-    dense = points.groupby("run_id").size().min() >= 50
+    dense = points.groupby("run_id").size().min() >= 40
     return table.rolling(5, center=True, min_periods=1).mean().where(table.notna()) if dense else table
 
 
@@ -931,13 +934,15 @@ def draw_curves(runs: pd.DataFrame, curves: pd.DataFrame, path: Path, tags: tupl
     figure, axes = grid_of_axes(len(groups), 7 if many else 4.8)
     roles, style = roles_of(runs), styles(runs)
     for axis, ((script, env, noise), group) in zip(axes, groups, strict=False):
+        curves = curve_table(group)  # of all arms, so that they are smoothed alike
         for arm in order(list(group.arm.unique()), roles):
             mine = group[group.arm == arm]
-            table = curve_table(mine)
+            table = curves[mine.run_id.unique()].dropna()  # where each seed has a value
             mean, error = table.mean(axis=1), table.sem(axis=1).fillna(0)
             color, line = style[arm]["color"], style[arm]["linestyle"]
             # thin and on top, so that what lies under a control can be seen
             over = {"linewidth": 1.3, "zorder": 3} if is_control_role(roles[arm]) else {"linewidth": 2.2}
+            over |= {"marker": "o", "markersize": 4} if len(table) < 40 else {}
             axis.plot(table.index, mean, color=color, linestyle=line, label=arm + weights_of(mine, arm), **over)
             axis.fill_between(table.index, mean - error, mean + error, color=color, alpha=0.15, linewidth=0)
         rlhf = group.iterations.notna().any() if "iterations" in group else False
