@@ -384,7 +384,7 @@ def drawn(monkeypatch, draw, *args):
 
 
 def test_the_arms_of_a_picture_are_drawn_alike(tmp_path, monkeypatch):
-    """One run with few points leaves all unsmoothed. A mean ends with its shortest run. Shared steps are drawn where they are."""
+    """A run with few points leaves all unsmoothed. A mean ends with its shortest run. Shared steps stay where they are."""
     scores = {("Hopper", "none", arm): [1.0, 2.0] for arm in ("DPPO", "DSPPO")}
     runs = report.load_runs((write_runs(tmp_path, scores),))
     few = runs.run_id[0]
