@@ -116,6 +116,10 @@ def test_a_run_with_the_peers_chance_ends_at_the_peers_weights(algorithm, tmp_pa
         assert orders == []
 
     checkpoint = torch.load(only(tmp_path) / "checkpoint.pt", weights_only=True)
+    for name, theirs in (("obs_stats", envs.obs_rms), ("return_stats", envs.ret_rms)):  # the same episodes
+        mean, var, _ = checkpoint[name]
+        np.testing.assert_allclose(mean, theirs.mean, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(var, theirs.var, rtol=1e-6, atol=1e-9)
     agent = script.Agent(11, 3, 0)
     agent.load_state_dict(checkpoint["agent"])
     peer.policy.load_state_dict(last)
