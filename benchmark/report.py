@@ -934,15 +934,15 @@ def draw_curves(runs: pd.DataFrame, curves: pd.DataFrame, path: Path, tags: tupl
     figure, axes = grid_of_axes(len(groups), 7 if many else 4.8)
     roles, style = roles_of(runs), styles(runs)
     for axis, ((script, env, noise), group) in zip(axes, groups, strict=False):
-        curves = curve_table(group)  # of all arms, so that they are smoothed alike
+        values = curve_table(group)  # of all arms, so that they are smoothed alike
         for arm in order(list(group.arm.unique()), roles):
             mine = group[group.arm == arm]
-            table = curves[mine.run_id.unique()].dropna()  # where each seed has a value
+            table = values[mine.run_id.unique()].dropna()  # where each seed has a value
             mean, error = table.mean(axis=1), table.sem(axis=1).fillna(0)
             color, line = style[arm]["color"], style[arm]["linestyle"]
             # thin and on top, so that what lies under a control can be seen
             over = {"linewidth": 1.3, "zorder": 3} if is_control_role(roles[arm]) else {"linewidth": 2.2}
-            over |= {"marker": "o", "markersize": 4} if len(table) < 40 else {}
+            over |= {"marker": "o", "markersize": 4} if len(values) < 40 else {}
             axis.plot(table.index, mean, color=color, linestyle=line, label=arm + weights_of(mine, arm), **over)
             axis.fill_between(table.index, mean - error, mean + error, color=color, alpha=0.15, linewidth=0)
         rlhf = group.iterations.notna().any() if "iterations" in group else False

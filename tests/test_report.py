@@ -408,6 +408,18 @@ def test_the_arms_of_a_picture_are_drawn_alike(tmp_path, monkeypatch):
     assert all(line.get_marker() == "o" and list(line.get_xdata()) == [1, 7, 10] for line in found.values())
 
 
+@pytest.mark.parametrize("count", [5, 6])
+def test_a_long_legend_hides_no_curve(count, tmp_path, monkeypatch):
+    runs = report.load_runs((write_grid(tmp_path / "runs", "my_loss.py", arms={f"arm{i}": GRID["ppo"] for i in range(count)}),))
+    points = [
+        {"run_id": each, "tag": "charts/episodic_return", "step": step, "value": 1.0} for each in runs.run_id for step in (1, 2)
+    ]
+    line, *others = drawn(monkeypatch, report.draw_curves, runs, pd.DataFrame(points), tmp_path / "x.png").values()
+    left, axes = line.axes.get_legend().get_window_extent().x0, line.axes.get_window_extent()
+    assert len(others) == count - 1
+    assert left > axes.x1 if count == 6 else left < axes.x1
+
+
 def test_profiles_are_shares_of_relative_scores(tmp_path, monkeypatch):
     runs = report.load_runs((write_runs(tmp_path, TWELVE),))
     found = drawn(monkeypatch, report.draw_profiles, runs, "DPPO", report.styles(runs), 100, "title", tmp_path / "x.png")
