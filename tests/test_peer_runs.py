@@ -20,16 +20,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 pytestmark = pytest.mark.quick
 
-SMALL = {"net_arch": {"pi": [64, 64], "vf": [64, 64]}, "activation_fn": torch.nn.Tanh}
-COMMON = {
-    "gamma": 0.99,
-    "max_grad_norm": 0.5,
-    "vf_coef": 0.5,
-    "ent_coef": 0.0,
-    "policy_kwargs": SMALL,
-    "seed": 7,
-    "device": "cpu",
-}
+COMMON = {"gamma": 0.99, "max_grad_norm": 0.5, "vf_coef": 0.5, "ent_coef": 0.0, "seed": 7, "device": "cpu"}
 
 
 def hopper():
@@ -57,6 +48,8 @@ def linear_layers(policy):
 def test_a_run_with_the_peers_chance_ends_at_the_peers_weights(algorithm, tmp_path, monkeypatch):
     num_envs, num_steps, iterations = (1, 192, 3) if algorithm == "ppo" else (4, 8, 30)
     envs = VecNormalize(make_vec_env(hopper, n_envs=num_envs, seed=7), gamma=0.99)
+    # one dict for each peer: A2C writes its optimiser, RMSprop, into the dict that it is given
+    common = COMMON | {"policy_kwargs": {"net_arch": {"pi": [64, 64], "vf": [64, 64]}, "activation_fn": torch.nn.Tanh}}
     if algorithm == "ppo":
         settings = {
             "learning_rate": 3e-4,
@@ -66,9 +59,10 @@ def test_a_run_with_the_peers_chance_ends_at_the_peers_weights(algorithm, tmp_pa
             "gae_lambda": 0.95,
             "clip_range": 0.2,
         }
-        peer = PPO("MlpPolicy", envs, **settings, **COMMON)
+        peer = PPO("MlpPolicy", envs, **settings, **common)
     else:
-        peer = A2C("MlpPolicy", envs, learning_rate=7e-4, n_steps=8, rms_prop_eps=1e-5, **COMMON)
+        peer = A2C("MlpPolicy", envs, learning_rate=7e-4, n_steps=8, rms_prop_eps=1e-5, **common)
+    assert type(peer.policy.optimizer) is (torch.optim.Adam if algorithm == "ppo" else torch.optim.RMSprop)
     first = {name: weights.clone() for name, weights in peer.policy.state_dict().items()}
     orders, permutation = [], np.random.permutation
 
