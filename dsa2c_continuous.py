@@ -8,8 +8,11 @@ The agent takes the bins i = (i_1 .. i_D) with joint probability pi_i; A is the 
     Eq. 7   L_ra2c = -A Z sum_{j != i} pi_j      Z < 0, -1 in the paper
     Eq. 9   L      = alpha L_a2c + beta L_ra2c
 
-    python dsa2c_continuous.py --env-id Hopper --beta 10 --noise gaussian     # DSA2C, noisy rewards
-    python dsa2c_continuous.py --env-id Hopper --alpha 1 --beta 0             # DA2C; with --num-bins 0 Gaussian A2C
+Eq. 7 as printed has another sign for A < 0 (`--literal-signs`; docs/loss.md, fact 1).
+
+    python dsa2c_continuous.py --env-id Hopper --beta 10 --noise gaussian                # DSA2C, noisy rewards
+    python dsa2c_continuous.py --env-id Hopper --alpha 1 --beta 0 --noise gaussian      # DA2C; with --num-bins 0 Gaussian A2C
+    python dsa2c_continuous.py --env-id Hopper --beta 10 --mean-weight --noise gaussian # the control: samples weigh the same
     python dsa2c_continuous.py --resume runs/Hopper-v4__dsa2c_continuous__1__1700000000
 
 The algorithm ends at the line "Operations". docs/differences.md lists what differs from the paper and its released code.
@@ -84,7 +87,7 @@ class Args:
     alpha: NonNegativeFloat = 0.5
     """weight of the A2C loss (Eq. 9)"""
     beta: NonNegativeFloat = 0.2
-    """weight of the reverse loss (Eq. 9); the paper uses 0.2 to 5 without noise and 0.2 to 10 with; 0 if num_bins is 0"""
+    """weight of the reverse loss (Eq. 9); the paper uses 0.2 to 5 without noise and 0.2 to 10 with; num_bins 0 needs 0"""
     Z: Annotated[float, Field(lt=0)] = -1.0
     """the constant that stands for log 0 in the reverse loss (Eq. 7)"""
     literal_signs: bool = False
@@ -181,7 +184,8 @@ class Args:
     """CPU threads of torch; 0: all cores, slower for networks this small"""
 
 
-# Random generators beside torch's: each is seeded with [seed, its number, step], so that none disturbs another
+# Random generators beside torch's, so that none disturbs another: each is seeded with [seed, its number, step], evaluation
+# without the step, so that all evaluations of a run start alike
 EVALUATION, NOISE, ENVS, ACTIONS = 1, 2, 3, 4
 # The paper's tasks by short name
 TASKS = {
@@ -208,11 +212,13 @@ def symmetric_a2c_loss(logprobs, advantages, Z=-1.0, literal_signs=False):
 
     Inputs are [B]. The sum over the other actions in Eq. 7 is 1 - pi_i, so L_ra2c needs only what L_a2c already
     computes. With Z = -1 its gradient is pi_i times that of L_a2c: together they weight a sample by alpha + beta pi_i.
+    With literal_signs it opposes that of L_a2c where A < 0.
     """
     policy_loss = -(advantages * logprobs).mean()
 
     signed = advantages.abs() if literal_signs else advantages
-    # expm1 is precise where pi_i is nearly 1. A density above 1, which only a Gaussian has (beta is 0 there), counts as 1.
+    # expm1 is precise where pi_i is nearly 1. A density above 1 counts as 1: the Gaussian policy of the continuous script,
+    # which has beta 0, can have it.
     others = -logprobs.clamp(max=0).expm1()  # sum_{j != i} pi_j = 1 - pi_i
     reverse_loss = (-signed * Z * others).mean()
     return policy_loss, reverse_loss
@@ -264,7 +270,7 @@ def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
 
 
 class Agent(nn.Module):
-    """Separate actor and critic, two hidden layers of 64 with tanh. num_bins 0: Gaussian, else num_bins a dimension."""
+    """Separate actor and critic, two hidden layers of 64 with tanh. num_bins: bins of each action dimension; 0: Gaussian."""
 
     def __init__(self, obs_dim: int, action_dim: int, num_bins: int):
         super().__init__()
@@ -543,7 +549,7 @@ def train(args, run):
         reward_noises.append(reward_noise)
         seconds += time.perf_counter() - start
 
-        # log
+        # log, and before a stop too, as the curves since the last log would be lost
         stopping, last = bool(run.signals), iteration + 1 == num_iterations
         if last or stopping or (iteration + 1) % args.log_interval == 0:
             stats = {name: torch.stack([each[name] for each in history]).mean().item() for name in history[0]} | shares

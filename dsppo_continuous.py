@@ -8,9 +8,11 @@ The agent takes the bins i = (i_1 .. i_D) with joint probability pi_i; r = pi_i 
     Eq. 8   L_rppo = -A Z sum_{j != i} pi_j / pi_old_i      where A r <= A clip(r), else 0; Z < 0, -1 in the paper
     Eq. 9   L      = alpha L_ppo + beta L_rppo
 
-    python dsppo_continuous.py --env-id Hopper --beta 50 --noise gaussian     # DSPPO, noisy rewards
-    python dsppo_continuous.py --env-id Hopper --alpha 1 --beta 0             # DPPO; with --num-bins 0 Gaussian PPO
-    python dsppo_continuous.py --env-id Hopper --alpha 50.5 --beta 0          # DPPO with the gradient of beta 50: the control
+Eq. 8 as printed has another sign for A < 0 (`--literal-signs`; docs/loss.md, fact 1).
+
+    python dsppo_continuous.py --env-id Hopper --beta 50 --noise gaussian                # DSPPO, noisy rewards
+    python dsppo_continuous.py --env-id Hopper --alpha 1 --beta 0 --noise gaussian      # DPPO; with --num-bins 0 Gaussian PPO
+    python dsppo_continuous.py --env-id Hopper --alpha 50.5 --beta 0 --noise gaussian   # the control: DSPPO's gradient
     python dsppo_continuous.py --resume runs/Hopper-v4__dsppo_continuous__1__1700000000
 
 The algorithm ends at the line "Operations". docs/differences.md lists what differs from the paper and its released code.
@@ -85,7 +87,7 @@ class Args:
     alpha: NonNegativeFloat = 0.5
     """weight of the PPO loss (Eq. 9)"""
     beta: NonNegativeFloat = 20.0
-    """weight of the reverse loss (Eq. 9); the paper uses 20 without noise and 20 to 50 with; 0 if num_bins is 0"""
+    """weight of the reverse loss (Eq. 9); the paper uses 20 without noise and 20 to 50 with; num_bins 0 needs 0"""
     Z: Annotated[float, Field(lt=0)] = -1.0
     """the constant that stands for log 0 in the reverse loss (Eq. 8)"""
     literal_signs: bool = False
@@ -184,7 +186,8 @@ class Args:
     """CPU threads of torch; 0: all cores, slower for networks this small"""
 
 
-# Random generators beside torch's: each is seeded with [seed, its number, step], so that none disturbs another
+# Random generators beside torch's, so that none disturbs another: each is seeded with [seed, its number, step], evaluation
+# without the step, so that all evaluations of a run start alike
 EVALUATION, NOISE, ENVS, ACTIONS = 1, 2, 3, 4
 # The paper's tasks by short name
 TASKS = {
@@ -210,8 +213,8 @@ def symmetric_ppo_loss(logprobs, old_logprobs, advantages, clip_coef, Z=-1.0, li
     """L_ppo and L_rppo of the actions taken (Eq. 3 and 8): means over the batch. The caller weights them (Eq. 9).
 
     Inputs are [B]. sum_{j != i} pi_j / pi_old_i = 1 / pi_old_i - r in Eq. 8. The first term is left out: it has no
-    gradient and overflows float32. With Z = -1 both losses have the same gradient, sample by sample. Returns
-    policy_loss, reverse_loss and statistics, all scalars.
+    gradient and overflows float32. With Z = -1 both losses have the same gradient, sample by sample; with literal_signs
+    they have opposite ones where A < 0. Returns policy_loss, reverse_loss and statistics, all scalars.
     """
     logratio = logprobs - old_logprobs
     ratio = logratio.clamp(-20, 20).exp()  # finite; changes no gradient while |log r| < 20
@@ -289,7 +292,7 @@ def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
 
 
 class Agent(nn.Module):
-    """Separate actor and critic, two hidden layers of 64 with tanh. num_bins 0: Gaussian, else num_bins a dimension."""
+    """Separate actor and critic, two hidden layers of 64 with tanh. num_bins: bins of each action dimension; 0: Gaussian."""
 
     def __init__(self, obs_dim: int, action_dim: int, num_bins: int):
         super().__init__()

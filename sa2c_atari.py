@@ -7,8 +7,11 @@ Byun and Perrault, "Symmetric Reinforcement Learning Loss for Robust Learning on
     Eq. 7   L_ra2c = -A Z sum_{j != i} pi_j      Z < 0, -1 in the paper
     Eq. 9   L      = alpha L_a2c + beta L_ra2c
 
-    python sa2c_atari.py --env-id Alien --beta 1 --noise bsc        # SA2C, rewards through a noisy channel
-    python sa2c_atari.py --env-id Alien --alpha 1 --beta 0          # A2C, the baseline
+Eq. 7 as printed has another sign for A < 0 (`--literal-signs`; docs/loss.md, fact 1).
+
+    python sa2c_atari.py --env-id Alien --beta 1 --noise bsc                    # SA2C, rewards through a noisy channel
+    python sa2c_atari.py --env-id Alien --alpha 1 --beta 0 --noise bsc          # A2C, the baseline
+    python sa2c_atari.py --env-id Alien --beta 1 --mean-weight --noise bsc      # the control: all samples with the mean weight
     python sa2c_atari.py --resume runs/Alien__sa2c_atari__1__1700000000
 
 The algorithm ends at the line "Operations". docs/differences.md lists what differs from the paper and its released code.
@@ -180,7 +183,8 @@ class Args:
     """CPU threads of torch and of the games; 0: all cores"""
 
 
-# Random generators beside torch's: each is seeded with [seed, its number, step], so that none disturbs another
+# Random generators beside torch's, so that none disturbs another: each is seeded with [seed, its number, step], evaluation
+# without the step, so that all evaluations of a run start alike
 EVALUATION, NOISE, GAMES = 1, 2, 3
 
 
@@ -192,11 +196,13 @@ def symmetric_a2c_loss(logprobs, advantages, Z=-1.0, literal_signs=False):
 
     Inputs are [B]. The sum over the other actions in Eq. 7 is 1 - pi_i, so L_ra2c needs only what L_a2c already
     computes. With Z = -1 its gradient is pi_i times that of L_a2c: together they weight a sample by alpha + beta pi_i.
+    With literal_signs it opposes that of L_a2c where A < 0.
     """
     policy_loss = -(advantages * logprobs).mean()
 
     signed = advantages.abs() if literal_signs else advantages
-    # expm1 is precise where pi_i is nearly 1. A density above 1, which only a Gaussian has (beta is 0 there), counts as 1.
+    # expm1 is precise where pi_i is nearly 1. A density above 1 counts as 1: the Gaussian policy of the continuous script,
+    # which has beta 0, can have it.
     others = -logprobs.clamp(max=0).expm1()  # sum_{j != i} pi_j = 1 - pi_i
     reverse_loss = (-signed * Z * others).mean()
     return policy_loss, reverse_loss
@@ -446,7 +452,7 @@ def train(args, run):
         fits.append(torch.stack([returns, values]))
         seconds += time.perf_counter() - start
 
-        # log
+        # log, and before a stop too, as the curves since the last log would be lost
         stopping, last = bool(run.signals), iteration + 1 == num_iterations
         if last or stopping or (iteration + 1) % args.log_interval == 0:
             stats = {name: torch.stack([each[name] for each in history]).mean().item() for name in history[0]} | shares

@@ -7,10 +7,12 @@ Byun and Perrault, "Symmetric Reinforcement Learning Loss for Robust Learning on
     Eq. 8   L_rppo = -A Z sum_{j != i} pi_j / pi_old_i      where A r <= A clip(r), else 0; Z < 0, -1 in the paper
     Eq. 9   L      = alpha L_ppo + beta L_rppo
 
-    python sppo_atari.py --env-id Alien --beta 10 --noise bsc       # SPPO, rewards through a noisy channel
-    python sppo_atari.py --env-id Alien --alpha 1 --beta 0          # PPO, the baseline
-    python sppo_atari.py --env-id Alien --alpha 10.5 --beta 0       # PPO with the gradient of beta 10: the control
-    python sppo_atari.py --env-id Alien --alpha 1 --beta 0 --no-norm-adv        # the released code's baseline
+Eq. 8 as printed has another sign for A < 0 (`--literal-signs`; docs/loss.md, fact 1).
+
+    python sppo_atari.py --env-id Alien --beta 10 --noise bsc                   # SPPO, rewards through a noisy channel
+    python sppo_atari.py --env-id Alien --alpha 1 --beta 0 --noise bsc          # PPO, the baseline
+    python sppo_atari.py --env-id Alien --alpha 10.5 --beta 0 --noise bsc       # PPO with the gradient of beta 10: the control
+    python sppo_atari.py --env-id Alien --alpha 1 --beta 0 --noise bsc --no-norm-adv        # the released code's baseline
     python sppo_atari.py --resume runs/Alien__sppo_atari__1__1700000000
 
 The algorithm ends at the line "Operations". docs/differences.md lists what differs from the paper and its released code.
@@ -184,7 +186,8 @@ class Args:
     """CPU threads of torch and of the games; 0: all cores"""
 
 
-# Random generators beside torch's: each is seeded with [seed, its number, step], so that none disturbs another
+# Random generators beside torch's, so that none disturbs another: each is seeded with [seed, its number, step], evaluation
+# without the step, so that all evaluations of a run start alike
 EVALUATION, NOISE, GAMES = 1, 2, 3
 
 
@@ -195,8 +198,8 @@ def symmetric_ppo_loss(logprobs, old_logprobs, advantages, clip_coef, Z=-1.0, li
     """L_ppo and L_rppo of the actions taken (Eq. 3 and 8): means over the batch. The caller weights them (Eq. 9).
 
     Inputs are [B]. sum_{j != i} pi_j / pi_old_i = 1 / pi_old_i - r in Eq. 8. The first term is left out: it has no
-    gradient and overflows float32. With Z = -1 both losses have the same gradient, sample by sample. Returns
-    policy_loss, reverse_loss and statistics, all scalars.
+    gradient and overflows float32. With Z = -1 both losses have the same gradient, sample by sample; with literal_signs
+    they have opposite ones where A < 0. Returns policy_loss, reverse_loss and statistics, all scalars.
     """
     logratio = logprobs - old_logprobs
     ratio = logratio.clamp(-20, 20).exp()  # finite; changes no gradient while |log r| < 20

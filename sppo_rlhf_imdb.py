@@ -20,14 +20,15 @@ Examples:
     accelerate launch --num_processes 4 sppo_rlhf_imdb.py           # the same on four GPUs
     python sppo_rlhf_imdb.py --evaluate RUN_FOLDER --prompts FILE   # continuations of a finished run, as JSON lines
 
-What differs from the paper and its released code:
+How this compares with the paper and its released code:
 
 * The signs of Eq. 8 for A < 0: docs/loss.md, fact 1. `--alpha 0.9 --beta 0` is the control of `--alpha 0.5 --beta 0.4`: both
   have one gradient, fact 2.
-* Tokens are sampled from the `top_k` likeliest, as there, but log pi is that of the whole vocabulary. So r is not an exact
-  importance weight: the mean of grad log pi under the sampling is grad log m, where m is the probability of the top k. An
-  advantage that all tokens share moves probability into or out of the top k. Whitened advantages have mean 0, which removes
-  most of this. `--top-k 0 --min-response-length 0` samples from the whole vocabulary and is exact.
+* Tokens are sampled from the `top_k` likeliest (without EOS before `min_response_length`), as there, but log pi is that of
+  the whole vocabulary. So r is not an exact importance weight: the mean of grad log pi under the sampling is grad log m,
+  where m is the probability of these k tokens. An advantage that all tokens share moves probability to them or away.
+  Whitened advantages have mean 0, which removes most of this. `--top-k 0 --min-response-length 0` samples from the whole
+  vocabulary and is exact.
 * The value is a linear head on the policy's last hidden states. One forward pass serves both, and the head begins at 0. The
   released critic is a language model of its own with a random head. So the value loss trains the policy's layers here, and
   does not there.
@@ -150,7 +151,7 @@ class Args:
     response_length: PositiveInt = 48
     """maximum number of new tokens"""
     min_response_length: NonNegativeInt = 48
-    """EOS is not sampled before this many new tokens; with response_length it is never sampled"""
+    """EOS is not sampled before this many new tokens; if it equals response_length, EOS is never sampled"""
     temperature: PositiveFloat = 1.0
     """temperature of sampling, and of log pi everywhere"""
     top_k: NonNegativeInt = 50
@@ -273,8 +274,8 @@ def symmetric_ppo_loss(logprobs, old_logprobs, advantages, clip_coef, Z=-1.0, li
     """L_ppo and L_rppo of the actions taken (Eq. 3 and 8): means over the batch. The caller weights them (Eq. 9).
 
     Inputs are [B]. sum_{j != i} pi_j / pi_old_i = 1 / pi_old_i - r in Eq. 8. The first term is left out: it has no
-    gradient and overflows float32. With Z = -1 both losses have the same gradient, sample by sample. Returns
-    policy_loss, reverse_loss and statistics, all scalars.
+    gradient and overflows float32. With Z = -1 both losses have the same gradient, sample by sample; with literal_signs
+    they have opposite ones where A < 0. Returns policy_loss, reverse_loss and statistics, all scalars.
     """
     logratio = logprobs - old_logprobs
     ratio = logratio.clamp(-20, 20).exp()  # finite; changes no gradient while |log r| < 20
@@ -439,7 +440,7 @@ def pad_left(ids: list[int], length: int) -> torch.Tensor:
 def encode(texts: list[str], tokenizer, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts [B, max_prompt_length], PAD on the left, and how the reviews go on [B, response_length], PAD on the right.
 
-    A prompt is the first half of a review's words, its last tokens. The review goes on with the other half.
+    A prompt is the first half of a review's words, cut to its last tokens. The review goes on with the other half.
     """
     prompts, references = [], torch.full((len(texts), args.response_length), PAD)
     for row, text in enumerate(texts):
@@ -651,7 +652,7 @@ def train(args, run, texts, tokenizer, agent, reference, reward):
     run.finish(after, agent, tokenizer)
 
 
-# === Operations: nothing below changes what is learned ================================================================
+# === Operations: loading of models and texts, evaluation, run folder, command line ====================================
 
 # Specific to this task: packages that decide the numbers, Hub ids, the gradient's shares, evaluation, loading, saving, checks
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "peft", "datasets", "numpy")

@@ -24,7 +24,7 @@ Examples:
     accelerate launch --num_processes 4 sppo_rlhf_tldr.py           # the same on four GPUs
     python sppo_rlhf_tldr.py --evaluate RUN_FOLDER --prompts FILE   # summaries of a finished run, as JSON lines
 
-What differs from the paper and its released code:
+How this compares with the paper and its released code:
 
 * The signs of Eq. 8 for A < 0: docs/loss.md, fact 1. `--alpha 0.7 --beta 0` is the control of `--alpha 0.5 --beta 0.2`: both
   have one gradient, fact 2. Policy and value share no trained weight, and AdamW does not see a constant factor of the
@@ -171,7 +171,7 @@ class Args:
     response_length: PositiveInt = 50
     """maximum number of new tokens"""
     min_response_length: NonNegativeInt = 0
-    """EOS is not sampled before this many new tokens; with response_length it is never sampled"""
+    """EOS is not sampled before this many new tokens; if it equals response_length, EOS is never sampled"""
     temperature: PositiveFloat = 1.0
     """temperature of sampling, and of log pi everywhere; evaluations are greedy"""
     top_k: NonNegativeInt = 50
@@ -302,8 +302,8 @@ def symmetric_ppo_loss(logprobs, old_logprobs, advantages, clip_coef, Z=-1.0, li
     """L_ppo and L_rppo of the actions taken (Eq. 3 and 8): means over the batch. The caller weights them (Eq. 9).
 
     Inputs are [B]. sum_{j != i} pi_j / pi_old_i = 1 / pi_old_i - r in Eq. 8. The first term is left out: it has no
-    gradient and overflows float32. With Z = -1 both losses have the same gradient, sample by sample. Returns
-    policy_loss, reverse_loss and statistics, all scalars.
+    gradient and overflows float32. With Z = -1 both losses have the same gradient, sample by sample; with literal_signs
+    they have opposite ones where A < 0. Returns policy_loss, reverse_loss and statistics, all scalars.
     """
     logratio = logprobs - old_logprobs
     ratio = logratio.clamp(-20, 20).exp()  # finite; changes no gradient while |log r| < 20
@@ -725,7 +725,7 @@ def train(args, run, posts, tokenizer, agent, reward):
     run.finish(after, agent, tokenizer)
 
 
-# === Operations: nothing below changes what is learned ================================================================
+# === Operations: loading of models and texts, evaluation, run folder, command line ====================================
 
 # Specific to this task: packages that decide the numbers, Hub ids, evaluation, loading, saving, checks
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "peft", "datasets", "rouge-score", "numpy")
