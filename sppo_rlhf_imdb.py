@@ -654,9 +654,9 @@ def train(args, run, texts, tokenizer, agent, reference, reward):
 
 # === Operations: loading of models and texts, evaluation, run folder, command line ====================================
 
-# Specific to this task: packages that decide the numbers, Hub ids, the gradient's shares, evaluation, loading, saving, checks
+# Specific to this task: packages that decide the numbers, sources, the gradient's shares, evaluation, loading, saving, checks
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "peft", "datasets", "numpy")
-SOURCES = ("policy", "tokenizer", "reward_model", "dataset")
+SOURCES = ("policy", "tokenizer", "reward_model", "dataset", "judge")
 # Parts of the loss, each with the arguments that weight it
 PARTS = {"policy": ("alpha", "beta"), "value": ("vf_coef",), "entropy": ("ent_coef",), "reference": ("reference_nll_coef",)}
 
@@ -1196,7 +1196,7 @@ class Run:
 def prepare_hub(args: Args, *names: str) -> None:
     """Asks the Hub for an answer. Without one within five seconds, and with --offline, only the local cache is used.
 
-    names: the arguments that may be Hub ids.
+    names: the arguments that may be Hub ids, or paths.
     """
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

@@ -727,7 +727,7 @@ def train(args, run, posts, tokenizer, agent, reward):
 
 # === Operations: loading of models and texts, evaluation, run folder, command line ====================================
 
-# Specific to this task: packages that decide the numbers, Hub ids, evaluation, loading, saving, checks
+# Specific to this task: packages that decide the numbers, sources, evaluation, loading, saving, checks
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "peft", "datasets", "rouge-score", "numpy")
 SOURCES = ("policy", "tokenizer", "reward_base", "reward_adapter", "reward_model", "dataset")
 
@@ -1305,7 +1305,7 @@ class Run:
 def prepare_hub(args: Args, *names: str) -> None:
     """Asks the Hub for an answer. Without one within five seconds, and with --offline, only the local cache is used.
 
-    names: the arguments that may be Hub ids.
+    names: the arguments that may be Hub ids, or paths.
     """
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

@@ -1,12 +1,13 @@
-"""Tunes alpha, beta and the learning rate of a script with Optuna, on this machine.
+"""Tunes alpha, beta and the learning rate of a script, or other arguments, with Optuna, on this machine.
 
     python benchmark/optuna_sweep.py sppo_atari.py --trials 20 --args="--env-id Breakout --total-timesteps 200000"
-    python benchmark/optuna_sweep.py my_loss.py --seeds 1 2 3 --args="--env-id Breakout" --beta 1 100
+    python benchmark/optuna_sweep.py sppo_atari.py --seeds 1 2 3 --args="--env-id Breakout" --beta 1 100
+    python benchmark/optuna_sweep.py my_loss.py --tune spo-coef 0.1 10 --args="--env-id Breakout --alpha 0 --beta 0"
 
 A trial runs the script as you would type it, once a seed, in FOLDER/{script}/{trial}/{seed}; its value is the mean of the
 scores in their result.json. Values are drawn on a logarithmic scale by Optuna's TPE. FOLDER/study.db keeps the study: started
-again with the same --folder, --args and --seeds it goes on until it has --trials trials. Prints the best ones; the same seeds
-tell nothing about other seeds.
+again with the same --folder, --args, --seeds and --tune it goes on until it has --trials trials. Prints the best ones; the
+same seeds tell nothing about other seeds.
 """
 
 from __future__ import annotations  # optuna's types, which --help does without
@@ -48,6 +49,8 @@ class Args:
     """lowest and highest beta"""
     learning_rate: tuple[float, float] = (1e-5, 1e-2)
     """lowest and highest learning rate"""
+    tune: tyro.conf.UseAppendAction[tuple[tuple[str, float, float], ...]] = ()
+    """an argument of the script, its lowest and its highest value: tuned in place of these three; may be repeated"""
     args: str = ""
     """what to add to every command, with an equals sign: --args="--env-id Breakout --total-timesteps 200000" """
     folder: Path = Path("runs/optuna")
@@ -74,10 +77,12 @@ def run(command: list[str], folder: Path) -> float:
 def main(args: Args) -> None:
     if not args.script.is_file():
         fail(f"{args.script}: expected a script")
-    for name in ("alpha", "beta", "learning_rate"):
-        low, high = getattr(args, name)
+    ranges = {name: bounds for name, *bounds in args.tune}
+    ranges = ranges or {"alpha": args.alpha, "beta": args.beta, "learning-rate": args.learning_rate}
+    for name, (low, high) in ranges.items():
         if not 0 < low < high:
-            fail(f"--{name.replace('_', '-')} {low:g} {high:g}: expected two numbers above 0, the lower one first")
+            given = f"tune {name}" if args.tune else name
+            fail(f"--{given} {low:g} {high:g}: expected two numbers above 0, the lower one first")
 
     try:
         words = shlex.split(args.args)
@@ -85,10 +90,8 @@ def main(args: Args) -> None:
         fail(f"--args {args.args}: expected a command line ({error})")
 
     def objective(trial: optuna.Trial) -> float:
-        values = {
-            name: trial.suggest_float(name, *getattr(args, name), log=True) for name in ("alpha", "beta", "learning_rate")
-        }
-        options = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", f"{value:.6g}")]
+        values = {name: trial.suggest_float(name, *bounds, log=True) for name, bounds in ranges.items()}
+        options = [word for name, value in values.items() for word in (f"--{name}", f"{value:.6g}")]
         command = [sys.executable, str(args.script), *options, *words]
         folder = args.folder / args.script.stem / str(trial.number)
         return statistics.mean(run([*command, "--seed", str(seed)], folder / str(seed)) for seed in args.seeds)
@@ -99,7 +102,7 @@ def main(args: Args) -> None:
         fail(f"--folder {args.folder}: expected a folder to write in ({error.strerror})")
     storage = f"sqlite:///{args.folder / 'study.db'}"
     study = optuna.create_study(study_name=args.script.stem, storage=storage, direction="maximize", load_if_exists=True)
-    about = {"args": args.args, "seeds": list(args.seeds)}
+    about = {"args": args.args, "seeds": list(args.seeds), "tune": [list(each) for each in args.tune]}
     for name, value in about.items():
         if study.user_attrs.get(name, value) != value:
             fail(
@@ -110,7 +113,7 @@ def main(args: Args) -> None:
     study.optimize(objective, max(0, args.trials - len(done)), catch=(subprocess.CalledProcessError,))
     scored = [trial for trial in study.trials if trial.value is not None]
     for trial in sorted(scored, key=lambda trial: -trial.value)[:5]:
-        print(f"{trial.value:.1f}", *(f"--{name.replace('_', '-')} {value:.6g}" for name, value in trial.params.items()))
+        print(f"{trial.value:.1f}", *(f"--{name} {value:.6g}" for name, value in trial.params.items()))
     if not scored:
         sys.exit(f"optuna_sweep.py: no trial has a score; {args.folder / args.script.stem}/*/*/log.txt say why")
 

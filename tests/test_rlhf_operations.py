@@ -228,11 +228,13 @@ def test_models_may_have_moved(task, call, capsys, tmp_path, monkeypatch):
     *_, finished = task
     folder = shutil.copytree(finished, tmp_path / "run")
     saved = json.loads((folder / "args.json").read_text())
-    policy, saved["args"]["policy"] = saved["args"]["policy"], "assets/policy"
+    names = [name for name in ("policy", "judge") if name in saved["args"]]
+    anew = [word for name in names for word in (f"--{name}", saved["args"][name])]
+    saved["args"] |= {name: f"assets/{name}" for name in names}
     (folder / "args.json").write_text(json.dumps(saved))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "--policy assets/policy: expected a Hub id or a folder" in refused(call, capsys, "--evaluate", folder)
-    call("--evaluate", folder, "--policy", policy)
+    assert "--policy assets/policy: expected a Hub id or a folder" in refused(call, capsys, "--evaluate", folder, *anew[2:])
+    call("--evaluate", folder, *anew)
     assert capsys.readouterr().out.count("\n") == 8
 
 

@@ -99,11 +99,26 @@ def test_two_trials_of_optuna(tmp_path):
     assert "--seeds [1, 3]: the study in" in err and "has [1, 2]; expected that, or another --folder" in err
 
 
+def test_optuna_tunes_the_arguments_that_it_is_told(tmp_path):
+    common = ["sppo_atari.py", f"--args={' '.join(SMALL)} --alpha 1 --beta 0", "--trials", 1, "--folder", tmp_path / "study"]
+    tune = ["--tune", "clip-coef", "0.3", "0.4", "--tune", "gamma", "0.5", "0.6"]
+    out, _ = run("benchmark/optuna_sweep.py", *common, *tune, cwd=ROOT)
+    (path,) = (tmp_path / "study/sppo_atari/0/1").glob("*/result.json")
+    used = json.loads(path.read_text())["args"]
+    assert 0.3 <= used["clip_coef"] <= 0.4 and 0.5 <= used["gamma"] <= 0.6
+    assert (used["alpha"], used["beta"], used["learning_rate"]) == (1, 0, 2.5e-4)
+    assert [word for word in out.split() if word.startswith("--")] == ["--clip-coef", "--gamma"]
+    _, err = run("benchmark/optuna_sweep.py", *common, cwd=ROOT, code=2)
+    assert "--tune []: the study in" in err
+
+
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
         (["missing.py"], "missing.py: expected a script"),
         (["sppo_atari.py", "--beta", "9", "1"], "--beta 9 1: expected two numbers above 0, the lower one first"),
+        (["sppo_atari.py", "--tune", "Z", "-1", "1"], "--tune Z -1 1: expected two numbers above 0, the lower one first"),
+        (["sppo_atari.py", "--tune", "clip", "1", "2", "--trials", "1"], "--clip: unknown argument"),
         (["sppo_atari.py", "--args=--seed '5"], "--args --seed '5: expected a command line (No closing quotation)"),
         (["sppo_atari.py", "--args=--gamma 2"], "--gamma 2.0: must be less than or equal to 1"),
     ],
