@@ -10,7 +10,7 @@ The agent takes the bins i = (i_1 .. i_D) with joint probability pi_i; A is the 
 
 Eq. 7 as printed has another sign for A < 0 (`--literal-signs`; docs/loss.md, fact 1).
 
-    python dsa2c_continuous.py --env-id Hopper --beta 10 --noise gaussian                # DSA2C, noisy rewards
+    python dsa2c_continuous.py --env-id Hopper --beta 10 --noise gaussian               # DSA2C, noisy rewards
     python dsa2c_continuous.py --env-id Hopper --alpha 1 --beta 0 --noise gaussian      # DA2C; with --num-bins 0 Gaussian A2C
     python dsa2c_continuous.py --env-id Hopper --beta 10 --mean-weight --noise gaussian # the control: samples weigh the same
     python dsa2c_continuous.py --resume runs/Hopper-v4__dsa2c_continuous__1__1700000000
@@ -549,7 +549,7 @@ def train(args, run):
         reward_noises.append(reward_noise)
         seconds += time.perf_counter() - start
 
-        # log, and before a stop too, as the curves since the last log would be lost
+        # log; before a stop, too: the curves since the last log would be lost
         stopping, last = bool(run.signals), iteration + 1 == num_iterations
         if last or stopping or (iteration + 1) % args.log_interval == 0:
             stats = {name: torch.stack([each[name] for each in history]).mean().item() for name in history[0]} | shares

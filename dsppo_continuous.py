@@ -10,7 +10,7 @@ The agent takes the bins i = (i_1 .. i_D) with joint probability pi_i; r = pi_i 
 
 Eq. 8 as printed has another sign for A < 0 (`--literal-signs`; docs/loss.md, fact 1).
 
-    python dsppo_continuous.py --env-id Hopper --beta 50 --noise gaussian                # DSPPO, noisy rewards
+    python dsppo_continuous.py --env-id Hopper --beta 50 --noise gaussian               # DSPPO, noisy rewards
     python dsppo_continuous.py --env-id Hopper --alpha 1 --beta 0 --noise gaussian      # DPPO; with --num-bins 0 Gaussian PPO
     python dsppo_continuous.py --env-id Hopper --alpha 50.5 --beta 0 --noise gaussian   # the control: DSPPO's gradient
     python dsppo_continuous.py --resume runs/Hopper-v4__dsppo_continuous__1__1700000000

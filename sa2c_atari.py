@@ -452,7 +452,7 @@ def train(args, run):
         fits.append(torch.stack([returns, values]))
         seconds += time.perf_counter() - start
 
-        # log, and before a stop too, as the curves since the last log would be lost
+        # log; before a stop, too: the curves since the last log would be lost
         stopping, last = bool(run.signals), iteration + 1 == num_iterations
         if last or stopping or (iteration + 1) % args.log_interval == 0:
             stats = {name: torch.stack([each[name] for each in history]).mean().item() for name in history[0]} | shares

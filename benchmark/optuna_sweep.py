@@ -77,11 +77,11 @@ def run(command: list[str], folder: Path) -> float:
 def main(args: Args) -> None:
     if not args.script.is_file():
         fail(f"{args.script}: expected a script")
-    ranges = {name: bounds for name, *bounds in args.tune}
-    ranges = ranges or {"alpha": args.alpha, "beta": args.beta, "learning-rate": args.learning_rate}
+    ranges = {name.replace("-", "_"): bounds for name, *bounds in args.tune}
+    ranges = ranges or {name: getattr(args, name) for name in ("alpha", "beta", "learning_rate")}
     for name, (low, high) in ranges.items():
         if not 0 < low < high:
-            given = f"tune {name}" if args.tune else name
+            given = ("tune " if args.tune else "") + name.replace("_", "-")
             fail(f"--{given} {low:g} {high:g}: expected two numbers above 0, the lower one first")
 
     try:
@@ -91,7 +91,7 @@ def main(args: Args) -> None:
 
     def objective(trial: optuna.Trial) -> float:
         values = {name: trial.suggest_float(name, *bounds, log=True) for name, bounds in ranges.items()}
-        options = [word for name, value in values.items() for word in (f"--{name}", f"{value:.6g}")]
+        options = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", f"{value:.6g}")]
         command = [sys.executable, str(args.script), *options, *words]
         folder = args.folder / args.script.stem / str(trial.number)
         return statistics.mean(run([*command, "--seed", str(seed)], folder / str(seed)) for seed in args.seeds)
@@ -113,7 +113,7 @@ def main(args: Args) -> None:
     study.optimize(objective, max(0, args.trials - len(done)), catch=(subprocess.CalledProcessError,))
     scored = [trial for trial in study.trials if trial.value is not None]
     for trial in sorted(scored, key=lambda trial: -trial.value)[:5]:
-        print(f"{trial.value:.1f}", *(f"--{name} {value:.6g}" for name, value in trial.params.items()))
+        print(f"{trial.value:.1f}", *(f"--{name.replace('_', '-')} {value:.6g}" for name, value in trial.params.items()))
     if not scored:
         sys.exit(f"optuna_sweep.py: no trial has a score; {args.folder / args.script.stem}/*/*/log.txt say why")
 
