@@ -1,8 +1,7 @@
-"""DSPPO on MuJoCo and Box2D: PPO over discretised actions with the symmetric RL loss, in one file.
+"""DSPPO: PPO over bins of actions with the symmetric RL loss, in one file (Byun and Perrault, ICML 2025, arXiv:2405.17618).
 
-Byun and Perrault, "Symmetric Reinforcement Learning Loss for Robust Learning on Diverse Tasks and Model Scales"
-(ICML 2025, arXiv:2405.17618). Each of the D action dimensions is cut into bins, with one categorical distribution each.
-The agent takes the bins i = (i_1 .. i_D) with joint probability pi_i; r = pi_i / pi_old_i; A is the advantage:
+Each of the D dimensions of a Box is cut into bins; Discrete and MultiDiscrete actions are bins already. Each dimension has a
+categorical distribution. The agent takes bins i = (i_1 .. i_D) with joint probability pi_i; r = pi_i / pi_old_i; A: advantage.
 
     Eq. 3   L_ppo  = -min(A r, A clip(r, 1 - eps, 1 + eps))
     Eq. 8   L_rppo = -A Z sum_{j != i} pi_j / pi_old_i      where A r <= A clip(r), else 0; Z < 0, -1 in the paper
@@ -10,10 +9,10 @@ The agent takes the bins i = (i_1 .. i_D) with joint probability pi_i; r = pi_i 
 
 Eq. 8 as printed has another sign for A < 0 (`--literal-signs`; docs/loss.md, fact 1).
 
+    python dsppo_continuous.py --env-id CartPole-v1 --total-timesteps 80_000            # a first run, half a minute
     python dsppo_continuous.py --env-id Hopper --beta 50 --noise gaussian               # DSPPO, noisy rewards
     python dsppo_continuous.py --env-id Hopper --alpha 1 --beta 0 --noise gaussian      # DPPO; with --num-bins 0 Gaussian PPO
     python dsppo_continuous.py --env-id Hopper --alpha 50.5 --beta 0 --noise gaussian   # the control: DSPPO's gradient
-    python dsppo_continuous.py --resume runs/Hopper-v4__dsppo_continuous__1__1700000000
 
 The algorithm ends at the line "Operations". docs/differences.md lists what differs from the paper and its released code.
 """
@@ -21,200 +20,114 @@ The algorithm ends at the line "Operations". docs/differences.md lists what diff
 # /// script
 # requires-python = ">=3.11,<3.14"
 # dependencies = [
-#     "torch==2.13.0",
-#     "gymnasium==1.4.0",
-#     "mujoco==4.0.0",
-#     "box2d==2.3.10",
-#     "pygame-ce==2.5.8",
-#     "numpy==2.4.6",
-#     "tyro==1.0.17",
-#     "pydantic==2.14.4",
-#     "filelock==4.2.12",
-#     "tensorboard==2.21.0",
-#     "wandb==0.31.0",
-#     "tqdm==4.70.1",
-#     "imageio==2.38.1",
-#     "imageio-ffmpeg==0.8.1",
+#     "torch==2.13.0", "gymnasium==1.4.0", "mujoco==4.0.0", "box2d==2.3.10", "pygame-ce==2.5.8", "numpy==2.4.6",
+#     "tyro==1.0.17", "pydantic==2.14.4", "filelock==4.2.12", "tensorboard==2.21.0", "wandb==0.31.0", "tqdm==4.70.1",
+#     "imageio==2.38.1", "imageio-ffmpeg==0.8.1",
 # ]
 # ///
 
 import contextlib
-import ctypes
-import difflib
-import errno
 import io
-import itertools
 import json
 import math
 import os
-import re
-import shutil
+import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 import warnings
 from collections import deque
-from dataclasses import asdict, dataclass, fields, make_dataclass, replace
+from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy multiplies single observations only: more threads are slower
+
+import filelock
 import gymnasium
 import imageio
 import numpy as np
-import pydantic
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from filelock import FileLock, Timeout
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-Probability, Name = Annotated[float, Field(ge=0, le=1)], Annotated[str, Field(min_length=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
 
 
-@pydantic.with_config(allow_inf_nan=False, use_attribute_docstrings=True)
-@dataclass
+@dataclass(config={"allow_inf_nan": False})
 class Args:
-    """PPO, DPPO and DSPPO on continuous control. `--alpha 1 --beta 0` is DPPO, with `--num-bins 0` Gaussian PPO."""
+    """PPO, DPPO and DSPPO. The defaults are the paper's DSPPO without noise; `--alpha 1 --beta 0` is DPPO."""
 
-    # symmetric loss
-    alpha: NonNegativeFloat = 0.5
-    """weight of the PPO loss (Eq. 9)"""
-    beta: NonNegativeFloat = 20.0
-    """weight of the reverse loss (Eq. 9); the paper uses 20 without noise and 20 to 50 with; num_bins 0 needs 0"""
-    Z: Annotated[float, Field(lt=0)] = -1.0
-    """the constant that stands for log 0 in the reverse loss (Eq. 8)"""
-    literal_signs: bool = False
-    """use the sign that Eq. 8 prints for A < 0; its gradient opposes PPO's"""
-    reverse_prob: Literal["joint", "factored"] = "joint"
-    """probability in the reverse loss: joint over dimensions, as released; factored: a sum with one term per dimension"""
+    # symmetric loss and noise
+    alpha: NonNegativeFloat = 0.5  # weight of the PPO loss (Eq. 9)
+    beta: NonNegativeFloat = 20.0  # weight of the reverse loss (Eq. 9); the paper uses 20 without noise and 20 to 50 with
+    Z: Annotated[float, Field(lt=0)] = -1.0  # the constant that stands for log 0 in the reverse loss (Eq. 8)
+    literal_signs: bool = False  # use the sign that Eq. 8 prints for A < 0; its gradient opposes PPO's
+    reverse_prob: Literal["joint", "factored"] = "joint"  # reverse loss of the joint action, as released, or a term a dimension
+    noise: Literal["none", "gaussian"] = "none"  # gaussian: adds N(0, noise_std^2) to the learner's normalised rewards
+    noise_std: NonNegativeFloat = 0.05  # standard deviation of the noise
 
-    # noise
-    noise: Literal["none", "gaussian"] = "none"
-    """gaussian: adds N(0, noise_std^2) to the learner's normalised rewards"""
-    noise_std: NonNegativeFloat = 0.05
-    """standard deviation of the noise"""
+    # environment and algorithm
+    env_id: str = "Hopper"  # a task of the paper (Hopper is Hopper-v4), or a Gymnasium id (also module:Id)
+    max_episode_steps: PositiveInt | None = None  # time limit of an episode; by default the environment's own
+    num_bins: Literal[0] | Annotated[int, Field(ge=2)] = 11  # bins of each dimension of a Box; 0: a Gaussian policy
+    total_timesteps: PositiveInt = 2_000_000  # environment steps, rounded down to whole iterations
+    learning_rate: PositiveFloat = 3e-4  # learning rate of Adam
+    adam_eps: PositiveFloat = 1e-5  # epsilon of Adam
+    num_envs: PositiveInt = 1  # number of environments, stepped in turn
+    num_steps: PositiveInt = 2048  # steps of each environment per rollout
+    anneal_lr: bool = False  # anneal the learning rate linearly to 0
+    gamma: Probability = 0.99  # discount factor
+    gae_lambda: Probability = 0.95  # lambda of generalised advantage estimation
+    update_epochs: PositiveInt = 10  # passes over each rollout
+    minibatch_size: Annotated[int, Field(ge=2)] = 64  # samples per gradient step; divides num_envs x num_steps
+    norm_adv: bool = True  # normalise the advantages of each minibatch
+    clip_coef: PositiveFloat = 0.2  # eps of PPO: the ratio's clip range is [1 - eps, 1 + eps]
+    ent_coef: NonNegativeFloat = 0.0  # weight of the entropy bonus
+    vf_coef: NonNegativeFloat = 0.5  # weight of the value loss (mean squared error without a factor 1/2, unclipped)
+    max_grad_norm: PositiveFloat = 0.5  # maximum norm of the gradient
+    target_kl: PositiveFloat | None = None  # end the update after an epoch if approx_kl of its last minibatch exceeds this
 
-    # environment
-    env_id: str = "Hopper"
-    """a task of the paper (Hopper is Hopper-v4), or a Gymnasium id (also module:Id) with Box spaces"""
-    max_episode_steps: PositiveInt | None = None
-    """time limit of an episode; by default the environment's own"""
-    num_bins: NonNegativeInt = 11
-    """bins of each action dimension; 0: a Gaussian policy with a state-independent standard deviation"""
-
-    # algorithm
-    total_timesteps: PositiveInt = 2_000_000
-    """environment steps, rounded down to whole iterations"""
-    learning_rate: PositiveFloat = 3e-4
-    """learning rate of Adam"""
-    adam_eps: PositiveFloat = 1e-5
-    """epsilon of Adam"""
-    num_envs: PositiveInt = 1
-    """number of environments, stepped in turn"""
-    num_steps: PositiveInt = 2048
-    """steps of each environment per rollout"""
-    anneal_lr: bool = False
-    """anneal the learning rate linearly to 0"""
-    gamma: Probability = 0.99
-    """discount factor"""
-    gae_lambda: Probability = 0.95
-    """lambda of generalised advantage estimation"""
-    update_epochs: PositiveInt = 10
-    """passes over each rollout"""
-    minibatch_size: PositiveInt = 64
-    """samples per gradient step; divides num_envs x num_steps"""
-    norm_adv: bool = True
-    """normalise the advantages of each minibatch"""
-    clip_coef: PositiveFloat = 0.2
-    """eps of PPO: the ratio's clip range is [1 - eps, 1 + eps]"""
-    ent_coef: NonNegativeFloat = 0.0
-    """weight of the entropy bonus"""
-    vf_coef: NonNegativeFloat = 0.5
-    """weight of the value loss (mean squared error without a factor 1/2, unclipped)"""
-    max_grad_norm: PositiveFloat = 0.5
-    """maximum norm of the gradient"""
-    target_kl: PositiveFloat | None = None
-    """end the update after an epoch if approx_kl of its last minibatch, in nats, exceeds this"""
-
-    # evaluation
-    eval_episodes: NonNegativeInt = 10
-    """episodes that score the policy: raw rewards, no noise, greedy actions"""
-    eval_interval: NonNegativeInt = 0
-    """evaluate every this many steps; 0: only at the end"""
-    capture_video: bool = False
-    """film the first episode of each evaluation, in videos/ of the run folder"""
-
-    # logging
-    track: bool = False
-    """log to Weights & Biases (WANDB_MODE=offline works without an account)"""
-    wandb_project_name: Annotated[str, Field(pattern=r"^[^/\\#?%:]{1,128}$")] = "symmetric-rl"
-    """project in W&B"""
-    wandb_entity: str | None = None
-    """user or team in W&B"""
-    wandb_group: str | None = None
-    """group of the run in W&B"""
-    wandb_tags: Annotated[str, Field(pattern=r"^[^,]{1,64}(,[^,]{1,64})*$")] | None = None
-    """tags of the run in W&B, separated by commas"""
-
-    # run and machine
-    exp_name: Annotated[str, Field(pattern=r"^[\w.-]{1,100}$")] = "dsppo_continuous"
-    """name of the experiment, part of the run folder's name"""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
-    """seed of everything random"""
-    run_dir: str = "runs"
-    """folder in which the run folder is made"""
-    resume: Name | None = None
-    """continue the run in this folder with its own arguments"""
-    evaluate: Name | None = None
-    """play --eval-episodes episodes with the policy of the run in this folder, and exit"""
-    checkpoint_interval: PositiveInt = 10
-    """save a checkpoint every this many iterations"""
-    cuda: bool = False
-    """use a GPU if there is one; networks this small gain nothing from it"""
-    torch_deterministic: bool = True
-    """use deterministic cuDNN kernels"""
-    compile: bool = False
-    """torch.compile the loss; the first minute is slower"""
-    num_threads: Annotated[int, Field(ge=0, le=1024)] = 1
-    """CPU threads of torch; 0: all cores, slower for networks this small"""
+    # evaluation, logging, machine
+    eval_episodes: NonNegativeInt = 10  # episodes that score the policy: raw rewards, no noise, greedy actions
+    eval_interval: NonNegativeInt = 0  # evaluate every this many steps; 0: only at the end
+    capture_video: bool = False  # film the first episode of each evaluation, in videos/ of the run folder
+    track: bool = False  # log to Weights & Biases; WANDB_MODE=offline, WANDB_RUN_GROUP, WANDB_TAGS and WANDB_DIR work
+    wandb_project_name: str | None = None  # project in W&B; by default WANDB_PROJECT
+    wandb_entity: str | None = None  # user or team in W&B; by default WANDB_ENTITY
+    exp_name: Annotated[str, Field(pattern=r"^[\w.+-]{1,100}$")] | None = None  # in the run folder's name; default: the arm
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1  # seed of everything random
+    run_dir: str = "runs"  # folder in which the run folder is made
+    resume: str | None = None  # continue the run in this folder with its own arguments
+    evaluate: str | None = None  # play --eval-episodes episodes with the policy of the run in this folder, and exit
+    checkpoint_interval: PositiveInt = 10  # save a checkpoint every this many iterations
+    cuda: bool = False  # use a GPU if there is one; networks this small gain nothing from it
+    compile: bool = False  # torch.compile the loss; the first minute is slower
+    num_threads: NonNegativeInt = 1  # CPU threads of torch; 0: all cores, slower for networks this small
 
 
-# Random generators beside torch's, so that none disturbs another: each is seeded with [seed, its number, step], evaluation
-# without the step, so that all evaluations of a run start alike
+# One generator a purpose, seeded with [seed, purpose, step]; for evaluations without the step, so that all start alike
 EVALUATION, NOISE, ENVS, ACTIONS = 1, 2, 3, 4
-# The paper's tasks by short name
-TASKS = {
-    task.split("-")[0]: task
-    for task in (
-        "Ant-v4",
-        "BipedalWalker-v3",
-        "HalfCheetah-v4",
-        "Hopper-v4",
-        "HumanoidStandup-v4",
-        "InvertedDoublePendulum-v4",
-        "LunarLanderContinuous-v3",
-        "Swimmer-v4",
-        "Walker2d-v4",
-    )
-}
 
 
 # --- loss -------------------------------------------------------------------------------------------------------------
 
 
 def symmetric_ppo_loss(logprobs, old_logprobs, advantages, clip_coef, Z=-1.0, literal_signs=False):
-    """L_ppo and L_rppo of the actions taken (Eq. 3 and 8): means over the batch. The caller weights them (Eq. 9).
+    """L_ppo and L_rppo (Eq. 3 and 8), means over the batch, and statistics. The inputs are [B]; the caller weights (Eq. 9).
 
-    Inputs are [B]. sum_{j != i} pi_j / pi_old_i = 1 / pi_old_i - r in Eq. 8. The first term is left out: it has no
-    gradient and overflows float32. With Z = -1 both losses have the same gradient, sample by sample; with literal_signs
-    they have opposite ones where A < 0. Returns policy_loss, reverse_loss and statistics, all scalars.
+    In Eq. 8 sum_{j != i} pi_j / pi_old_i = 1 / pi_old_i - r. The first term is left out: it has no gradient and overflows
+    float32. With Z = -1 both losses have the same gradient, sample by sample; with literal_signs opposite ones where A < 0.
     """
     logratio = logprobs - old_logprobs
     ratio = logratio.clamp(-20, 20).exp()  # finite; changes no gradient while |log r| < 20
@@ -237,28 +150,20 @@ def symmetric_ppo_loss(logprobs, old_logprobs, advantages, clip_coef, Z=-1.0, li
 
 
 def factored_ppo_reverse(logprobs, old_logprobs, advantages, clip_coef, Z=-1.0, literal_signs=False):
-    """L_rppo with one term per action dimension (`--reverse-prob factored`), in place of the joint one:
+    """L_rppo with a term for each dimension: -A Z sum_d (1 - pi_d) / pi_old_d, where the joint ratio is not clipped, else 0.
 
-        L = -A Z sum_d (1 - pi_d) / pi_old_d      where A r <= A clip(r), else 0;   r = prod_d pi_d / pi_old_d
-
-    logprobs, old_logprobs: [B, D], of each dimension's own bin; advantages: [B]. A scalar, the mean over the batch,
-    without the constants 1 / pi_old_d.
+    logprobs, old_logprobs: [B, D], of each dimension's own bin. The constants 1 / pi_old_d are left out.
     """
     logratios = logprobs - old_logprobs
-    ratios = logratios.clamp(-20, 20).exp()
-    with torch.no_grad():
-        ratio = logratios.sum(-1).clamp(-20, 20).exp()
-        kept = advantages * ratio <= advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef)
-        signed = advantages.abs() if literal_signs else advantages
-        weights = torch.where(kept, -signed * Z, 0.0)
-    return -(weights * ratios.sum(-1)).mean()
+    ratio = logratios.detach().sum(-1).clamp(-20, 20).exp()
+    kept = advantages * ratio <= advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    signed = advantages.abs() if literal_signs else advantages
+    weights = torch.where(kept, -signed * Z, 0.0)
+    return -(weights * logratios.clamp(-20, 20).exp().sum(-1)).mean()
 
 
 def minibatch_loss(agent, args, obs, actions, old_logprobs, advantages, returns):
-    """The loss of a minibatch and its statistics.
-
-    obs: [B, obs_dim], actions and old_logprobs: [B, D], advantages and returns: [B].
-    """
+    """The loss of a minibatch and its statistics. actions and old_logprobs: [B, D], advantages and returns: [B]."""
     logprobs, entropies, values = agent(obs, actions)
     raw_advantages = advantages
     if args.norm_adv:
@@ -284,36 +189,34 @@ def minibatch_loss(agent, args, obs, actions, old_logprobs, advantages, returns)
 # --- agent ------------------------------------------------------------------------------------------------------------
 
 
-def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
-    """Orthogonal weights with gain `std`, zero biases."""
+def layer_init(layer, std: float = math.sqrt(2)):
     nn.init.orthogonal_(layer.weight, std)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 class Agent(nn.Module):
-    """Separate actor and critic, two hidden layers of 64 with tanh. num_bins: bins of each action dimension; 0: Gaussian."""
+    """Separate actor and critic, two hidden layers of 64 with tanh. bins: how many each action dimension has; 0: Gaussian."""
 
-    def __init__(self, obs_dim: int, action_dim: int, num_bins: int):
+    def __init__(self, obs_dim: int, bins: list[int]):
         super().__init__()
 
         def mlp(outputs: int, std: float) -> nn.Sequential:
-            return nn.Sequential(
-                layer_init(nn.Linear(obs_dim, 64)),
-                nn.Tanh(),
-                layer_init(nn.Linear(64, 64)),
-                nn.Tanh(),
-                layer_init(nn.Linear(64, outputs), std=std),
-            )
+            hidden = [layer_init(nn.Linear(obs_dim, 64)), nn.Tanh(), layer_init(nn.Linear(64, 64)), nn.Tanh()]
+            return nn.Sequential(*hidden, layer_init(nn.Linear(64, outputs), std=std))
 
-        self.num_bins = num_bins
-        self.actor = mlp(action_dim * (num_bins or 1), std=0.01)
+        self.num_bins = max(bins)
+        self.actor = mlp(len(bins) * (self.num_bins or 1), std=0.01)
         self.critic = mlp(1, std=1)
-        self.log_std = nn.Parameter(torch.zeros(action_dim)) if num_bins == 0 else None
+        self.log_std = None if self.num_bins else nn.Parameter(torch.zeros(len(bins)))
+        if min(bins) < self.num_bins:
+            # the bins that a dimension lacks have probability 0, and with it gradient 0: they stay masked
+            lacking = torch.arange(self.num_bins) >= torch.tensor(bins).unsqueeze(-1)
+            self.actor[-1].bias.data[lacking.flatten()] = -1e8
 
     def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """obs [B, obs_dim], actions [B, D] (bins; real numbers if num_bins is 0) -> the log-probability of each
-        dimension's action [B, D], the joint entropy [B], values [B]."""
+        """obs [B, obs_dim], actions [B, D] (bins; real numbers if Gaussian) -> the log-probability of each dimension's
+        action [B, D], the joint entropy [B], values [B]."""
         output, values = self.actor(obs), self.critic(obs).squeeze(-1)
         if self.num_bins:
             all_logprobs = F.log_softmax(output.unflatten(-1, (-1, self.num_bins)), dim=-1)
@@ -325,10 +228,7 @@ class Agent(nn.Module):
 
 
 def numpy_actor(agent):
-    """The actor for `act`: its layers as numpy weights and biases, num_bins, and the standard deviation of a Gaussian.
-
-    numpy takes a fraction of torch's time for one observation: the whole loop is 11 % (A2C) to 20 % (PPO) faster on Walker2d.
-    """
+    """Layers, num_bins and standard deviation for `act`. In numpy one observation takes a fraction of torch's time."""
     weights = {name: tensor.cpu().numpy() for name, tensor in agent.state_dict().items()}
     layers = [(weights[f"actor.{i}.weight"].T, weights[f"actor.{i}.bias"]) for i in (0, 2, 4)]
     return layers, agent.num_bins, None if agent.num_bins else np.exp(weights["log_std"])
@@ -349,68 +249,93 @@ def act(actor, obs: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:
     return output if noise is None else output + std * noise
 
 
-def exploration_noise(rng: np.random.Generator, shape: tuple[int, ...], num_bins: int) -> np.ndarray:
-    """The noise of `act` for actions of this shape: Gumbel, num_bins each, or normal for a Gaussian actor."""
-    return rng.gumbel(size=(*shape, num_bins)) if num_bins else rng.standard_normal(shape)
-
-
 # --- environment ------------------------------------------------------------------------------------------------------
 
 
-def make_env(args, **kwargs):
-    """One environment with a time limit; observations flat."""
-    import mujoco  # not at the top: mujoco reads MUJOCO_GL at its import, and `check_task` may set it
+def resolve_env(env_id):
+    """The name in the run folder and the Gymnasium id. The paper's tasks have short names: Hopper is Hopper-v4."""
+    v4 = ("Ant", "HalfCheetah", "Hopper", "HumanoidStandup", "InvertedDoublePendulum", "Swimmer", "Walker2d")
+    v3 = ("BipedalWalker", "LunarLanderContinuous")
+    env_id += "-v4" if env_id in v4 else "-v3" if env_id in v3 else ""
+    return env_id.rpartition(":")[2], env_id
 
-    mujoco.set_mju_user_warning(warnings.warn)  # mujoco would write MUJOCO_LOG.TXT into the working folder
+
+class PlainEnv(gymnasium.Wrapper):
+    """Observations as flat float64 arrays of their own, rewards as float, ends as bool, whatever the environment returns."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.observation_space = gymnasium.spaces.flatten_space(env.observation_space)
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        return self.plain(obs), info
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        reward = np.asarray(reward, dtype=np.float64).item()
+        if not math.isfinite(reward):
+            raise FloatingPointError(f"a reward of the environment is {reward}")
+        return self.plain(obs), reward, bool(terminated), bool(truncated), info
+
+    def plain(self, obs):
+        obs = np.array(obs, dtype=np.float64).reshape(self.observation_space.shape)  # a copy: environments may share one array
+        if not np.isfinite(obs).all():
+            raise FloatingPointError(f"an observation of the environment is {obs}")
+        return obs
+
+
+def make_env(args, seed=None, **kwargs):
+    """One environment with a time limit. `seed` is for what it may draw from beside its own generator, which reset seeds."""
+    if seed is not None:
+        for seed_global in (random.seed, np.random.seed, torch.manual_seed):
+            seed_global(seed)
     with warnings.catch_warnings():
         # the paper's tasks are the -v4 ones; some of their models have a deprecated attribute
         warnings.filterwarnings("ignore", message=".*(out of date|settotalmass).*")
-        env_id, limit = TASKS.get(args.env_id, args.env_id), args.max_episode_steps
-        env = gymnasium.make(env_id, disable_env_checker=True, max_episode_steps=limit, **kwargs)
-    flat = not isinstance(env.observation_space, Box) or len(env.observation_space.shape) == 1
-    return env if flat else gymnasium.wrappers.FlattenObservation(env)
+        _, env_id = resolve_env(args.env_id)
+        env = gymnasium.make(env_id, disable_env_checker=True, max_episode_steps=args.max_episode_steps, **kwargs)
+    for space in (env.unwrapped.action_space, env.unwrapped.observation_space):
+        space.seed(seed)
+    torch.set_default_dtype(torch.float32)  # the environment's module may have changed it
+    return PlainEnv(env)
 
 
-def make_bins(space: Box, num_bins: int) -> np.ndarray:
-    """[D, num_bins]: the actions of the bins of each dimension, evenly from low to high, both included."""
-    return np.linspace(space.low, space.high, num_bins, axis=-1, dtype=space.dtype)
+def make_bins(space: gymnasium.Space, num_bins: int) -> tuple[list[int], np.ndarray | None]:
+    """How many bins each dimension has, [D], and the actions that they stand for, [D, bins]; 0 and None: Gaussian."""
+    if isinstance(space, Box):
+        bins = np.linspace(space.low.ravel(), space.high.ravel(), num_bins, axis=-1, dtype=space.dtype) if num_bins else None
+        return [num_bins] * math.prod(space.shape), bins
+    counts = np.ravel(space.n if isinstance(space, Discrete) else space.nvec).tolist()
+    return counts, np.ravel(space.start)[:, None] + np.arange(max(counts))
 
 
-def to_env(actions: np.ndarray, space: Box, bins: np.ndarray | None) -> np.ndarray:
-    """What the environments get, [num_envs, D]: the values of the chosen bins; Gaussian actions clipped to the box."""
+def to_env(actions: np.ndarray, space: gymnasium.Space, bins: np.ndarray | None) -> np.ndarray:
+    """What the environments get, [num_envs, *space.shape]: the actions of the bins; Gaussian ones clipped to the box."""
     if bins is None:
-        return actions.clip(space.low, space.high)
-    return bins[np.arange(len(bins)), actions]
+        return actions.reshape(-1, *space.shape).clip(space.low, space.high)
+    return bins[np.arange(len(bins)), actions].reshape(-1, *space.shape)
 
 
-def step_envs(envs: list[gymnasium.Env], env_actions: np.ndarray):
-    """One step of each environment; an episode that ends is reset within the same step (SAME_STEP).
-
-    Returns obs [num_envs, obs_dim] (of the next episode where one ended), rewards [num_envs], terminated, truncated
-    [num_envs] bool, and the final observations of the episodes that ended, as {environment: obs}.
+def step_envs(envs: list[PlainEnv], env_actions: np.ndarray):
+    """One step of each environment; an episode that ends is reset within the same step (SAME_STEP). Returns obs [num_envs,
+    obs_dim], of the next episode where one ended, rewards, terminated, truncated [num_envs], and final_obs as {env: obs}.
     """
-    obs, rewards, terminated, truncated, final_obs = [], [], [], [], {}
+    steps, final_obs = [], {}
     for i, env in enumerate(envs):
-        next_obs, reward, is_terminated, is_truncated, _ = env.step(env_actions[i])
-        if is_terminated or is_truncated:
-            final_obs[i] = np.array(next_obs)  # a copy: the reset may write to the same array
-            next_obs, _ = env.reset()
-        obs.append(next_obs)
-        rewards.append(np.asarray(reward, dtype=np.float64).item())
-        terminated.append(is_terminated)
-        truncated.append(is_truncated)
-    return np.array(obs), np.array(rewards), np.array(terminated), np.array(truncated), final_obs
+        obs, reward, terminated, truncated, _ = env.step(env_actions[i])
+        if terminated or truncated:
+            final_obs[i] = obs
+            obs, _ = env.reset()
+        steps.append((obs, reward, terminated, truncated))
+    return *(np.array(column) for column in zip(*steps, strict=True)), final_obs
 
 
 class RunningMeanStd:
-    """Running mean and variance of all rows so far (Welford 1962).
+    """Running mean and variance of all rows so far (Welford 1962). They start at 0 and 1 with a count of 1e-4, as in SB3."""
 
-    They start at mean 0 and variance 1 with count 1e-4, as in SB3, whose numbers this reproduces. An offset far above
-    the spread (a clock in seconds) therefore stays in the variance: subtract it in the environment.
-    """
-
-    def __init__(self, shape: tuple[int, ...] = ()):
-        self.mean, self.var, self.count = np.zeros(shape), np.ones(shape), 1e-4
+    def __init__(self, mean, var, count: float = 1e-4):
+        self.mean, self.var, self.count = np.array(mean), np.array(var), count
 
     def update(self, rows: np.ndarray) -> None:
         """rows: [N, *shape]."""
@@ -423,19 +348,11 @@ class RunningMeanStd:
     def state(self) -> list:
         return [self.mean.tolist(), self.var.tolist(), self.count]
 
-    def load(self, state: list) -> None:
-        self.mean, self.var, self.count = np.array(state[0]), np.array(state[1]), state[2]
-
 
 def normalise_obs(obs: np.ndarray, stats: RunningMeanStd) -> np.ndarray:
     """Observations with mean 0 and standard deviation 1, clipped to +-10; float32."""
     scaled = (obs - stats.mean) / np.sqrt(stats.var + 1e-8)
     return np.minimum(np.maximum(scaled, -10), 10).astype(np.float32)  # np.clip takes three times as long for one row
-
-
-def normalise_rewards(rewards: np.ndarray, stats: RunningMeanStd) -> np.ndarray:
-    """Rewards divided by the running standard deviation of the discounted return, clipped to +-10."""
-    return np.minimum(np.maximum(rewards / np.sqrt(stats.var + 1e-8), -10), 10)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -456,11 +373,7 @@ def compute_gae(rewards, values, dones, next_values, gamma, gae_lambda):
 
 
 def flatten_parameters(module: nn.Module) -> nn.Parameter:
-    """Makes all parameters and gradients of `module` views of one flat parameter, and returns it.
-
-    The optimizer and the gradient norm then take one call for all layers: the whole loop is 6 % (A2C) to 10 % (PPO) faster on
-    Walker2d.
-    """
+    """One parameter of which all of `module`, and their gradients, become views: Adam and the norm take one call, not 13."""
     parameters = list(module.parameters())
     flat = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
     flat.grad = torch.zeros_like(flat)
@@ -470,15 +383,14 @@ def flatten_parameters(module: nn.Module) -> nn.Parameter:
     return flat
 
 
-def update(agent, weights, optimizer, loss_fn, args, batch):
+def update(agent, weights, optimizer, loss_fn, args, batch, generator):
     """`update_epochs` passes over the rollout in shuffled minibatches. Returns the mean of each statistic.
 
-    weights: the agent's flat parameter. batch: the inputs of `minibatch_loss` after `args`, each
-    [num_steps * num_envs, ...].
+    weights: the agent's flat parameter. batch: the inputs of `minibatch_loss` after `args`. generator: for the shuffling.
     """
     history = []
     for _ in range(args.update_epochs):
-        order = torch.randperm(len(batch[0]), device=batch[0].device)
+        order = torch.randperm(len(batch[0]), generator=generator).to(batch[0].device)
         # shuffling the rollout once per epoch is faster than indexing it for each minibatch
         for minibatch in zip(*(tensor[order].split(args.minibatch_size) for tensor in batch), strict=True):
             weights.grad.zero_()
@@ -496,52 +408,54 @@ def update(agent, weights, optimizer, loss_fn, args, batch):
 
 
 def train(args, run):
-    """Acts, learns and logs until `total_timesteps`. `run` keeps the curves, checkpoints and scores (see Operations)."""
+    """Acts, learns and logs until `total_timesteps`. `run` keeps step, curves, checkpoints and scores (see Operations)."""
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
-    global_step = run.checkpoint["global_step"] if run.checkpoint else 0
 
-    torch.manual_seed(args.seed + global_step)  # a resumed run seeds all its generators from the step it resumes at
-    action_rng, noise_rng, env_rng = (np.random.default_rng([args.seed, i, global_step]) for i in (ACTIONS, NOISE, ENVS))
-    envs = [run.cleanup.enter_context(contextlib.closing(make_env(args))) for _ in range(args.num_envs)]
-    (obs_dim,), space = envs[0].observation_space.shape, envs[0].action_space
-    bins = make_bins(space, args.num_bins) if args.num_bins else None
-    agent = Agent(obs_dim, len(space.low), args.num_bins).to(run.device)
+    # a resumed run seeds all its generators from the step it resumes at
+    action_rng, noise_rng, env_rng = (np.random.default_rng([args.seed, i, run.global_step]) for i in (ACTIONS, NOISE, ENVS))
+    seeds = env_rng.integers(2**31, size=args.num_envs).tolist()
+    envs = [run.cleanup.enter_context(contextlib.closing(make_env(args, seed))) for seed in seeds]
+    space, (obs_dim,) = envs[0].action_space, envs[0].observation_space.shape
+    counts, bins = make_bins(space, args.num_bins)
+    with torch.random.fork_rng(devices=[]):  # torch's global generator is the environments'; the shuffling has a copy of it
+        torch.manual_seed(args.seed + run.global_step)
+        agent = Agent(obs_dim, counts).to(run.device)
+        shuffle_rng = torch.default_generator.clone_state()
     weights = flatten_parameters(agent)
     optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=args.adam_eps, fused=True)
     loss_fn = torch.compile(minibatch_loss) if args.compile else minibatch_loss
-    obs_stats, return_stats, recent_returns = RunningMeanStd((obs_dim,)), RunningMeanStd(), deque(maxlen=100)
+    obs_stats, return_stats = RunningMeanStd(np.zeros(obs_dim), np.ones(obs_dim)), RunningMeanStd(0.0, 1.0)
+    recent_returns = deque(maxlen=100)
     if run.checkpoint:
         agent.load_state_dict(run.checkpoint["agent"])
         optimizer.load_state_dict(run.checkpoint["optimizer"])
-        obs_stats.load(run.checkpoint["obs_stats"])
-        return_stats.load(run.checkpoint["return_stats"])
+        obs_stats, return_stats = (RunningMeanStd(*run.checkpoint[name]) for name in ("obs_stats", "return_stats"))
         recent_returns.extend(run.checkpoint["recent_returns"])
 
     shape = (args.num_steps, args.num_envs)
     obs = np.zeros((*shape, obs_dim), dtype=np.float32)
-    actions = np.zeros((*shape, *space.shape), dtype=np.int64 if args.num_bins else np.float32)
+    actions = np.zeros((*shape, len(counts)), dtype=np.int64 if agent.num_bins else np.float32)
+    exploration_shape = (*actions.shape, agent.num_bins) if agent.num_bins else actions.shape
     rewards, dones = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
     sample = torch.from_numpy(np.random.default_rng(0).permutation(batch_size)[: args.minibatch_size])  # for `grad_shares`
     discounted_returns, episode_returns, episode_lengths = np.zeros((3, args.num_envs))
-    seeds = env_rng.integers(2**31, size=args.num_envs).tolist()
     raw_obs = np.array([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)])
     obs_stats.update(raw_obs)
     next_obs = normalise_obs(raw_obs, obs_stats)
 
-    for iteration in range(global_step // batch_size, num_iterations):
+    for iteration in range(run.global_step // batch_size, num_iterations):
         start = time.perf_counter()
         fraction_left = 1.0 - iteration / num_iterations if args.anneal_lr else 1.0
         optimizer.param_groups[0]["lr"] = fraction_left * args.learning_rate
 
-        # stop if the last update made the weights non-finite; else act
-        run.exit_if_not_finite(global_step, {"the sum of the weights": weights.sum().item()})
-        finished_returns, finished_lengths, cut_steps, cut_envs, cut_obs = [], [], [], [], []
-        actor = numpy_actor(agent)
-        exploration = exploration_noise(action_rng, actions.shape, args.num_bins)
+        # act, with weights that the last gradient step may have broken
+        run.end_if_not_finite({"the sum of the weights": weights.sum().item()})
+        finished_returns, finished_lengths, truncations, actor = [], [], [], numpy_actor(agent)
+        exploration = (action_rng.gumbel if agent.num_bins else action_rng.standard_normal)(size=exploration_shape)
         reward_noise = args.noise_std * noise_rng.standard_normal(shape) if args.noise == "gaussian" else np.zeros(shape)
         for step in range(args.num_steps):
-            global_step += args.num_envs
+            run.global_step += args.num_envs
             obs[step] = next_obs
             actions[step] = act(actor, next_obs, exploration[step])
             raw_obs, raw_rewards, terminated, truncated, final_obs = step_envs(envs, to_env(actions[step], space, bins))
@@ -549,7 +463,8 @@ def train(args, run):
             next_obs = normalise_obs(raw_obs, obs_stats)
             discounted_returns = args.gamma * discounted_returns + raw_rewards
             return_stats.update(discounted_returns)
-            rewards[step] = normalise_rewards(raw_rewards, return_stats) + reward_noise[step]
+            scaled_rewards = raw_rewards / np.sqrt(return_stats.var + 1e-8)
+            rewards[step] = np.minimum(np.maximum(scaled_rewards, -10), 10) + reward_noise[step]
             dones[step] = terminated | truncated
 
             episode_returns += raw_rewards
@@ -559,24 +474,24 @@ def train(args, run):
                 finished_lengths.append(int(episode_lengths[i]))
                 discounted_returns[i], episode_returns[i], episode_lengths[i] = 0, 0, 0
                 if not terminated[i]:  # truncated by the time limit: bootstrap from the final observation
-                    cut_steps.append(step)
-                    cut_envs.append(i)
-                    cut_obs.append(normalise_obs(last_obs, obs_stats))
+                    truncations.append((step, i, normalise_obs(last_obs, obs_stats)))
 
         # learn; the weights are still those that acted, so one batch gives the values and log-probabilities of all steps
+        torch.set_grad_enabled(True)  # an environment may have switched gradients off
         batch = [torch.from_numpy(array).flatten(0, 1).to(run.device) for array in (obs, actions)]
         with torch.no_grad():
             logprobs, _, values = agent(*batch)
             values = values.view(shape)
             next_values = agent.critic(torch.from_numpy(next_obs).to(run.device)).squeeze(-1)
-            if cut_obs:
-                final_values = agent.critic(torch.from_numpy(np.array(cut_obs)).to(run.device)).squeeze(-1)
-                rewards[cut_steps, cut_envs] += args.gamma * final_values.cpu().numpy()
+            if truncations:
+                steps, indices, final_obs = zip(*truncations, strict=True)
+                final_values = agent.critic(torch.from_numpy(np.array(final_obs)).to(run.device)).squeeze(-1)
+                rewards[steps, indices] += args.gamma * final_values.cpu().numpy()
             rewards_t, dones_t = torch.as_tensor(np.stack([rewards, dones]), device=run.device)
             advantages, returns = compute_gae(rewards_t, values, dones_t, next_values, args.gamma, args.gae_lambda)
         batch += [logprobs, advantages.flatten(), returns.flatten()]
         shares = grad_shares(agent, args, minibatch_loss, [tensor[sample] for tensor in batch])
-        stats = update(agent, weights, optimizer, loss_fn, args, batch) | shares
+        stats = update(agent, weights, optimizer, loss_fn, args, batch, shuffle_rng) | shares
 
         # log
         recent_returns.extend(finished_returns)
@@ -586,643 +501,379 @@ def train(args, run):
             stats["charts/episodic_length"] = np.mean(finished_lengths)
         if args.noise == "gaussian":
             stats["charts/noise_std"] = reward_noise.std()
-        unexplained = (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-30)
-        stats["losses/explained_variance"] = (1 - unexplained).item()
+        if returns.var(correction=0) > 0:  # else there is nothing to explain
+            unexplained = (returns - values).var(correction=0) / returns.var(correction=0)
+            stats["losses/explained_variance"] = (1 - unexplained).item()
         stats["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-        run.log(global_step, stats, time.perf_counter() - start)
+        run.log(stats, time.perf_counter() - start)
         last = iteration + 1 == num_iterations
-        if args.eval_interval and global_step % args.eval_interval < batch_size and not last:
-            run.evaluate((agent, obs_stats), global_step)
-        stopping = bool(run.signals)  # also after a signal that ended the evaluation
-        if last or stopping or (iteration + 1) % args.checkpoint_interval == 0:
+        if args.eval_interval and run.global_step % args.eval_interval < batch_size and not last:
+            run.evaluate((agent, obs_stats))
+        if last or run.signals or (iteration + 1) % args.checkpoint_interval == 0:
             state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "recent_returns": list(recent_returns)}
-            run.save(global_step, obs_stats=obs_stats.state(), return_stats=return_stats.state(), **state)
-        if stopping:
-            break
-    run.finish(global_step, run.evaluate((agent, obs_stats), global_step))
+            state |= {"obs_stats": obs_stats.state(), "return_stats": return_stats.state()}
+            run.save(**state)  # after a signal the run ends here
+    run.finish(run.evaluate((agent, obs_stats)))
 
 
 # === Operations: nothing below changes what is learned ================================================================
 
-# Specific to these environments: packages that decide the numbers, the gradient's shares, evaluation, loading, checks
-PACKAGES = ("torch", "gymnasium", "mujoco", "box2d", "numpy")
-# Parts of the loss, each with the arguments that weight it
+# Parts of the loss, each with the arguments that weight it, for `grad_shares`
 PARTS = {"policy": ("alpha", "beta"), "value": ("vf_coef",), "entropy": ("ent_coef",)}
+PACKAGES = ("torch", "gymnasium", "mujoco", "box2d", "numpy")  # whose versions decide the numbers
+FILM = {"render_mode": "rgb_array"}
+
+
+def evaluate(policy, args, device, video=None, stop=()):
+    """The raw returns of `eval_episodes` episodes, each in a fresh environment: greedy actions, frozen normaliser.
+
+    policy: agent and observation statistics. video: the path for an mp4 of the first episode, which appears when it is whole.
+    stop: a list that a signal handler fills to end the evaluation.
+    """
+    (agent, obs_stats), returns = policy, []
+    actor = numpy_actor(agent)
+    for seed in np.random.default_rng([args.seed, EVALUATION]).integers(2**31, size=args.eval_episodes).tolist():
+        filming = video is not None and not returns
+        with contextlib.ExitStack() as cleanup:
+            cleanup.callback(random.setstate, random.getstate())  # the environments of the training may draw from these
+            cleanup.callback(np.random.set_state, np.random.get_state())
+            cleanup.callback(torch.set_rng_state, torch.get_rng_state())
+            env = cleanup.enter_context(contextlib.closing(make_env(args, seed, **(FILM if filming else {}))))
+            _, bins = make_bins(env.action_space, args.num_bins)
+            if filming:
+                video.parent.mkdir(exist_ok=True)
+                unfinished, fps = video.with_name("unfinished.mp4"), env.metadata.get("render_fps", 30)
+                film = cleanup.enter_context(imageio.get_writer(unfinished, fps=fps, macro_block_size=2))
+            obs, _ = env.reset(seed=seed)
+            episode_return, done = 0.0, False
+            while not done and not stop:
+                if filming:
+                    film.append_data(env.render())
+                actions = act(actor, normalise_obs(obs[None], obs_stats))
+                obs, reward, terminated, truncated, _ = env.step(to_env(actions, env.action_space, bins)[0])
+                episode_return += reward
+                done = terminated or truncated
+        if filming and done:
+            os.replace(unfinished, video)
+        returns.append(episode_return)
+    return returns
+
+
+def load_agent(run_folder, device="cpu"):
+    """The trained policy of a run (agent, observation statistics), its arguments and the step that it was saved at."""
+    args, checkpoint = load_args(run_folder), torch.load(Path(run_folder, "checkpoint.pt"), device, weights_only=True)
+    with contextlib.closing(make_env(args)) as env:
+        counts, _ = make_bins(env.action_space, args.num_bins)
+        agent = Agent(env.observation_space.shape[0], counts)
+    agent.load_state_dict(checkpoint["agent"])
+    return (agent.to(device), RunningMeanStd(*checkpoint["obs_stats"])), args, checkpoint["global_step"]
+
+
+def load_policy(run_folder):
+    """A trained policy and an environment for it: `policy(obs)` is the greedy action for `env`."""
+    (agent, obs_stats), args, _ = load_agent(run_folder)
+    env, actor = make_env(args), numpy_actor(agent)
+    _, bins = make_bins(env.action_space, args.num_bins)
+
+    def policy(obs):
+        obs = np.asarray(obs, dtype=np.float64).reshape(1, -1)
+        return to_env(act(actor, normalise_obs(obs, obs_stats)), env.action_space, bins)[0]
+
+    return policy, env
+
+
+def name_arm(args):
+    """The default --exp-name, with what differs from the arm's own settings: ppo, dppo, dsppo_a0.5_b20_gaussian."""
+    baseline = ("dppo" if args.num_bins else "ppo") + (f"_a{args.alpha:g}" if args.alpha != 1 else "")
+    parts = {f"dsppo_a{args.alpha:g}_b{args.beta:g}" if args.beta else baseline: True}
+    parts |= {f"Z{args.Z:g}": args.Z != -1, f"{args.num_bins}bins": args.num_bins not in (0, 11)}
+    parts |= {args.reverse_prob: args.reverse_prob != "joint", "literal": args.literal_signs, "raw": not args.norm_adv}
+    parts |= {args.noise: args.noise != "none"}
+    return "_".join(part for part, shown in parts.items() if shown)
+
+
+def check(args):
+    """Refuses what this script cannot learn, before anything is created. Plays one step of the environment."""
+    if args.capture_video and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
+    sys.path.append(os.getcwd())  # for module:Id
+    batch_size = args.num_envs * args.num_steps
+    with contextlib.closing(make_env(args, args.seed % 2**31, **(FILM if args.capture_video else {}))) as env:
+        space, observed = env.action_space, env.env.observation_space
+        floats = isinstance(space, Box) and space.dtype.kind == "f"
+        spaces = f"--env-id {args.env_id}: observations {observed}, actions {space}"
+        for accepted, message in (
+            (batch_size % args.minibatch_size == 0, f"--minibatch-size {args.minibatch_size}: does not divide {batch_size}"),
+            (args.total_timesteps >= batch_size, f"--total-timesteps {args.total_timesteps}: expected {batch_size} or more"),
+            (isinstance(observed, Box), f"{spaces}; expected a Box of observations"),
+            (floats or isinstance(space, (Discrete, MultiDiscrete)), f"{spaces}; expected a Box of floats, or (Multi)Discrete"),
+            (floats or args.num_bins, f"--num-bins 0: {spaces}; a Gaussian needs a Box of actions"),
+            (args.num_bins or not args.beta, "--num-bins 0: expected --beta 0, as a density has no sum over other actions"),
+            (not (floats and args.num_bins) or np.isfinite(space.high - space.low).all(), f"{spaces}; these are unbounded"),
+            (env.spec.max_episode_steps or not args.eval_episodes, f"{spaces}; no time limit, set --max-episode-steps"),
+        ):
+            if not accepted:
+                raise BadInput(message)
+        env.reset(seed=0)
+        env.step(to_env(np.zeros((1, math.prod(space.shape)), int), space, make_bins(space, args.num_bins)[1])[0])
+        if args.capture_video and getattr(env.render(), "dtype", None) != np.uint8:
+            raise BadInput(f"--capture-video: {args.env_id} renders no frames of uint8")
+
+
+# --- run folder (the same in the four control scripts) ----------------------------------------------------------------
+
+SCRIPT = Path(__file__).name
+
+
+class BadInput(ValueError):
+    """Arguments that do not fit. The command line ends with status 2, as with tyro's own errors."""
 
 
 def grad_shares(agent, args, loss_fn, batch):
-    """The share of each of the PARTS of the loss in its gradient.
+    """The share <g_i, g> / |g|^2 of each of the PARTS of the loss in its gradient g = sum g_i. The shares sum to 1.
 
-    g_i is the gradient of part i, g their sum. The share is <g_i, g> / |g|^2. The shares sum to 1; a part that opposes g
-    has a negative one. batch: the inputs of `loss_fn` after `args`.
+    batch: the inputs of `loss_fn` after `args`.
     """
     parameters = [parameter for parameter in agent.parameters() if parameter.requires_grad]
     weights = {weight for own in PARTS.values() for weight in own}
     grads = {}
     for name, own in PARTS.items():
-        if any(getattr(args, weight) for weight in own):  # else the part has no gradient
-            loss, _ = loss_fn(agent, replace(args, **dict.fromkeys(weights - set(own), 0.0)), *batch)
-            grads[name] = torch.autograd.grad(loss, parameters)
-    total = [sum(parts) for parts in zip(*grads.values(), strict=True)]
-
-    def dot_total(grad):
-        return sum(torch.dot(own.flatten().double(), whole.flatten().double()) for own, whole in zip(grad, total, strict=True))
-
-    square = max(float(dot_total(total)), 1e-300)
-    return {f"losses/grad_share_{name}": float(dot_total(grads[name])) / square if name in grads else 0.0 for name in PARTS}
-
-
-def evaluate(policy, args, device, video_path=None, stop=()):
-    """The raw returns of `eval_episodes` episodes, each in a fresh environment: greedy actions, frozen normaliser.
-
-    It draws from no generator of the training. `video_path`: an mp4 of the first episode. `stop`: a list that a signal
-    handler fills; evaluation then returns [].
-    """
-    agent, obs_stats = policy
-    actor, returns = numpy_actor(agent), []
-    for seed in np.random.default_rng([args.seed, EVALUATION]).integers(2**31, size=args.eval_episodes):
-        film = video_path is not None and not returns
-        with contextlib.ExitStack() as cleanup:
-            env = cleanup.enter_context(contextlib.closing(make_env(args, **({"render_mode": "rgb_array"} if film else {}))))
-            bins = make_bins(env.action_space, args.num_bins) if args.num_bins else None
-            if film:
-                fps = env.metadata.get("render_fps", 30)
-                video = cleanup.enter_context(imageio.get_writer(video_path, fps=fps, macro_block_size=2))
-            obs, _ = env.reset(seed=int(seed))
-            episode_return, done = 0.0, False
-            while not done and not stop:
-                if film:
-                    video.append_data(env.render())
-                actions = act(actor, normalise_obs(np.asarray(obs)[None], obs_stats))
-                obs, reward, terminated, truncated, _ = env.step(to_env(actions, env.action_space, bins)[0])
-                episode_return += np.asarray(reward, dtype=np.float64).item()
-                done = terminated or truncated
-        returns.append(episode_return)
-    return [] if stop else returns
-
-
-def load_agent(args, checkpoint, device):
-    """The trained agent and the statistics that normalise its observations, from a run's checkpoint."""
-    weights, obs_stats = checkpoint["agent"], RunningMeanStd()
-    agent = Agent(weights["actor.0.weight"].shape[1], len(weights["actor.4.bias"]) // (args.num_bins or 1), args.num_bins)
-    agent.load_state_dict(weights)
-    obs_stats.load(checkpoint["obs_stats"])
-    return agent.to(device), obs_stats
-
-
-def load_policy(run_folder):
-    """A trained policy and an environment for it: `policy(obs)` is the greedy action for `env`."""
-    args, checkpoint = load_run(run_folder)
-    agent, obs_stats = load_agent(args, checkpoint, "cpu")
-    env, actor = make_env(args), numpy_actor(agent)
-    bins = make_bins(env.action_space, args.num_bins) if args.num_bins else None
-
-    def policy(obs):
-        return to_env(act(actor, normalise_obs(np.asarray(obs)[None], obs_stats)), env.action_space, bins)[0]
-
-    return policy, env
-
-
-def resolve_env(env_id):
-    """The environment's name in the run folder and in args.json."""
-    return TASKS.get(env_id, env_id).rpartition(":")[2]
-
-
-def check_env(args):
-    """Refuses combinations of arguments, and environments, that this script cannot learn."""
-    batch_size = args.num_envs * args.num_steps
-    divides = batch_size % args.minibatch_size == 0
-    require(args, "minibatch_size", divides, f"a divisor of num_envs x num_steps = {batch_size}")
-    require(args, "minibatch_size", args.minibatch_size > 1 or not args.norm_adv, "2 or more with norm_adv")
-    require(args, "num_bins", args.num_bins != 1, "0 (Gaussian) or 2 or more")
-    require(args, "beta", args.num_bins or args.beta == 0, "0 with num_bins 0: a density has no sum over other actions")
-    old_run = args.resume or args.evaluate  # may have had a GPU where there is none now
-    require(args, "cuda", old_run or torch.cuda.is_available() or not args.cuda, "a GPU that torch can use")
-    check_task(args)
-
-
-def check_task(args):
-    """Plays one step of the environment, which has to fit this script."""
-    if args.capture_video and sys.platform == "linux" and not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
-    sys.path.append(os.getcwd())  # for module:Id
-    given = f"--env-id {args.env_id}"
-    with contextlib.ExitStack() as cleanup:
-        try:
-            env = cleanup.enter_context(contextlib.closing(make_env(args)))
-        except Exception as error:  # each family of environments has errors of its own
-            fail(f"{given}: Gymnasium cannot make it ({one_line(error)}); expected one of {', '.join(TASKS)} or a Gymnasium id")
-        space = env.action_space
-        boxes = isinstance(env.observation_space, Box) and isinstance(space, Box)
-        if not boxes or len(space.shape) != 1 or not space.shape[0] or space.dtype.kind != "f":
-            spaces = f"{type(env.observation_space).__name__} observations and {type(space).__name__} actions"
-            found = f"{spaces} ({space.dtype}, shape {space.shape})"
-            fail(f"{given}: has {found}; expected Box observations and a one-dimensional Box of float actions")
-        with np.errstate(over="ignore"):  # bounds near the largest float leave no room for bins
-            bounded = space.is_bounded() and np.isfinite(space.high - space.low).all()
-        if args.num_bins and not bounded:
-            fail(f"{given}: its actions are unbounded; expected bounded ones with bins, or --num-bins 0")
-        if args.eval_episodes and env.spec.max_episode_steps is None:
-            fail(f"{given}: has no time limit, so evaluation may never end; set --max-episode-steps or --eval-episodes 0")
-        try:
-            env.reset(seed=0)
-            obs, reward, *_ = env.step(np.clip(np.zeros(space.shape, space.dtype), space.low, space.high))
-            np.asarray(obs, dtype=np.float64).reshape(env.observation_space.shape)
-            np.asarray(reward, dtype=np.float64).item()
-        except Exception as error:
-            fail(f"{given}: cannot play a step of it ({one_line(error)}); expected its own observations and a number as reward")
-    if args.capture_video:
-        with contextlib.ExitStack() as cleanup:
-            try:
-                env = cleanup.enter_context(contextlib.closing(make_env(args, render_mode="rgb_array")))
-                env.reset(seed=0)
-                frame = np.asarray(env.render())
-            except Exception as error:  # and so has each renderer
-                sys.unraisablehook = lambda unraisable: None  # the half-made renderer complains when it is deleted
-                fail(f"--capture-video: cannot render ({one_line(error)}); expected a screen, or MUJOCO_GL=egl or osmesa")
-            if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
-                fail(f"--capture-video: {given} renders {frame.dtype} {frame.shape}; expected uint8 height x width x 3")
-
-
-# --- run: one text in the control scripts from here on ----------------------------------------------------------------
-
-SCRIPT = Path(__file__).name
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+        loss, _ = loss_fn(agent, replace(args, **dict.fromkeys(weights - set(own), 0.0)), *batch)
+        grads[name] = torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, parameters)])
+    total = sum(grads.values()).double()
+    square = (total @ total).clamp(min=1e-300)
+    return {f"losses/grad_share_{name}": (grad.double() @ total / square).item() for name, grad in grads.items()}
 
 
 class Run:
-    """A run's folder: arguments, curves, checkpoints, videos and result. Resumes a run. Saves and exits on a signal."""
+    """A run's folder: args.json, curves, checkpoint.pt, videos, result.json."""
 
     def __init__(self, args):
-        self.args, self.checkpoint, self.signals, self.cleanup = args, None, [], contextlib.ExitStack()
+        self.args, self.signals, self.checkpoint, self.cleanup = args, [], None, contextlib.ExitStack()
         self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+        env_id, _ = resolve_env(args.env_id)
+        commit = "git -c safe.directory='*' describe --always --dirty --abbrev=40 --exclude='*' 2>&-"
         self.record = {
             "script": SCRIPT,
             "run_id": (args.track and os.environ.get("WANDB_RUN_ID")) or uuid.uuid4().hex[:8],  # a sweep's agent names the run
-            "env_id": resolve_env(args.env_id),
+            "env_id": env_id,
             "args": asdict(args) | {"resume": None},
             "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
-            "commit": git_commit(),
+            "commit": subprocess.getoutput(f"cd '{Path(__file__).parent}' && {commit}") or None,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
         }
+        name = f"{env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(1000 * time.time())}"
+        self.folder = Path(args.resume or Path(args.run_dir, name)).resolve()
+        self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
+        lock = filelock.FileLock(self.folder / ".lock")  # the operating system releases it if the process is killed
         try:
-            if args.resume:
-                self.open(Path(args.resume).resolve())
-            else:
-                self.make_folder()
-            if args.track:
-                self.track()
-            (self.folder / "result.json").unlink(missing_ok=True)
-            write_json(self.folder / "args.json", self.record)
-        except OSError as error:
-            fail(f"{f'--resume {args.resume}' if args.resume else f'--run-dir {args.run_dir}'}: {error.strerror}")
-        self.start_step = self.checkpoint["global_step"] if self.checkpoint else 0
-        self.seconds = self.start_seconds = self.checkpoint["seconds"] if self.checkpoint else 0.0
-        # purge_step hides what was logged after the checkpoint, so that no step shows twice
-        self.writer = SummaryWriter(self.folder, purge_step=self.start_step + 1)
+            self.cleanup.enter_context(lock.acquire(timeout=0))
+        except filelock.Timeout as error:
+            raise BadInput(f"--resume {args.resume}: another process is training this run") from error
+        if args.resume:
+            before = json.loads((self.folder / "args.json").read_text())
+            changed = {key: before.get(key) for key in ("versions", "commit", "device") if before.get(key) != self.record[key]}
+            self.record |= {"run_id": before["run_id"], "earlier": before.get("earlier", []) + [changed] * bool(changed)}
+        if args.resume and (self.folder / "checkpoint.pt").exists():
+            self.checkpoint = torch.load(self.folder / "checkpoint.pt", "cpu", weights_only=True)
+        self.start_step = self.global_step = self.checkpoint["global_step"] if self.checkpoint else 0
+        self.start_seconds = self.seconds = self.checkpoint["seconds"] if self.checkpoint else 0.0
+        if args.track:
+            self.track()
+        (self.folder / "result.json").unlink(missing_ok=True)  # of the shorter run that this one continues
+        self.write("args.json", json.dumps(self.record, indent=2).encode())
+        self.writer = SummaryWriter(self.folder, purge_step=self.start_step + 1)  # hides what came after the checkpoint
         self.cleanup.callback(self.writer.close)
         rows = "\n".join(f"|{name}|{value}|" for name, value in self.record["args"].items())
         self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
-        self.last_line, self.status = time.monotonic(), {}
-        self.recent_steps = deque([(self.last_line, self.start_step)])  # of the last minute
-        bar = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps{postfix}"
-        batch_size = args.num_envs * args.num_steps
-        total = args.total_timesteps // batch_size * batch_size  # whole iterations
-        self.progress = tqdm(total=total, initial=self.start_step, unit_scale=True, bar_format=bar, disable=None)
+        if threading.current_thread() is threading.main_thread():  # no other may handle signals
+            for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+                if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                    self.cleanup.callback(signal.signal, number, signal.signal(number, self.on_signal))
+        print(f"{env_id} on {self.record['device']}, {torch.get_num_threads()} CPU threads; {self.folder}", flush=True)
+        self.progress = tqdm(total=args.total_timesteps, initial=self.start_step, unit=" steps", unit_scale=True, disable=None)
         self.cleanup.callback(self.progress.close)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
-        threads = torch.get_num_threads()
-        say(f"{self.record['env_id']} on {self.record['device']}, {threads} CPU threads; run folder {self.folder}")
-
-    def make_folder(self):
-        """runs/{env}__{exp_name}__{seed}__{unix time}/"""
-        name = f"{self.record['env_id'].replace('/', '_')}__{self.args.exp_name}__{self.args.seed}"
-        while True:
-            self.folder = Path(self.args.run_dir) / f"{name}__{int(time.time())}"
-            try:
-                self.folder.mkdir(parents=True)
-                break
-            except FileExistsError:
-                if not self.folder.is_dir():
-                    raise
-                time.sleep(1)  # a run of the same name began in this second
-        self.lock()
-
-    def open(self, folder):
-        """The run to resume: its checkpoint, its id, and the versions, commit and device it had before, if they changed."""
-        self.folder = folder
-        self.lock()
-        before = json.loads((folder / "args.json").read_text())
-        changed = {key: before.get(key) for key in ("versions", "commit", "device") if before.get(key) != self.record[key]}
-        self.record |= {"run_id": before["run_id"], "earlier": before.get("earlier", []) + [changed] * bool(changed)}
-        if (folder / "checkpoint.pt").exists():
-            self.checkpoint = load_checkpoint(folder, "--resume")
-
-    def lock(self):
-        """Only one process may train a run. The operating system releases the lock of a process that is killed."""
-        lock = FileLock(self.folder / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            fail(f"--resume {self.args.resume}: another process is training this run")
-        self.cleanup.callback(lock.release)
+        self.next_line = time.monotonic() + 60
 
     def track(self):
         """Starts the W&B run, or continues it. W&B logs what TensorBoard gets."""
-        import wandb  # a second and 20 MB that only a tracked run pays
+        import wandb  # a second that only a tracked run pays
 
         self.wandb = wandb
-        try:
-            wandb.init(
-                project=self.args.wandb_project_name,
-                entity=self.args.wandb_entity,
-                group=self.args.wandb_group,
-                tags=self.args.wandb_tags.split(",") if self.args.wandb_tags else None,
-                id=self.record["run_id"],
-                name=self.folder.name,
-                resume="allow",
-                dir=self.folder.parent,  # in the run folder W&B would find its own copies of the event files
-                config=self.record["args"] | {key: value for key, value in self.record.items() if key != "args"},
-                sync_tensorboard=True,  # with global_step as the x axis
-                save_code=True,
-            )
-        except (wandb.errors.Error, ValueError) as error:
-            if not self.args.resume:
-                shutil.rmtree(self.folder)
-            fail(f"--track: {one_line(error)}")
+        names = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity, "name": self.folder.name}
+        config = self.record["args"] | {key: value for key, value in self.record.items() if key != "args"}
+        wandb.init(**names, id=self.record["run_id"], resume="allow", config=config, sync_tensorboard=True, save_code=True)
+        self.cleanup.push(lambda kind, *_: wandb.finish(exit_code=int(kind not in (None, SystemExit))))
+        wandb.define_metric("*", step_metric="global_step")
+        wandb.define_metric("eval/episodic_return", step_metric="global_step", summary="max,last")
 
     def on_signal(self, number, frame):
         """The first signal ends the run after this iteration, the second one at once."""
         self.signals.append(number)
         if len(self.signals) > 1:
             sys.exit(128 + number)
-        with contextlib.suppress(OSError):  # not print, which may be what the signal has interrupted
-            os.write(2, b"\nfinishing this iteration, then saving; Ctrl-C again quits now\n")
+        with contextlib.suppress(OSError):  # the terminal may be gone; not print, which may be what the signal interrupted
+            os.write(2, b"\nfinishing this iteration, then saving; once more quits now\n")
 
-    def exit_if_not_finite(self, global_step, values):
+    def write(self, name, data):
+        """A kill at any moment leaves the old file or the new one, whole."""
+        temporary = self.folder / f"{name}.tmp"
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.folder / name)
+
+    def end_if_not_finite(self, values):
         for name, value in values.items():
             if not math.isfinite(value):
-                saved = (self.folder / "checkpoint.pt").exists()
-                kept = f"{self.folder / 'checkpoint.pt'} is from before" if saved else "there is no checkpoint yet"
-                sys.exit(f"{SCRIPT}: {name} is {value} at step {global_step:,}; the run ends, {kept}")
+                raise FloatingPointError(f"{name} is {value}")
 
-    def log(self, global_step, stats, seconds):
-        """Logs the iterations since the last call, which took `seconds`; ends the run if a number is not finite."""
-        self.exit_if_not_finite(global_step, stats)
+    def log(self, stats, seconds):
+        """Logs the iterations since the last call, which took `seconds`. Without a terminal prints one line a minute."""
+        self.end_if_not_finite(stats)
         self.seconds += seconds
-        stats["charts/SPS"] = (global_step - self.start_step) / (self.seconds - self.start_seconds)
+        stats["charts/SPS"] = speed = (self.global_step - self.start_step) / (self.seconds - self.start_seconds)
         for name, value in stats.items():
-            self.writer.add_scalar(name, value, global_step)
-        if "charts/episodic_return_100" in stats:
-            self.status["return"] = f"{stats['charts/episodic_return_100']:.1f}"
+            self.writer.add_scalar(name, value, self.global_step)
+        score = f"return {stats['charts/episodic_return_100']:.1f}" if "charts/episodic_return_100" in stats else ""
+        self.progress.set_postfix_str(score, refresh=False)
+        self.progress.update(self.global_step - self.progress.n)
+        if self.progress.disable and time.monotonic() > self.next_line:
+            self.next_line = time.monotonic() + 60
+            left = tqdm.format_interval((self.progress.total - self.global_step) / speed)
+            print(f"step {self.global_step:,}, {speed:,.0f} steps/s, {left} left, {score}", flush=True)
 
-        now = time.monotonic()
-        self.recent_steps.append((now, global_step))
-        while self.recent_steps[0][0] < now - 60 and len(self.recent_steps) > 2:
-            self.recent_steps.popleft()
-        then, first_step = self.recent_steps[0]
-        speed = (global_step - first_step) / (now - then)
-        left = tqdm.format_interval((self.progress.total - global_step) / speed)
-        known = [f"{name} {value}" for name, value in self.status.items()]
-        status = ", ".join([*known, f"{speed:,.0f} steps/s", f"{left} left"])
-        self.progress.set_postfix_str(status, refresh=False)
-        self.progress.update(global_step - self.progress.n)
-        if self.progress.disable and now > self.last_line + 60:  # no terminal: one line a minute
-            self.last_line = now
-            say(f"step {global_step:,}, {status}")
-
-    def save(self, global_step, **state):
-        # the last gradient step can break the policy after its losses were finite
+    def save(self, **state):
+        """Writes checkpoint.pt. After a signal the run ends here."""
         weights = sum(tensor.sum().item() for tensor in state["agent"].values())
-        self.exit_if_not_finite(global_step, {"the sum of the weights": weights})
+        self.end_if_not_finite({"the sum of the weights": weights})  # the last step can break them after a finite loss
         self.writer.flush()
         buffer = io.BytesIO()
-        torch.save({"global_step": global_step, "seconds": self.seconds, **state}, buffer)
-        write_atomically(self.folder / "checkpoint.pt", buffer.getvalue())
+        torch.save({"global_step": self.global_step, "seconds": self.seconds, **state}, buffer)
+        self.write("checkpoint.pt", buffer.getvalue())
+        self.exit_after_signal()
 
-    def evaluate(self, policy, global_step):
-        """Scores of the policy, [] if there is to be no evaluation or a signal ends it."""
-        if self.signals or not self.args.eval_episodes:
-            return []
-        video = self.folder / "videos" / f"{global_step}.mp4" if self.args.capture_video else None
-        scores = evaluate_and_film(policy, self.args, self.device, video, self.signals)
-        if scores:
-            self.exit_if_not_finite(global_step, {"the mean return of the evaluation": float(np.mean(scores))})
-            self.writer.add_scalar("eval/episodic_return", np.mean(scores), global_step)
-            self.status["last evaluation"] = f"{np.mean(scores):.1f}"
-        if scores and video and self.args.track:
-            self.wandb.log({"videos/eval": self.wandb.Video(str(video), format="mp4"), "global_step": global_step})
-        return scores
-
-    def finish(self, global_step, scores):
-        """Writes result.json. After a signal, prints how to resume instead."""
+    def exit_after_signal(self):
         if self.signals:
+            self.progress.close()
             name = signal.Signals(self.signals[0]).name
-            ending = f"{name} at step {global_step:,}, saved; continue with --resume {self.folder}"
-        else:
-            result = {
-                "score": float(np.mean(scores)) if scores else None,
-                "score_stderr": float(np.std(scores, ddof=1) / len(scores) ** 0.5) if len(scores) > 1 else None,
-                "returns": scores,
-                "global_step": global_step,
-                "seconds": self.seconds,
-                "steps_per_second": global_step / self.seconds,
-                **self.record,
-            }
-            write_json(self.folder / "result.json", result)
-            score = f"score {result['score']:.1f} over {len(scores)} episodes" if scores else "not evaluated"
-            ending = f"{global_step:,} steps in {self.seconds:.0f} s, {score}; {self.folder / 'result.json'}"
-            if self.args.track:
-                self.wandb.summary.update({name: result[name] for name in ("score", "score_stderr", "seconds")})
-        self.progress.close()
-        self.writer.close()
-        if self.args.track:
-            self.wandb.finish()
-        say(ending)
-        if self.signals:
+            print(f"{name} at step {self.global_step:,}, saved; continue with --resume {self.folder}", flush=True)
             sys.exit(128 + self.signals[0])
 
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """A kill at any moment leaves the old file or the new one, whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_json(path, content):
-    """`content` as indented JSON, atomically."""
-    write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
-
-
-def git_commit() -> str | None:
-    """The commit of this script's checkout, followed by "-dirty" if files differ; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def load_run(run_folder):
-    """The arguments and the checkpoint of a run."""
-    args = Args(**json.loads(Path(run_folder, "args.json").read_text())["args"])
-    return args, torch.load(Path(run_folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
-
-
-def load_checkpoint(folder, argument):
-    """Loads a run's checkpoint, or fails in one line."""
-    try:
-        checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-        checkpoint["seconds"], checkpoint["agent"]  # KeyError if it is of something else
-        return checkpoint
-    except Exception as error:  # torch has no common type for them
-        fail(f"{argument} {folder}: cannot load its checkpoint.pt ({type(error).__name__})")
-
-
-def evaluate_and_film(policy, args, device, video, stop=()):
-    """`evaluate`, with a video that is written completely or not at all."""
-    if not video:
-        return evaluate(policy, args, device, None, stop)
-    video.parent.mkdir(exist_ok=True)
-    unfinished = video.with_name("unfinished.mp4")
-    try:
-        scores = evaluate(policy, args, device, unfinished, stop)
-        if scores:
-            os.replace(unfinished, video)
+    def evaluate(self, policy):
+        """Scores of the policy; [] if there is to be no evaluation or a signal ends it."""
+        if not self.args.eval_episodes:
+            return []
+        video = self.folder / "videos" / f"{self.global_step}.mp4" if self.args.capture_video else None
+        scores = evaluate(policy, self.args, self.device, video, self.signals)
+        if self.signals:
+            return []
+        self.end_if_not_finite({"the mean return of the evaluation": float(np.mean(scores))})
+        self.writer.add_scalar("eval/episodic_return", np.mean(scores), self.global_step)
+        if video and self.args.track:
+            self.wandb.log({"videos/eval": self.wandb.Video(str(video), format="mp4"), "global_step": self.global_step})
         return scores
-    finally:
-        unfinished.unlink(missing_ok=True)
+
+    def finish(self, scores):
+        """Writes result.json. After a signal in the last evaluation the run ends without it."""
+        self.exit_after_signal()
+        score = float(np.mean(scores)) if scores else None
+        result = {"score": score, "score_stderr": stderr(scores), "returns": scores, "global_step": self.global_step}
+        result |= {"seconds": self.seconds, "steps_per_second": self.global_step / self.seconds}
+        self.write("result.json", json.dumps(result | self.record, indent=2, allow_nan=False).encode())
+        if self.args.track:
+            self.wandb.summary.update({name: result[name] for name in ("score", "score_stderr", "seconds")})
+        self.progress.close()
+        scored = f"score {score:.1f} over {len(scores)} episodes" if scores else "not evaluated"
+        print(f"{self.global_step:,} steps in {self.seconds:.0f} s, {scored}; {self.folder / 'result.json'}", flush=True)
 
 
-# --- command line -----------------------------------------------------------------------------------------------------
-
-# the groups of --help, by their first argument
-GROUPS = {
-    "alpha": "symmetric loss",
-    "noise": "noise",
-    "env_id": "environment",
-    "total_timesteps": "algorithm",
-    "eval_episodes": "evaluation",
-    "track": "logging",
-    "exp_name": "run and machine",
-}
-# names of other libraries
-HINTS = {
-    "num-minibatches": "minibatch-size",
-    "batch-size": "minibatch-size",
-    "num-updates": "total-timesteps",
-    "clip-vloss": None,  # close to --clip-coef, which is something else
-    "n-steps": "num-steps",
-    "n-envs": "num-envs",
-    "n-epochs": "update-epochs",
-    "noptepochs": "update-epochs",
-    "clip-range": "clip-coef",
-    "lr": "learning-rate",
-    "env": "env-id",
-}
-LENGTH = "total_timesteps"  # the argument for the length of a run
-TRAINING_ONLY = ("track", "capture_video", "compile")  # switches of a run that --evaluate does not take over
-# what may change with --resume, and with --evaluate
-RESUMABLE = "total_timesteps track wandb_project_name wandb_entity wandb_group wandb_tags eval_episodes eval_interval"
-RESUMABLE = [*RESUMABLE.split(), "capture_video", "num_threads", "cuda", "compile", "checkpoint_interval"]
-EVALUABLE = ["seed", "eval_episodes", "capture_video", "num_threads", "cuda"]
+def stderr(scores):
+    return float(np.std(scores, ddof=1) / len(scores) ** 0.5) if len(scores) > 1 else None
 
 
-def say(line):
-    """One line on stdout, at once. A closed pipe or a full disk there does not end the run."""
+def load_args(run_folder):
+    """The arguments of a run. Those that an earlier version had and this one has not are named and ignored."""
     try:
-        print(f"{SCRIPT}: {line}", flush=True)
-    except OSError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        saved = json.loads(Path(run_folder, "args.json").read_text())
+    except OSError as error:
+        newest = sorted(Path(run_folder).glob("*/args.json"), key=lambda path: path.stat().st_mtime)[-3:]
+        folders = ", ".join(str(path.parent) for path in newest) or "none"
+        raise BadInput(f"{run_folder} is no run folder ({error}); the newest run folders in it: {folders}") from error
+    if saved["script"] != SCRIPT:
+        raise BadInput(f"{run_folder} is a run of {saved['script']}; expected a run of {SCRIPT}")
+    gone = saved["args"].keys() - {field.name for field in fields(Args)}
+    if gone:
+        warnings.warn(f"{run_folder}: ignored arguments of an earlier version: {', '.join(sorted(gone))}", stacklevel=2)
+    return Args(**{name: value for name, value in saved["args"].items() if name not in gone})
 
 
-def fail(message):
-    """Bad input: one line on stderr, exit status 2."""
-    print(f"{SCRIPT}: error: {message}", file=sys.stderr)
-    sys.exit(2)
+# what may differ from the run's own arguments
+EVALUABLE = ["eval_episodes", "capture_video", "cuda", "num_threads", "seed"]
+RESUMABLE = [*EVALUABLE[:-1], "eval_interval", "total_timesteps", "track", "wandb_project_name", "wandb_entity"]
+RESUMABLE += ["checkpoint_interval", "compile"]
 
 
-def one_line(error):
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def own_args(args):
+    """The arguments of the run to --evaluate or --resume. The run's video, W&B and compilation are not its evaluation's."""
+    own = replace(load_args(args.evaluate or args.resume), resume=args.resume, evaluate=args.evaluate)
+    return replace(own, capture_video=False, track=False, compile=False) if args.evaluate else own
 
 
-def flag(name):
-    return f"--{name.replace('_', '-')}"
+def parse_args(argv=None):
+    """The command line; with --resume or --evaluate in the place of that run's own arguments."""
+    args = tyro.cli(Args, args=argv)
+    return tyro.cli(Args, args=argv, default=own_args(args)) if args.resume or args.evaluate else args
 
 
-def require(args, name, accepted, expected):
-    """Unless `accepted`: one line that names the argument, its value and what is expected, exit status 2."""
-    if not accepted:
-        fail(f"{flag(name)} {getattr(args, name)}: expected {expected}")
-
-
-def read_command_line(argv, defaults):
-    """The command line as Args: tyro with the groups of --help, hints for unknown names, and errors of one line."""
-    names = {flag(field.name) for field in fields(Args)}
-    for word in argv:
-        name = word.split("=")[0].replace("_", "-").replace("--no-", "--")
-        if word.startswith("--") and name not in names | {"--help"}:
-            close = [f"--{HINTS[name[2:]]}"] if name[2:] in HINTS else difflib.get_close_matches(name, names, n=1, cutoff=0.75)
-            hint = next((f"; did you mean {other}?" for other in close if other in names), "; see --help")
-            fail(f"{word.split('=')[0]}: unknown argument{hint}")
-    switches = {flag(field.name) for field in fields(Args) if field.type is bool}
-    for name, value in itertools.pairwise(argv):
-        if value in ("True", "False") and name.replace("_", "-").replace("--no-", "--") in switches:
-            fail(f"{name} {value}: a switch takes no value; write {name} or {name.replace('--', '--no-', 1)}")
-
-    about = pydantic.TypeAdapter(Args).json_schema()["properties"]
-    groups, title = {}, None
-    for field in fields(Args):
-        title = GROUPS.get(field.name, title)
-        helped = Annotated[field.type, tyro.conf.arg(help=about[field.name]["description"])]
-        groups.setdefault(title, []).append((field.name, helped, getattr(defaults, field.name)))
-    groups = {title.replace(" ", "_"): make_dataclass(title.replace(" ", "_"), group) for title, group in groups.items()}
-    Grouped = make_dataclass("Grouped", [(title, tyro.conf.OmitArgPrefixes[group]) for title, group in groups.items()])
-    captured = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(captured):
-            parsed = tyro.cli(Grouped, args=argv, prog=SCRIPT, description=Args.__doc__)
-    except SystemExit as stopped:
-        if stopped.code:  # tyro's box of several lines, as one line
-            text = " ".join(re.sub(r"[╭╮╰╯│─]+|-{3,}|[|+]", " ", captured.getvalue()).split())
-            titles = "Value error|Parsing error|Missing argument|Invalid choice|Unrecognized options"
-            text = re.sub(rf"^({titles}) (?=[A-Z]|invalid)", "", text)
-            fail(re.split(r" (For full|Argument) helptext", text)[0] + "; see --help")
-        raise
-    except BrokenPipeError:  # `--help | head` has seen enough; nothing is left to flush at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit()
-    return Args(**{name: value for group in asdict(parsed).values() for name, value in group.items()})
-
-
-def parse_args(argv, defaults):
-    """The command line as Args. With --resume or --evaluate, that run's own arguments, of which some may change."""
-    args = read_command_line(argv, defaults)
-    if args.resume and args.evaluate:
-        fail("--resume and --evaluate: expected one of them")
-    if not (args.resume or args.evaluate):
-        return args
-    name, folder, allowed = ("resume", args.resume, RESUMABLE) if args.resume else ("evaluate", args.evaluate, EVALUABLE)
-    try:
-        saved = json.loads(Path(folder, "args.json").read_text())
-        if saved["script"] != SCRIPT:
-            fail(f"{flag(name)} {folder}: a run of {saved['script']}; expected a run of {SCRIPT}")
-        own = replace(Args(**saved["args"]), **{name: folder})
-        if name == "evaluate":
-            own = replace(own, **dict.fromkeys(TRAINING_ONLY, False))
-        saved["run_id"]  # KeyError for a folder without one
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"{flag(name)} {folder}: not the folder of a run of this script; expected one with its args.json ({error})")
-    args = read_command_line(argv, own)
-    for field in fields(Args):
-        value, old = getattr(args, field.name), getattr(own, field.name)
-        if value != old and field.name not in allowed:
-            others = ", ".join(map(flag, allowed))
-            fail(f"{flag(field.name)} {value}: with {flag(name)} the run keeps its own, {old}; only {others} may change")
-    longer = getattr(args, LENGTH) >= getattr(own, LENGTH)
-    require(args, LENGTH, longer, f"{getattr(own, LENGTH)}, the run's own, or more")
-    return args
-
-
-def check_args(args):
-    """Rejects invalid arguments before any file is written."""
-    try:
-        pydantic.TypeAdapter(Args).validate_python(asdict(args))
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        fail(f"{flag(first['loc'][0])} {first['input']}: {re.sub('^(Input|String|Value) should', 'must', first['msg'])}")
-    batch_size = args.num_envs * args.num_steps
-    require(args, "total_timesteps", args.total_timesteps >= batch_size, f"num_envs x num_steps = {batch_size} or more")
-    require(args, "capture_video", args.eval_episodes > 0 or not args.capture_video, "--eval-episodes 1 or more with it")
-    require(args, "evaluate", args.eval_episodes > 0 or not args.evaluate, "--eval-episodes 1 or more with it")
-    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
-    require(args, "compile", compiler or not args.compile, "no --compile, or a C++ compiler on the PATH")
-    check_env(args)
-    check_tracking(args)
-
-
-def check_tracking(args):
-    """Fails early if W&B cannot start. Last of all checks, as W&B may ask for a key."""
-    mode, modes = os.environ.get("WANDB_MODE", "online"), ("online", "offline", "shared", "disabled", "dryrun", "run")
-    if args.track and mode not in modes:
-        fail(f"--track: WANDB_MODE is {mode}; expected one of {', '.join(modes)}")
-    if args.track and mode == "online":
-        import wandb
-
-        try:
-            wandb.login()
-        except wandb.errors.Error as error:
-            fail(f"--track: {str(error).splitlines()[0]} Log in, set WANDB_API_KEY, or use WANDB_MODE=offline")
-
-
-# --- main -------------------------------------------------------------------------------------------------------------
-
-
-def keep_freed_memory():
-    """Asks glibc to keep freed memory. Otherwise the kernel zeroes every large array again, which takes a sixth of the time
-    of PPO on Atari on two cores. Does nothing without glibc."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-def has_finished(args):
-    """Whether the run to resume has nothing left to do."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        batch_size = args.num_envs * args.num_steps
-        done = json.loads(Path(args.resume, "result.json").read_text())["global_step"]
-        if done >= args.total_timesteps // batch_size * batch_size:
-            say(f"{args.resume} has finished its {done:,} steps; a larger --total-timesteps continues it")
-            return True
-    return False
-
-
-def evaluate_run(args):
-    """--evaluate: plays the policy of a finished or stopped run. Writes nothing but the video."""
-    folder = Path(args.evaluate).resolve()
-    if not (folder / "checkpoint.pt").exists():
-        fail(f"--evaluate {args.evaluate}: has no checkpoint yet")
-    checkpoint = load_checkpoint(folder, "--evaluate")
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    video = folder / "videos" / f"{checkpoint['global_step']}__seed{args.seed}.mp4" if args.capture_video else None
-    scores = evaluate_and_film(load_agent(args, checkpoint, device), args, device, video)
-    stderr = f" +- {np.std(scores, ddof=1) / len(scores) ** 0.5:.1f}" if len(scores) > 1 else ""
-    say(f"returns {', '.join(f'{score:.1f}' for score in scores)}")
-    say(f"score {np.mean(scores):.1f}{stderr} at step {checkpoint['global_step']:,}{f'; {video}' if video else ''}")
+def check_resumed(args):
+    """Refuses what would make another run of the run to --resume or --evaluate."""
+    own, allowed = own_args(args), EVALUABLE if args.evaluate else RESUMABLE
+    for name, value in asdict(own).items():
+        given, shorter = getattr(args, name), name == "total_timesteps" and args.total_timesteps < own.total_timesteps
+        if shorter or (given != value and name not in allowed):
+            flag, more = f"--{name.replace('_', '-')} {given}", " or more" * shorter
+            raise BadInput(f"{flag}: the run keeps its own, {value}{more}; these may change: {', '.join(allowed)}")
 
 
 def main(args):
-    keep_freed_memory()
+    """Trains, resumes or evaluates. From a notebook: `main(Args(...))`, which raises BadInput if arguments do not fit."""
+    check(args)
+    if args.resume or args.evaluate:
+        check_resumed(args)
+    args = replace(args, exp_name=args.exp_name or name_arm(args))
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
     if args.evaluate:
-        evaluate_run(args)
-    elif not (args.resume and has_finished(args)):
-        run = Run(args)
+        device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+        policy, _, step = load_agent(args.evaluate, device)
+        video = Path(args.evaluate, "videos", f"{step}__seed{args.seed}.mp4") if args.capture_video else None
+        scores = evaluate(policy, args, device, video)
+        print(f"score {np.mean(scores):.1f} +- {stderr(scores)} at step {step:,}; returns {scores} {video or ''}")
+        return
+    result = Path(args.resume or "", "result.json")
+    if args.resume and result.exists():
+        step = json.loads(result.read_text())["global_step"]
+        if step + args.num_envs * args.num_steps > args.total_timesteps:
+            print(f"{args.resume} has finished its {step:,} steps; a larger --total-timesteps continues it")
+            return
+    if args.track and os.environ.get("WANDB_MODE", "online") == "online":
+        import wandb
+
+        wandb.login()  # asks for a key where one is missing, before anything is created
+    run = Run(args)
+    with run.cleanup:
         try:
-            with run.cleanup:
-                train(args, run)
-        except OSError as error:
-            if error.errno not in DISK_ERRORS:
-                raise
-            sys.exit(f"{SCRIPT}: {error.strerror}; the run ends, {run.folder} keeps the last checkpoint, if there is one")
+            train(args, run)
+        except FloatingPointError as error:
+            kept = f"{run.folder} keeps the last checkpoint, if there is one"
+            raise FloatingPointError(f"{error} at step {run.global_step:,}; the run ends, {kept}") from error
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a character that the terminal lacks does not end the run
-    for number in (signal.SIGINT, signal.SIGTERM):  # until `Run` takes over; sys.exit closes environments and videos
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    arguments = parse_args(sys.argv[1:], Args())
-    check_args(arguments)
-    main(arguments)
+    try:
+        main(parse_args())
+    except (BadInput, gymnasium.error.Error, FloatingPointError) as error:
+        print(f"{SCRIPT}: error: {error}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
