@@ -28,7 +28,7 @@ class Games:
     """EnvPool's games behind the interface that the script has for ALE's: a lost life ends an episode, the game goes on."""
 
     def __init__(self, rom, num_envs, args, **preprocessing):
-        self.game, self.num_envs = f"{script.resolve_game(args.env_id)[0]}-v5", num_envs
+        self.game, self.num_envs = f"{script.resolve_env(args.env_id)[0]}-v5", num_envs
         self.options = {
             "num_threads": min(args.num_threads, num_envs),
             "repeat_action_probability": args.repeat_action_probability,
@@ -59,6 +59,4 @@ class Games:
 if __name__ == "__main__":
     script.SCRIPT, script.make_envs = Path(__file__).name, Games
     script.games_over = lambda dones, info, last_info: info["over"]
-    arguments = script.parse_args(sys.argv[1:], script.Args())
-    script.check_args(arguments)
-    script.main(arguments)
+    script.main(script.parse_args(sys.argv[1:]))

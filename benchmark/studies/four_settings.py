@@ -20,6 +20,7 @@ try:
     import tyro
 
     import sppo_atari
+    from benchmark.studies.git_commit import git_commit
 except ModuleNotFoundError as error:
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__)
@@ -47,7 +48,7 @@ class FirstUpdateError(Exception):
 
 def first_rollout(args: sppo_atari.Args) -> tuple[sppo_atari.Agent, torch.Tensor, tuple]:
     """The agent, the clip range and the batch that the run's first `update` gets."""
-    run = SimpleNamespace(checkpoint=None, device=torch.device("cpu"), signals=[])
+    run = SimpleNamespace(checkpoint=None, device=torch.device("cpu"), signals=[], global_step=0)
     update = sppo_atari.update
 
     def stop(agent, optimizer, loss_fn, args, clip_coef, batch):
@@ -98,7 +99,7 @@ def main(own: Args) -> None:
             env_id=own.env_id, alpha=0.5, beta=10.0, noise="bsc", seed=seed, num_threads=torch.get_num_threads()
         )
         found.append(differences(args))
-    commit = sppo_atari.git_commit() or "unknown"
+    commit = git_commit()
     what = f"{own.env_id}, noise bsc, α 0.5, β 10; first update; {own.seeds} seeds"
     print(f"{what}; torch {torch.__version__}; {torch.get_num_threads()} threads; commit {commit}\n")
     print("| divided by w | difference from SPPO / its movement |\n|---|---|")

@@ -26,7 +26,7 @@ try:
     import gymnasium as gym
     import numpy as np
     import torch
-    import tyro  # noqa: F401  the script's
+    import tyro
     from stable_baselines3 import A2C, PPO
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_atari_env, make_vec_env
@@ -46,7 +46,7 @@ SCRIPTS = ("sppo_atari.py", "sa2c_atari.py", "dsppo_continuous.py", "dsa2c_conti
 # What SB3 follows of their arguments; all others stay as they are
 FOLLOWED = """env_id seed total_timesteps learning_rate adam_eps rmsprop_alpha rmsprop_eps num_envs num_steps anneal_lr gamma
 gae_lambda update_epochs minibatch_size norm_adv clip_coef ent_coef vf_coef max_grad_norm eval_episodes track wandb_project_name
-wandb_entity wandb_group wandb_tags exp_name run_dir resume checkpoint_interval log_interval num_threads cuda
+wandb_entity exp_name run_dir resume checkpoint_interval log_interval num_threads cuda
 torch_deterministic"""
 
 
@@ -78,10 +78,16 @@ def load_script(name: str):
     script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     about = {"peer_of": name, "library": LIBRARY}
-    write_json = script.write_json
-    script.write_json = lambda path, content: write_json(path, content | about)  # args.json, result.json
-    script.SCRIPT, script.ABOUT, script.train, script.evaluate = SCRIPT, about, train, evaluate
-    script.Args.__doc__ = __doc__  # of --help
+
+    class Run(script.Run):
+        def write(self, name, data):
+            if name.endswith(".json"):  # args.json, result.json
+                data = json.dumps(json.loads(data) | about, indent=2).encode()
+            super().write(name, data)
+
+    script.SCRIPT, script.ABOUT, script.Run, script.train, script.evaluate = SCRIPT, about, Run, train, evaluate
+    check = script.check
+    script.check = lambda args: (check_followed(args), check(args))
     return script
 
 
@@ -90,9 +96,9 @@ def make_envs(args, num_envs: int, seed: int) -> VecEnv:
     script = sys.modules[type(args).__module__]
     if "atari" in script.ABOUT["peer_of"]:
         gym.register_envs(ale_py)
-        name = script.resolve_env(args.env_id)
+        name, _ = script.resolve_env(args.env_id)
         return VecFrameStack(make_atari_env(f"{name}NoFrameskip-v4", n_envs=num_envs, seed=seed), n_stack=4)
-    env_id = script.TASKS.get(args.env_id, args.env_id)
+    _, env_id = script.resolve_env(args.env_id)
     return VecNormalize(make_vec_env(env_id, n_envs=num_envs, seed=seed), gamma=args.gamma)
 
 
@@ -155,14 +161,14 @@ class Loop(BaseCallback):
             return
         self.step, args, run = self.num_timesteps, self.args, self.run
         batch_size = args.num_envs * args.num_steps
-        iteration, self.stopping = self.step // batch_size, bool(run.signals)
+        iteration, self.stopping, run.global_step = self.step // batch_size, bool(run.signals), self.step
         last = iteration == args.total_timesteps // batch_size
         if last or self.stopping or iteration % getattr(args, "log_interval", 1) == 0:
             stats = {"charts/learning_rate": self.model.lr_schedule(self.model._current_progress_remaining)}
             if self.episodes:
                 stats["charts/episodic_return"] = np.mean([episode["r"] for episode in self.episodes])
                 stats["charts/episodic_length"] = np.mean([episode["l"] for episode in self.episodes])
-            run.log(self.step, stats, time.perf_counter() - self.begin)
+            run.log(stats, time.perf_counter() - self.begin)
             self.episodes, self.begin = [], time.perf_counter()
         if last or self.stopping or iteration % args.checkpoint_interval == 0:
             self.save()
@@ -170,7 +176,7 @@ class Loop(BaseCallback):
     def save(self) -> None:
         policy = self.model.policy
         state = {"agent": policy.state_dict(), "optimizer": policy.optimizer.state_dict()}
-        self.run.save(self.step, **state, **moments(self.model))
+        self.run.save(**state, **moments(self.model))
 
 
 def moments(model: PPO | A2C) -> dict[str, list]:
@@ -203,10 +209,10 @@ def train(args, run) -> None:
     left = args.total_timesteps - args.total_timesteps % (args.num_envs * args.num_steps) - run.start_step
     if left:  # else the run was killed after its last checkpoint
         model.learn(left, callback=loop, reset_num_timesteps=not run.checkpoint)
-    run.finish(loop.step, run.evaluate(model, loop.step))
+    run.finish(run.evaluate(model))
 
 
-def evaluate(model: PPO | A2C, args, device, video_path=None, stop=()) -> list[float]:
+def evaluate(model: PPO | A2C, args, device, video=None, stop=()) -> list[float]:
     """Raw returns of `eval_episodes` whole episodes on fresh environments; actions sampled on Atari, greedy elsewhere."""
     envs = make_envs(args, 1, args.seed + 10_000)
     if isinstance(envs, VecNormalize):  # frozen
@@ -217,7 +223,7 @@ def evaluate(model: PPO | A2C, args, device, video_path=None, stop=()) -> list[f
     return [float(value) for value in returns]
 
 
-def parse_args(argv: list[str], defaults=None):
+def parse_args(argv: list[str]):
     """The Args of the script that --peer-of names, with its baseline's defaults; of the run's own script with --resume."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
     parser.add_argument("--peer-of", choices=SCRIPTS, default=SCRIPTS[0])
@@ -228,7 +234,11 @@ def parse_args(argv: list[str], defaults=None):
             known.peer_of = json.loads(Path(known.resume, "args.json").read_text()).get("peer_of", known.peer_of)
         rest += ["--resume", known.resume]
     script = load_script(known.peer_of)
-    return script.parse_args(rest, baseline(script))
+    return (
+        script.parse_args(rest)
+        if known.resume
+        else tyro.cli(script.Args, args=rest, default=baseline(script), description=__doc__)
+    )
 
 
 def baseline(script):
@@ -237,16 +247,24 @@ def baseline(script):
     return replace(args, num_bins=0) if hasattr(args, "num_bins") else args
 
 
-def check_args(args) -> None:
-    """The script's checks, and that SB3 can do what the arguments ask for."""
+def check_followed(args) -> None:
+    """Refuses what SB3 cannot do of what the arguments ask for."""
     script = sys.modules[type(args).__module__]
     for name, value in asdict(baseline(script)).items():
-        followed = name in FOLLOWED.split() or getattr(args, name) == value
-        script.require(args, name, followed, f"{value}, as SB3's run follows no other")
-    script.check_args(args)
+        given = getattr(args, name)
+        if given != value and name not in FOLLOWED.split():
+            raise script.BadInput(f"--{name.replace('_', '-')} {given}: expected {value}, as SB3's run follows no other")
+
+
+def main(argv: list[str]) -> None:
+    """As the script's command line: a message and exit status 2 for bad input."""
+    try:
+        arguments = parse_args(argv)
+        sys.modules[type(arguments).__module__].main(arguments)
+    except (ValueError, gym.error.Error, FloatingPointError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
 
 
 if __name__ == "__main__":
-    arguments = parse_args(sys.argv[1:])
-    check_args(arguments)
-    sys.modules[type(arguments).__module__].main(arguments)
+    main(sys.argv[1:])

@@ -54,6 +54,4 @@ if __name__ == "__main__":
         ["dsppo_continuous.py"],
     )
     sb3_peer.make_model, sb3_peer.Loop.save = make_model, lambda loop: None
-    arguments = sb3_peer.parse_args(sys.argv[1:])
-    sb3_peer.check_args(arguments)
-    sys.modules[type(arguments).__module__].main(arguments)
+    sb3_peer.main(sys.argv[1:])

@@ -40,6 +40,7 @@ try:
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
     import sppo_atari
+    from benchmark.studies.git_commit import git_commit
 except ModuleNotFoundError as error:
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__)
@@ -151,6 +152,11 @@ class Args:
     """measure the loops of an Atari script on a GPU"""
 
 
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies in bfloat16 (AVX512-BF16, AMX, or the BF16 extension of Arm)."""
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def commands(suite: str, cuda: bool = False) -> dict[str, str]:
     """Label and command of each arm, SB3 first. Of what cannot be measured here, one line says why."""
     script = f"{SUITES[suite].script}.py"
@@ -166,7 +172,7 @@ def commands(suite: str, cuda: bool = False) -> dict[str, str]:
         except PackageNotFoundError:
             print(f"{label}: left out, as {package} is not installed (benchmark/studies/requirements-peers.txt)", flush=True)
     # without bf16 instructions a CPU emulates them, at a tenth of the speed: nothing to compare
-    arms = {label: arm for label, arm in SUITES[suite].arms.items() if "bf16" not in arm or sppo_atari.cpu_has_bf16()}
+    arms = {label: arm for label, arm in SUITES[suite].arms.items() if "bf16" not in arm or cpu_has_bf16()}
     return found | {label: f"{script} {arm}" for label, arm in arms.items()}
 
 
@@ -224,7 +230,7 @@ def plain_a2c_loss(logprobs, advantages, Z, literal_signs):
 def atari_parts(suite: Suite, script):
     """Functions that play one step with random actions and that act, and the batch and arguments of an update."""
     args = script.Args(num_threads=torch.get_num_threads(), num_envs=suite.num_envs, num_steps=suite.num_steps)
-    envs = script.make_envs(script.resolve_game(suite.env_id)[1], suite.num_envs, args)
+    envs = script.make_envs(script.resolve_env(suite.env_id)[1], suite.num_envs, args)
     frames, _ = envs.reset(seed=1)
     agent, rng = script.Agent(int(envs.single_action_space.n)), np.random.default_rng(0)
     size = suite.num_envs * suite.num_steps
@@ -259,13 +265,11 @@ def continuous_parts(suite: Suite, script):
     args = script.Args(env_id=suite.env_id, num_envs=suite.num_envs, num_steps=suite.num_steps)
     envs = [script.make_env(args) for _ in range(suite.num_envs)]
     raw_obs, space, rng = np.array([env.reset(seed=1)[0] for env in envs]), envs[0].action_space, np.random.default_rng(0)
-    bins, agent = script.make_bins(space, 11), script.Agent(raw_obs.shape[1], *space.shape, 11)
-    weights, actor, stats = (
-        script.flatten_parameters(agent),
-        script.numpy_actor(agent),
-        script.RunningMeanStd(raw_obs.shape[1:]),
-    )
-    noise = script.exploration_noise(rng, (suite.num_envs, *space.shape), 11)
+    counts, bins = script.make_bins(space, 11)
+    agent = script.Agent(raw_obs.shape[1], counts)
+    weights, actor = script.flatten_parameters(agent), script.numpy_actor(agent)
+    stats = script.RunningMeanStd(np.zeros(raw_obs.shape[1]), np.ones(raw_obs.shape[1]))
+    noise = rng.gumbel(size=(suite.num_envs, *space.shape, 11))
 
     def play():
         script.step_envs(envs, script.to_env(rng.integers(11, size=(suite.num_envs, *space.shape)), space, bins))
@@ -281,6 +285,7 @@ def continuous_parts(suite: Suite, script):
     if suite.algorithm == "ppo":
         optimizer = torch.optim.Adam([weights], lr=1e-5, eps=1e-5, fused=True)
         batch, loss = (obs, actions, logprobs, torch.randn(size), values), lambda: script.minibatch_loss
+        return play, think, lambda: script.update(agent, weights, optimizer, loss(), args, batch, torch.Generator())
     else:
         optimizer = torch.optim.RMSprop([weights], lr=1e-5, eps=1e-5)
         batch, loss = (obs, actions, torch.randn(size), values), lambda: script.rollout_loss
@@ -293,8 +298,6 @@ def phases(args: Args, suite: Suite, threads: int) -> dict:
     script = importlib.import_module(suite.script)
     name = f"symmetric_{suite.algorithm}_loss"
     symmetric, plain = getattr(script, name), {"ppo": plain_ppo_loss, "a2c": plain_a2c_loss}[suite.algorithm]
-    if "atari" in suite.script:
-        script.keep_freed_memory()
     play, think, learn = (atari_parts if "atari" in suite.script else continuous_parts)(suite, script)
 
     def update(loss):
@@ -378,7 +381,7 @@ def main(args: Args) -> None:
         speed_rlhf.main(args.rounds, args.blocks, args.pairs)
     else:
         measure_suite(args)
-    sppo_atari.write_atomically(results / "report.md", ("\n".join(combine(results)) + "\n").encode())
+    (results / "report.md").write_text("\n".join(combine(results)) + "\n")
 
 
 def phases_table(suite: Suite, parts: dict, medians: dict, pairs: int) -> list[str]:
@@ -411,7 +414,7 @@ def phases_table(suite: Suite, parts: dict, medians: dict, pairs: int) -> list[s
 
 def measure_suite(args: Args) -> None:
     """Measures one script beside Stable-Baselines3 and writes what the docstring above says."""
-    suite, commit = SUITES[args.suite], sppo_atari.git_commit()  # before the files of the results change
+    suite, commit = SUITES[args.suite], git_commit()  # before the files of the results change
     threads = suite.threads or os.cpu_count()
     speeds, memory = defaultdict(list), defaultdict(float)
     arms = commands(args.suite, args.cuda)
@@ -426,7 +429,7 @@ def measure_suite(args: Args) -> None:
     medians = {label: float(np.median(rates)) for label, rates in speeds.items()}
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
-    bf16 = "has" if sppo_atari.cpu_has_bf16() else "has no"
+    bf16 = "has" if cpu_has_bf16() else "has no"
     gpu = torch.cuda.get_device_name() if args.cuda else None
     names = ["torch", "stable-baselines3", "gymnasium", "ale-py", "mujoco", "numpy"]
     names += [package for label, (package, _) in OPTIONAL.get(args.suite, {}).items() if label in arms]
@@ -448,10 +451,10 @@ def measure_suite(args: Args) -> None:
     if parts:
         lines += phases_table(suite, parts, medians, args.pairs)
     stem = Path("benchmark/results/speed") / f"{args.suite}{'-gpu' if gpu else ''}"
-    sppo_atari.write_atomically(stem.with_suffix(".md"), ("\n".join(lines) + "\n").encode())
+    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
     about = {"commit": commit, "versions": versions, "cpu": cpu} | ({"gpu": gpu} if gpu else {})
     content = {**about, "steps_per_second": speeds, "peak_mib": memory} | ({"phases": parts} if parts else {})
-    sppo_atari.write_atomically(stem.with_suffix(".json"), (json.dumps(content, indent=1) + "\n").encode())
+    stem.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
     print("\n".join(lines))
 
 
