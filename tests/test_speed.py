@@ -66,9 +66,9 @@ def test_torchs_waiting_threads_leave_the_cores_to_the_games(script, own, expect
 
 def test_peers_run_in_the_users_environment():
     """Not in that of sppo_atari.py, which speed.py imports."""
-    code = "import os, speed; print(os.environ['GOMP_SPINCOUNT'], speed.ENVIRONMENT.get('GOMP_SPINCOUNT'))"
+    code = "import os, speed, sppo_atari; print(os.environ['GOMP_SPINCOUNT'], speed.ENVIRONMENT.get('GOMP_SPINCOUNT'))"
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**ENV, "PYTHONPATH": str(ROOT / "benchmark/studies")}, stdout=subprocess.PIPE
+        [sys.executable, "-c", code], env={**ENV, "PYTHONPATH": f"{ROOT}:{ROOT / 'benchmark/studies'}"}, stdout=subprocess.PIPE
     )
     assert done.stdout.split() == [b"20000", b"None"]
 

@@ -39,7 +39,6 @@ try:
     import tyro
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-    import sppo_atari
     from benchmark.studies.git_commit import git_commit
 except ModuleNotFoundError as error:
     if {"-h", "--help"} & set(sys.argv):
