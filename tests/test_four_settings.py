@@ -238,7 +238,7 @@ def test_shares_of_the_gradient_by_hand(script):
         logprobs = old = all_logprobs.gather(-1, actions[:, None]).squeeze(-1)
         entropy = -(all_logprobs.exp() * all_logprobs).sum(-1).mean()
     else:
-        agent, actions = script.Agent(6, 2, 4).double(), torch.stack([actions, actions.flip(0)], dim=-1)
+        agent, actions = script.Agent(6, [4, 4]).double(), torch.stack([actions, actions.flip(0)], dim=-1)
         nn.init.normal_(agent.actor[4].weight)  # away from equal probabilities, where the entropy has no gradient
         old, entropies, values = agent(obs, actions)
         logprobs, entropy = old.sum(-1), entropies.mean()
@@ -263,7 +263,7 @@ def test_norm_and_share_of_the_clip(script):
     obs, actions, advantages, returns = rollout(0)
     ratio, atari = "ppo" in script.__name__, "atari" in script.__name__
     torch.manual_seed(0)
-    first = Shared() if atari else script.Agent(6, 1, 4).double()
+    first = Shared() if atari else script.Agent(6, [4]).double()
     actions = actions if atari else actions[:, None]
     old = torch.full(actions.shape, -1.4, dtype=torch.float64)
     batch = (obs, actions, old, advantages, returns) if ratio else (obs, actions, advantages, returns)
@@ -279,24 +279,25 @@ def test_norm_and_share_of_the_clip(script):
             optimizer = [[torch.ones_like(p) for p in agent.parameters()], 1e-3]
         else:
             optimizer = [torch.optim.SGD(weights or agent.parameters(), lr=0.0)]
-        stats = script.update(agent, *weights, *optimizer, loss_fn, args, *clip_coef, batch)
+        generator = (torch.Generator(),) if script is dsppo_continuous else ()
+        stats = script.update(agent, *weights, *optimizer, loss_fn, args, *clip_coef, batch, *generator)
         assert float(stats["losses/grad_norm"]) == pytest.approx(norm) and float(stats["losses/grad_clipped"]) == clipped
 
 
 def dsppo_weights(alpha, beta, max_grad_norm, eps):
     torch.manual_seed(0)
-    agent = dsppo_continuous.Agent(6, 2, 5).double()
+    agent = dsppo_continuous.Agent(6, [5, 5]).double()
     weights = dsppo_continuous.flatten_parameters(agent)
     args = dsppo_continuous.Args(alpha=alpha, beta=beta, minibatch_size=16, update_epochs=4, max_grad_norm=max_grad_norm)
     optimizer = torch.optim.Adam([weights], lr=1e-3, eps=eps)
-    torch.manual_seed(1)
+    generator = torch.Generator().manual_seed(1)
     for seed in range(3):
         obs, _, advantages, returns = rollout(seed)
-        actions = torch.randint(5, (128, 2))
+        actions = torch.randint(5, (128, 2), generator=generator)
         with torch.no_grad():
             logprobs = agent(obs, actions)[0]
         batch = (obs, actions, logprobs, advantages, returns)
-        dsppo_continuous.update(agent, weights, optimizer, dsppo_continuous.minibatch_loss, args, batch)
+        dsppo_continuous.update(agent, weights, optimizer, dsppo_continuous.minibatch_loss, args, batch, generator)
     return weights.detach().clone()
 
 
