@@ -94,6 +94,7 @@ def test_the_worst_sentences_are_gone():
 # pip's, TensorBoard's, accelerate's, torchrun's, Slurm's; names that hints are about; a former script's
 FOREIGN = {"--no-deps", "--logdir", "--num_processes", "--nproc-per-node", "--array", "--cpus-per-task", "--time", "--signal"}
 FOREIGN |= {"--requeue", "--n-steps", "--num-minibatches", "--lr", "--help", "--arms"}
+FOREIGN |= {"--clip-vloss"}  # CleanRL's
 FOREIGN |= {"--spo-coef"}  # of the loss that your-own-loss.md adds
 
 

@@ -1,16 +1,14 @@
 """SPPO is PPO with four settings divided by w = alpha + beta |Z|: vf_coef, ent_coef, max_grad_norm and Adam's eps.
 
 w L_ppo + v L_value - e H, norm clip c, eps   has the updates of   L_ppo + (v/w) L_value - (e/w) H, norm clip c/w, eps/w:
-Adam and the norm clip do not see a common factor. In float64, through the scripts' own loss and update; and Stable-Baselines3's
-PPO, untouched, with the four settings alone.
+Adam and the norm clip do not see a common factor. In float64, through the scripts' own loss and update. The four settings in
+other libraries: test_recipes.py.
 """
 
 import copy
-import functools
 import re
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -63,7 +61,7 @@ def rollout(seed):
     return obs, torch.randint(4, (128,), generator=rng), advantages, returns
 
 
-def exact_clip(parameters, max_norm):
+def exact_clip(parameters, max_norm, **_):
     """clip_grad_norm_ without its 1e-6 in the denominator, which is not divided by w."""
     grads = [parameter.grad for parameter in parameters]
     norm = torch.cat([grad.flatten() for grad in grads]).norm()
@@ -72,7 +70,7 @@ def exact_clip(parameters, max_norm):
     return norm
 
 
-def train(args, make_optimizer):
+def train(args, make_optimizer, update=sppo_atari.update):
     """128 gradient steps on four rollouts, each acted by the policy of its time. Returns the movement of all weights."""
     torch.manual_seed(0)
     agent = Shared()
@@ -85,7 +83,7 @@ def train(args, make_optimizer):
             logprobs = agent(obs)[0].gather(-1, actions[:, None]).squeeze(-1)
         batch = (obs, actions, logprobs, advantages, returns)
         clip_coef = torch.tensor(args.clip_coef, dtype=torch.float64)
-        sppo_atari.update(agent, optimizer, sppo_atari.minibatch_loss, args, clip_coef, batch)
+        update(agent, optimizer, sppo_atari.minibatch_loss, args, clip_coef, batch)
     return torch.cat([parameter.detach().flatten() for parameter in agent.parameters()]) - first
 
 
@@ -152,6 +150,51 @@ def test_adamw_and_both_forms_of_rmsprop(monkeypatch):
         assert difference(wrong, theirs) > 1e-5
 
 
+def test_printed_signs_are_not_covered(monkeypatch):
+    """With Eq. 8 as printed a sample's weight is alpha + beta |Z| where A > 0 and alpha - beta |Z| where A < 0: no one w."""
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", exact_clip)
+    sppo = replace(ARGS, alpha=0.5, beta=10.0)
+    assert difference(train(divided(sppo), adam), train(sppo, adam)) < 1e-12
+    assert difference(train(divided(sppo), adam), train(replace(sppo, literal_signs=True), adam)) > 0.5
+
+
+def test_the_l2_weight_decay_of_adam_is_divided_too(monkeypatch):
+    """Adam adds decay times weight to the gradient; AdamW, which does not, is in the test above."""
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", exact_clip)
+    sppo = replace(ARGS, alpha=0.5, beta=10.0)
+
+    def decayed(weight_decay):
+        return lambda parameters, args: torch.optim.Adam(parameters, lr=1e-3, eps=args.adam_eps, weight_decay=weight_decay)
+
+    movement = train(sppo, decayed(0.1))
+    assert difference(train(divided(sppo), decayed(0.1 / 10.5)), movement) < 1e-12
+    assert difference(train(divided(sppo), decayed(0.1)), movement) > 0.1
+
+
+def test_an_adam_state_carried_over_is_divided_by_w_and_its_square(monkeypatch):
+    """SPPO until the second rollout, PPO with the four settings from there on, with Adam's state of SPPO."""
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", exact_clip)
+    sppo, w = replace(ARGS, alpha=0.5, beta=10.0), 10.5
+
+    def switched(divide_first, divide_second):
+        rollouts = iter([sppo, divided(sppo), divided(sppo), divided(sppo)])
+
+        def update(agent, optimizer, loss_fn, _, clip_coef, batch):
+            args = next(rollouts)
+            if args.beta == 0 and optimizer.param_groups[0]["eps"] == sppo.adam_eps:
+                optimizer.param_groups[0]["eps"] = args.adam_eps
+                for state in optimizer.state.values():
+                    state["exp_avg"] /= divide_first
+                    state["exp_avg_sq"] /= divide_second
+            return sppo_atari.update(agent, optimizer, loss_fn, args, clip_coef, batch)
+
+        return train(sppo, adam, update)
+
+    movement = train(sppo, adam)
+    assert difference(switched(w, w**2), movement) < 1e-12
+    assert min(difference(switched(*wrong), movement) for wrong in ((1, 1), (w, 1), (1, w**2))) > 0.05
+
+
 def test_the_readmes_table_is_the_defaults_divided_by_w():
     rows = re.findall(r"(?m)^\| ([^|:]+): (0\.5), ([^|]+?) (?:\(\*\) )?\|(.*)\|$", (ROOT / "README.md").read_text())
     scripts = {
@@ -166,19 +209,6 @@ def test_the_readmes_table_is_the_defaults_divided_by_w():
         assert found[0] == w
         defaults = (args.vf_coef, args.ent_coef, args.max_grad_norm, getattr(args, "adam_eps", 1e-5))
         assert found[1:] == pytest.approx([default / w for default in defaults], rel=0.005), cell
-
-
-def test_cleanrl_halves_its_value_loss():
-    """CleanRL's 0.5 ((v - R)^2).mean() with vf_coef 2 v / w is ours with v / w."""
-    torch.manual_seed(0)
-    agent = Shared()
-    obs, actions, advantages, returns = rollout(0)
-    args = divided(replace(ARGS, alpha=0.5, beta=10.0))
-    old = torch.full((128,), -1.4, dtype=torch.float64)
-    loss, stats = sppo_atari.minibatch_loss(agent, args, torch.tensor(0.1), obs, actions, old, advantages, returns)
-    values = agent(obs)[1]
-    cleanrl = loss - args.vf_coef * stats["losses/value_loss"] + (2 * 0.5 / 10.5) * 0.5 * ((values - returns) ** 2).mean()
-    torch.testing.assert_close(cleanrl, loss, rtol=1e-14, atol=0)
 
 
 def grads_by_hand(agent, logprobs, entropy, values, advantages, returns, args, ratio):
@@ -208,7 +238,7 @@ def test_shares_of_the_gradient_by_hand(script):
         logprobs = old = all_logprobs.gather(-1, actions[:, None]).squeeze(-1)
         entropy = -(all_logprobs.exp() * all_logprobs).sum(-1).mean()
     else:
-        agent, actions = script.Agent(6, 2, 4).double(), torch.stack([actions, actions.flip(0)], dim=-1)
+        agent, actions = script.Agent(6, [4, 4]).double(), torch.stack([actions, actions.flip(0)], dim=-1)
         nn.init.normal_(agent.actor[4].weight)  # away from equal probabilities, where the entropy has no gradient
         old, entropies, values = agent(obs, actions)
         logprobs, entropy = old.sum(-1), entropies.mean()
@@ -233,7 +263,7 @@ def test_norm_and_share_of_the_clip(script):
     obs, actions, advantages, returns = rollout(0)
     ratio, atari = "ppo" in script.__name__, "atari" in script.__name__
     torch.manual_seed(0)
-    first = Shared() if atari else script.Agent(6, 1, 4).double()
+    first = Shared() if atari else script.Agent(6, [4]).double()
     actions = actions if atari else actions[:, None]
     old = torch.full(actions.shape, -1.4, dtype=torch.float64)
     batch = (obs, actions, old, advantages, returns) if ratio else (obs, actions, advantages, returns)
@@ -249,24 +279,25 @@ def test_norm_and_share_of_the_clip(script):
             optimizer = [[torch.ones_like(p) for p in agent.parameters()], 1e-3]
         else:
             optimizer = [torch.optim.SGD(weights or agent.parameters(), lr=0.0)]
-        stats = script.update(agent, *weights, *optimizer, loss_fn, args, *clip_coef, batch)
+        generator = (torch.Generator(),) if script is dsppo_continuous else ()
+        stats = script.update(agent, *weights, *optimizer, loss_fn, args, *clip_coef, batch, *generator)
         assert float(stats["losses/grad_norm"]) == pytest.approx(norm) and float(stats["losses/grad_clipped"]) == clipped
 
 
 def dsppo_weights(alpha, beta, max_grad_norm, eps):
     torch.manual_seed(0)
-    agent = dsppo_continuous.Agent(6, 2, 5).double()
+    agent = dsppo_continuous.Agent(6, [5, 5]).double()
     weights = dsppo_continuous.flatten_parameters(agent)
     args = dsppo_continuous.Args(alpha=alpha, beta=beta, minibatch_size=16, update_epochs=4, max_grad_norm=max_grad_norm)
     optimizer = torch.optim.Adam([weights], lr=1e-3, eps=eps)
-    torch.manual_seed(1)
+    generator = torch.Generator().manual_seed(1)
     for seed in range(3):
         obs, _, advantages, returns = rollout(seed)
-        actions = torch.randint(5, (128, 2))
+        actions = torch.randint(5, (128, 2), generator=generator)
         with torch.no_grad():
             logprobs = agent(obs, actions)[0]
         batch = (obs, actions, logprobs, advantages, returns)
-        dsppo_continuous.update(agent, weights, optimizer, dsppo_continuous.minibatch_loss, args, batch)
+        dsppo_continuous.update(agent, weights, optimizer, dsppo_continuous.minibatch_loss, args, batch, generator)
     return weights.detach().clone()
 
 
@@ -299,88 +330,3 @@ def test_raw_advantages_let_the_reward_level_into_the_gradient():
     found = (gradient(False, 2.0) - gradient(False, 0.0))[: len(shifted)]
     torch.testing.assert_close(found, shifted, rtol=0, atol=1e-10)
     assert found.norm() > 1e-2
-
-
-def test_stable_baselines3_with_the_four_settings_is_sppo(monkeypatch):
-    """Three rollouts of a real game and three updates by SB3's own PPO.learn(), against SPPO(0.5, 10) on these rollouts.
-
-    In float64: in float32, rounding alone opens or closes a ReLU after a few steps, on some machines.
-    """
-    import gymnasium as gym
-    from stable_baselines3 import PPO
-
-    class Game(gym.Env):
-        observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
-
-        def __init__(self):
-            self.envs = sppo_atari.make_envs("alien", 1, sppo_atari.Args(num_threads=1))
-            self.action_space = gym.spaces.Discrete(int(self.envs.single_action_space.n))
-
-        def reset(self, seed=None, options=None):
-            return self.envs.reset(seed=np.array([3]))[0][0], {}
-
-        def step(self, action):
-            obs, rewards, terminated, truncated, _ = self.envs.step(np.array([action]))
-            return obs[0], float(np.sign(rewards[0])) + 0.1, bool(terminated[0]), bool(truncated[0]), {}
-
-        def close(self):
-            self.envs.close()
-
-    sizes = {
-        "n_steps": 64,
-        "batch_size": 16,
-        "n_epochs": 2,
-        "clip_range": 0.5,
-        "learning_rate": 2.5e-4,
-    }  # no sample at the edge of the clip, where rounding decides
-    recipe = re.search(r"(?s)```python\n(import ale_py.*?)```", (ROOT / "README.md").read_text()).group(1)
-    names = {}
-    with monkeypatch.context() as patch:  # the README's text, with one game and a small rollout
-        patch.setattr("stable_baselines3.PPO", functools.partial(PPO, **sizes, seed=1, device="cpu"))
-        patch.setattr("stable_baselines3.common.env_util.make_atari_env", lambda *_, **__: Game())
-        exec(recipe, names)
-    sb3, alpha, beta = names["model"], names["alpha"], names["beta"]
-    assert (alpha, beta) == (0.5, 10.0)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # what both turn their observations into
-    theirs = sb3.policy.double()
-    agent = sppo_atari.Agent(sb3.action_space.n).double()
-    pairs = [
-        *((theirs.features_extractor.cnn[i], agent.network[i]) for i in (0, 2, 4)),
-        (theirs.features_extractor.linear[0], agent.network[7]),
-        (theirs.action_net, agent.actor),
-        (theirs.value_net, agent.critic),
-    ]
-    for module, ours in pairs:
-        ours.load_state_dict(module.state_dict())
-    before = copy.deepcopy(agent)
-    rollouts, orders, permutation, sb3_train = [], [], np.random.permutation, sb3.train
-
-    def recording_train():
-        buffer = sb3.rollout_buffer
-        parts = (buffer.observations, buffer.actions, buffer.log_probs, buffer.advantages, buffer.returns)
-        obs, *rest = (torch.from_numpy(part.copy()).flatten(0, 1) for part in parts)
-        rollouts.append((obs, *(part.flatten() for part in rest)))
-        sb3_train()
-
-    def recorded(count):
-        orders.append(permutation(count))
-        return orders[-1]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(np.random, "permutation", recorded)
-        sb3.train = recording_train
-        sb3.learn(3 * 64)
-    sb3.env.close()
-
-    args = sppo_atari.Args(alpha=alpha, beta=beta, minibatch_size=16, update_epochs=2)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=2.5e-4, eps=1e-5)
-    ordered = iter(orders)
-    monkeypatch.setattr(torch, "randperm", lambda count, **_: torch.from_numpy(next(ordered)))
-    assert len(rollouts) == 3 and len(orders) == 6
-    for obs, actions, *rest in rollouts:
-        batch = (obs, actions.long(), *rest)
-        sppo_atari.update(agent, optimizer, sppo_atari.minibatch_loss, args, torch.tensor(0.5), batch)
-    for module, ours in pairs:
-        for name, parameter in ours.named_parameters():
-            torch.testing.assert_close(parameter, module.get_parameter(name), atol=1e-7, rtol=0)
-    assert (agent.actor.weight - before.actor.weight).abs().max() > 1e-3
