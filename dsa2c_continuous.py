@@ -111,7 +111,7 @@ class Args:
     evaluate: str | None = None  # play --eval-episodes episodes with the policy of the run in this folder, and exit
     checkpoint_interval: PositiveInt = 1000  # save a checkpoint every this many iterations, a multiple of log_interval
     cuda: bool = False  # use a GPU if there is one; networks this small gain nothing from it
-    compile: bool = False  # torch.compile the loss; the first minute is slower
+    compile: bool = False  # torch.compile the gradient step; the first minute is slower
     num_threads: NonNegativeInt = 1  # CPU threads of torch; 0: all cores, slower for networks this small
 
 
@@ -354,26 +354,15 @@ def compute_gae(rewards, values, dones, next_values, gamma, gae_lambda):
     return advantages, advantages + values
 
 
-def flatten_parameters(module: nn.Module) -> nn.Parameter:
-    """One parameter of which all of `module`, and their gradients, become views: Adam and the norm take one call, not 13."""
-    parameters = list(module.parameters())
-    flat = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
-    flat.grad = torch.zeros_like(flat)
-    sizes = [parameter.numel() for parameter in parameters]
-    for parameter, data, grad in zip(parameters, flat.data.split(sizes), flat.grad.split(sizes), strict=True):
-        parameter.data, parameter.grad = data.view_as(parameter), grad.view_as(parameter)
-    return flat
-
-
-def update(agent, weights, optimizer, loss_fn, args, batch):
+def update(agent, weights, optimizer, args, batch):
     """One gradient step on the whole rollout. Returns the statistics as tensors: .item() would wait for the GPU.
 
     weights: the agent's flat parameter. batch: the inputs of `rollout_loss` after `args`.
     """
     weights.grad.zero_()
-    loss, stats = loss_fn(agent, args, *batch)
+    loss, stats = rollout_loss(agent, args, *batch)
     loss.backward()
-    # clip_grad_norm_, which takes three times as long for one small tensor
+    # clip_grad_norm_ written out: the call takes three times as long for one small tensor
     norm = weights.grad.norm()
     weights.grad.mul_((args.max_grad_norm / (norm + 1e-6)).clamp_(max=1.0))
     optimizer.step()
@@ -394,9 +383,12 @@ def train(args, run):
     with torch.random.fork_rng(devices=[]):  # torch's global generator is the environments'
         torch.manual_seed(args.seed + run.global_step)
         agent = Agent(obs_dim, counts).to(run.device)
-    weights = flatten_parameters(agent)
+    weights = flatten_parameters(agent)  # one long parameter: the optimiser and the norm take one call each
     optimizer = torch.optim.RMSprop([weights], lr=args.learning_rate, alpha=args.rmsprop_alpha, eps=args.rmsprop_eps)
-    loss_fn = torch.compile(rollout_loss) if args.compile else rollout_loss
+    update_fn = update
+    if args.compile:
+        torch._dynamo.config.trace_autograd_ops = True  # compiles the backward pass in the same graph
+        update_fn = torch.compile(update)
     obs_stats, return_stats = RunningMeanStd(np.zeros(obs_dim), np.ones(obs_dim)), RunningMeanStd(0.0, 1.0)
     recent_returns = deque(maxlen=100)
     if run.checkpoint:
@@ -408,7 +400,8 @@ def train(args, run):
     shape = (args.num_steps, args.num_envs)
     obs = np.zeros((*shape, obs_dim), dtype=np.float32)
     actions = np.zeros((*shape, len(counts)), dtype=np.int64 if agent.num_bins else np.float32)
-    exploration_shape = (*actions.shape, agent.num_bins) if agent.num_bins else actions.shape
+    draw = action_rng.gumbel if agent.num_bins else action_rng.standard_normal
+    exploration_shape = (*actions.shape[1:], agent.num_bins) if agent.num_bins else actions.shape[1:]
     rewards, dones = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
     discounted_returns, episode_returns, episode_lengths = np.zeros((3, args.num_envs))
     raw_obs = np.array([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)])
@@ -420,17 +413,20 @@ def train(args, run):
     for iteration in range(run.global_step // batch_size, num_iterations):
         start = time.perf_counter()
         fraction_left = 1.0 - iteration / num_iterations if args.anneal_lr else 1.0
-        optimizer.param_groups[0]["lr"] = fraction_left * args.learning_rate
+        learning_rate = fraction_left * args.learning_rate
+        # compiled code sees a tensor change; it would be compiled anew for each number
+        optimizer.param_groups[0]["lr"] = torch.tensor(learning_rate) if args.compile else learning_rate
 
         # act, with weights that the last gradient step may have broken
         run.end_if_not_finite({"the sum of the weights": weights.sum().item()})
         actor, truncations = numpy_actor(agent), []
-        exploration = (action_rng.gumbel if agent.num_bins else action_rng.standard_normal)(size=exploration_shape)
         reward_noise = args.noise_std * noise_rng.standard_normal(shape) if args.noise == "gaussian" else np.zeros(shape)
         for step in range(args.num_steps):
             run.global_step += args.num_envs
             obs[step] = next_obs
-            actions[step] = act(actor, next_obs, exploration[step])
+            if step % 64 == 0:  # in blocks: the noise of a whole rollout can take gigabytes
+                exploration = draw(size=(min(64, args.num_steps - step), *exploration_shape))
+            actions[step] = act(actor, next_obs, exploration[step % 64])
             raw_obs, raw_rewards, terminated, truncated, final_obs = step_envs(envs, to_env(actions[step], space, bins))
             obs_stats.update(raw_obs)
             next_obs = normalise_obs(raw_obs, obs_stats)
@@ -463,7 +459,7 @@ def train(args, run):
             advantages, returns = compute_gae(rewards_t, values, dones_t, next_values, args.gamma, args.gae_lambda)
         batch += [advantages.flatten(), returns.flatten()]
         shares = grad_shares(agent, args, rollout_loss, batch) if (iteration + 1) % args.log_interval == 0 else {}
-        history.append(update(agent, weights, optimizer, loss_fn, args, batch))
+        history.append(update_fn(agent, weights, optimizer, args, batch))
         fits.append(torch.stack([returns, values]))
         reward_noises.append(reward_noise)
         seconds += time.perf_counter() - start
@@ -483,7 +479,7 @@ def train(args, run):
             if all_returns.var(correction=0) > 0:  # else there is nothing to explain
                 unexplained = (all_returns - all_values).var(correction=0) / all_returns.var(correction=0)
                 stats["losses/explained_variance"] = (1 - unexplained).item()
-            stats["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+            stats["charts/learning_rate"] = learning_rate
             run.log(stats, seconds)
             finished_returns, finished_lengths, history, fits, reward_noises, seconds = [], [], [], [], [], 0.0
         if args.eval_interval and run.global_step % args.eval_interval < batch_size and not last:
@@ -501,6 +497,17 @@ def train(args, run):
 PARTS = {"policy": ("alpha", "beta"), "value": ("vf_coef",), "entropy": ("ent_coef",)}
 PACKAGES = ("torch", "gymnasium", "mujoco", "box2d", "numpy")  # whose versions decide the numbers
 FILM = {"render_mode": "rgb_array"}
+
+
+def flatten_parameters(module: nn.Module) -> nn.Parameter:
+    """One parameter of which all of `module`, and their gradients, become views: Adam and the norm take one call, not 13."""
+    parameters = list(module.parameters())
+    flat = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
+    flat.grad = torch.zeros_like(flat)
+    sizes = [parameter.numel() for parameter in parameters]
+    for parameter, data, grad in zip(parameters, flat.data.split(sizes), flat.grad.split(sizes), strict=True):
+        parameter.data, parameter.grad = data.view_as(parameter), grad.view_as(parameter)
+    return flat
 
 
 def evaluate(policy, args, device, video=None, stop=()):

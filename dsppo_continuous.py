@@ -112,7 +112,7 @@ class Args:
     evaluate: str | None = None  # play --eval-episodes episodes with the policy of the run in this folder, and exit
     checkpoint_interval: PositiveInt = 10  # save a checkpoint every this many iterations
     cuda: bool = False  # use a GPU if there is one; networks this small gain nothing from it
-    compile: bool = False  # torch.compile the loss; the first minute is slower
+    compile: bool = False  # torch.compile the gradient step; the first minute is slower
     num_threads: NonNegativeInt = 1  # CPU threads of torch; 0: all cores, slower for networks this small
 
 
@@ -372,35 +372,29 @@ def compute_gae(rewards, values, dones, next_values, gamma, gae_lambda):
     return advantages, advantages + values
 
 
-def flatten_parameters(module: nn.Module) -> nn.Parameter:
-    """One parameter of which all of `module`, and their gradients, become views: Adam and the norm take one call, not 13."""
-    parameters = list(module.parameters())
-    flat = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
-    flat.grad = torch.zeros_like(flat)
-    sizes = [parameter.numel() for parameter in parameters]
-    for parameter, data, grad in zip(parameters, flat.data.split(sizes), flat.grad.split(sizes), strict=True):
-        parameter.data, parameter.grad = data.view_as(parameter), grad.view_as(parameter)
-    return flat
+def gradient_step(agent, weights, optimizer, args, minibatch):
+    """One step on a minibatch, the inputs of `minibatch_loss` after `args`. Returns the statistics as tensors."""
+    weights.grad.zero_()
+    loss, stats = minibatch_loss(agent, args, *minibatch)
+    loss.backward()
+    # clip_grad_norm_ written out: the call takes three times as long for one small tensor
+    norm = weights.grad.norm()
+    weights.grad.mul_((args.max_grad_norm / (norm + 1e-6)).clamp_(max=1.0))
+    optimizer.step()
+    return stats | {"losses/grad_norm": norm, "losses/grad_clipped": (norm > args.max_grad_norm).float()}
 
 
-def update(agent, weights, optimizer, loss_fn, args, batch, generator):
+def update(agent, weights, optimizer, step_fn, args, batch, generator):
     """`update_epochs` passes over the rollout in shuffled minibatches. Returns the mean of each statistic.
 
-    weights: the agent's flat parameter. batch: the inputs of `minibatch_loss` after `args`. generator: for the shuffling.
+    weights: the agent's flat parameter. step_fn: `gradient_step`, also compiled. generator: for the shuffling.
     """
     history = []
     for _ in range(args.update_epochs):
         order = torch.randperm(len(batch[0]), generator=generator).to(batch[0].device)
         # shuffling the rollout once per epoch is faster than indexing it for each minibatch
         for minibatch in zip(*(tensor[order].split(args.minibatch_size) for tensor in batch), strict=True):
-            weights.grad.zero_()
-            loss, stats = loss_fn(agent, args, *minibatch)
-            loss.backward()
-            # clip_grad_norm_ written out: the call takes three times as long for one small tensor
-            norm = weights.grad.norm()
-            weights.grad.mul_((args.max_grad_norm / (norm + 1e-6)).clamp_(max=1.0))
-            optimizer.step()
-            stats |= {"losses/grad_norm": norm, "losses/grad_clipped": (norm > args.max_grad_norm).float()}
+            stats = step_fn(agent, weights, optimizer, args, minibatch)
             history.append(torch.stack(list(stats.values())))
         if args.target_kl is not None and stats["losses/approx_kl"] > args.target_kl:
             break
@@ -422,9 +416,12 @@ def train(args, run):
         torch.manual_seed(args.seed + run.global_step)
         agent = Agent(obs_dim, counts).to(run.device)
         shuffle_rng = torch.default_generator.clone_state()
-    weights = flatten_parameters(agent)
-    optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=args.adam_eps, fused=True)
-    loss_fn = torch.compile(minibatch_loss) if args.compile else minibatch_loss
+    weights = flatten_parameters(agent)  # one long parameter: the optimiser and the norm take one call each
+    optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=args.adam_eps, fused=not args.compile)
+    step_fn = gradient_step
+    if args.compile:
+        torch._dynamo.config.trace_autograd_ops = True  # compiles the backward pass in the same graph
+        step_fn = torch.compile(gradient_step)
     obs_stats, return_stats = RunningMeanStd(np.zeros(obs_dim), np.ones(obs_dim)), RunningMeanStd(0.0, 1.0)
     recent_returns = deque(maxlen=100)
     if run.checkpoint:
@@ -436,7 +433,8 @@ def train(args, run):
     shape = (args.num_steps, args.num_envs)
     obs = np.zeros((*shape, obs_dim), dtype=np.float32)
     actions = np.zeros((*shape, len(counts)), dtype=np.int64 if agent.num_bins else np.float32)
-    exploration_shape = (*actions.shape, agent.num_bins) if agent.num_bins else actions.shape
+    draw = action_rng.gumbel if agent.num_bins else action_rng.standard_normal
+    exploration_shape = (*actions.shape[1:], agent.num_bins) if agent.num_bins else actions.shape[1:]
     rewards, dones = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
     sample = torch.from_numpy(np.random.default_rng(0).permutation(batch_size)[: args.minibatch_size])  # for `grad_shares`
     discounted_returns, episode_returns, episode_lengths = np.zeros((3, args.num_envs))
@@ -447,17 +445,20 @@ def train(args, run):
     for iteration in range(run.global_step // batch_size, num_iterations):
         start = time.perf_counter()
         fraction_left = 1.0 - iteration / num_iterations if args.anneal_lr else 1.0
-        optimizer.param_groups[0]["lr"] = fraction_left * args.learning_rate
+        learning_rate = fraction_left * args.learning_rate
+        # compiled code sees a tensor change; it would be compiled anew for each number
+        optimizer.param_groups[0]["lr"] = torch.tensor(learning_rate) if args.compile else learning_rate
 
         # act, with weights that the last gradient step may have broken
         run.end_if_not_finite({"the sum of the weights": weights.sum().item()})
         finished_returns, finished_lengths, truncations, actor = [], [], [], numpy_actor(agent)
-        exploration = (action_rng.gumbel if agent.num_bins else action_rng.standard_normal)(size=exploration_shape)
         reward_noise = args.noise_std * noise_rng.standard_normal(shape) if args.noise == "gaussian" else np.zeros(shape)
         for step in range(args.num_steps):
             run.global_step += args.num_envs
             obs[step] = next_obs
-            actions[step] = act(actor, next_obs, exploration[step])
+            if step % 64 == 0:  # in blocks: the noise of a whole rollout can take gigabytes
+                exploration = draw(size=(min(64, args.num_steps - step), *exploration_shape))
+            actions[step] = act(actor, next_obs, exploration[step % 64])
             raw_obs, raw_rewards, terminated, truncated, final_obs = step_envs(envs, to_env(actions[step], space, bins))
             obs_stats.update(raw_obs)
             next_obs = normalise_obs(raw_obs, obs_stats)
@@ -480,8 +481,8 @@ def train(args, run):
         torch.set_grad_enabled(True)  # an environment may have switched gradients off
         batch = [torch.from_numpy(array).flatten(0, 1).to(run.device) for array in (obs, actions)]
         with torch.no_grad():
-            logprobs, _, values = agent(*batch)
-            values = values.view(shape)
+            parts = [agent(*part) for part in zip(*(tensor.split(8192) for tensor in batch), strict=True)]
+            logprobs, values = torch.cat([part[0] for part in parts]), torch.cat([part[2] for part in parts]).view(shape)
             next_values = agent.critic(torch.from_numpy(next_obs).to(run.device)).squeeze(-1)
             if truncations:
                 steps, indices, final_obs = zip(*truncations, strict=True)
@@ -491,7 +492,7 @@ def train(args, run):
             advantages, returns = compute_gae(rewards_t, values, dones_t, next_values, args.gamma, args.gae_lambda)
         batch += [logprobs, advantages.flatten(), returns.flatten()]
         shares = grad_shares(agent, args, minibatch_loss, [tensor[sample] for tensor in batch])
-        stats = update(agent, weights, optimizer, loss_fn, args, batch, shuffle_rng) | shares
+        stats = update(agent, weights, optimizer, step_fn, args, batch, shuffle_rng) | shares
 
         # log
         recent_returns.extend(finished_returns)
@@ -504,7 +505,7 @@ def train(args, run):
         if returns.var(correction=0) > 0:  # else there is nothing to explain
             unexplained = (returns - values).var(correction=0) / returns.var(correction=0)
             stats["losses/explained_variance"] = (1 - unexplained).item()
-        stats["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+        stats["charts/learning_rate"] = learning_rate
         run.log(stats, time.perf_counter() - start)
         last = iteration + 1 == num_iterations
         if args.eval_interval and run.global_step % args.eval_interval < batch_size and not last:
@@ -522,6 +523,17 @@ def train(args, run):
 PARTS = {"policy": ("alpha", "beta"), "value": ("vf_coef",), "entropy": ("ent_coef",)}
 PACKAGES = ("torch", "gymnasium", "mujoco", "box2d", "numpy")  # whose versions decide the numbers
 FILM = {"render_mode": "rgb_array"}
+
+
+def flatten_parameters(module: nn.Module) -> nn.Parameter:
+    """One parameter of which all of `module`, and their gradients, become views: Adam and the norm take one call, not 13."""
+    parameters = list(module.parameters())
+    flat = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
+    flat.grad = torch.zeros_like(flat)
+    sizes = [parameter.numel() for parameter in parameters]
+    for parameter, data, grad in zip(parameters, flat.data.split(sizes), flat.grad.split(sizes), strict=True):
+        parameter.data, parameter.grad = data.view_as(parameter), grad.view_as(parameter)
+    return flat
 
 
 def evaluate(policy, args, device, video=None, stop=()):
