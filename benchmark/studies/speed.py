@@ -3,6 +3,8 @@
     python benchmark/studies/speed.py atari-ppo        # sppo_atari.py on Alien; the others: atari-a2c, dppo, da2c (Walker2d-v4)
     python benchmark/studies/speed.py dppo --blocks 6 --rounds 1
     python benchmark/studies/speed.py atari-ppo --cuda --blocks 10    # on a GPU: SB3, SPPO, SPPO with --compile; or atari-a2c
+    python benchmark/studies/speed.py atari-ppo --phases    # where the time of our loop goes; with --cuda on a GPU
+    python benchmark/studies/speed.py dppo --grow      # time and memory at 1, 2, 4, 8 times num_envs, num_steps, bins
     python benchmark/studies/speed.py imdb             # sppo_rlhf_imdb.py --offline beside rlhf_peer.py: see speed_rlhf.py
     python benchmark/studies/speed.py all              # one after another, an hour or two; report.md has all in one table
 
@@ -16,6 +18,7 @@ those of sppo_rlhf_imdb.py, is not among the suites: what it is for, a model of 
 scale_tldr.py is about that.
 """
 
+import dataclasses
 import importlib
 import json
 import os
@@ -149,6 +152,12 @@ class Args:
     """pairs of updates that measure what the reverse term costs"""
     cuda: bool = False
     """measure the loops of an Atari script on a GPU"""
+    phases: bool = False
+    """time the phases of our own loop, nothing else"""
+    grow: bool = False
+    """measure one iteration at 1, 2, 4, 8 times its size, nothing else"""
+    more: str = ""
+    """further arguments of the script, of --phases and --grow: --more=--no-torch-deterministic"""
 
 
 def cpu_has_bf16() -> bool:
@@ -186,12 +195,12 @@ def measure(args: Args, suite: Suite, arm: str, threads: int) -> tuple[list[floa
         if suite.block > 1:
             command += ["--log-interval", str(suite.block), "--checkpoint-interval", str(1000 * suite.block)]
         environment = {**ENVIRONMENT, "OMP_NUM_THREADS": str(threads), "GPU_PEAK": f"{folder}/gpu_peak"}
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        wrapper = ["-c", GPU_PEAK] if args.cuda else []
-        process = subprocess.Popen([sys.executable, *wrapper, *command], env=environment, **quiet)
-        _, status, usage = os.wait4(process.pid, 0)
+        wrapper, said = ["-c", GPU_PEAK] if args.cuda else [], Path(folder, "said")
+        with said.open("w") as output:
+            process = subprocess.Popen([sys.executable, *wrapper, *command], env=environment, stdout=output, stderr=output)
+            _, status, usage = os.wait4(process.pid, 0)
         if status:
-            sys.exit(f"failed: {' '.join(command)}")
+            sys.exit(f"failed: {' '.join(command)}\n{said.read_text()[-2000:]}")
         (path,) = Path(folder).glob("*/events.out.tfevents.*")
         events = EventFileLoader(str(path)).Load()  # the time at which each block was logged
         times = [e.wall_time for e in events for v in e.summary.value if v.tag == "charts/SPS"]
@@ -283,12 +292,12 @@ def continuous_parts(suite: Suite, script):
         logprobs, _, values = agent(obs, actions)
     if suite.algorithm == "ppo":
         optimizer = torch.optim.Adam([weights], lr=1e-5, eps=1e-5, fused=True)
-        batch, loss = (obs, actions, logprobs, torch.randn(size), values), lambda: script.minibatch_loss
-        return play, think, lambda: script.update(agent, weights, optimizer, loss(), args, batch, torch.Generator())
-    else:
-        optimizer = torch.optim.RMSprop([weights], lr=1e-5, eps=1e-5)
-        batch, loss = (obs, actions, torch.randn(size), values), lambda: script.rollout_loss
-    return play, think, lambda: script.update(agent, weights, optimizer, loss(), args, batch)
+        batch = (obs, actions, logprobs, torch.randn(size), values)
+        before, generator = (agent, weights, optimizer, script.gradient_step, args), torch.Generator()
+        return play, think, lambda: script.update(*before, batch, generator)
+    optimizer = torch.optim.RMSprop([weights], lr=1e-5, eps=1e-5)
+    batch = (obs, actions, torch.randn(size), values)
+    return play, think, lambda: script.update(agent, weights, optimizer, args, batch)
 
 
 def phases(args: Args, suite: Suite, threads: int) -> dict:
@@ -330,6 +339,93 @@ def phases(args: Args, suite: Suite, threads: int) -> dict:
     return result
 
 
+def loop_phases(args: Args, suite: Suite) -> list[str]:
+    """Seconds of an iteration of the script's own training by phase, as a table.
+
+    Each function of the script is wrapped in a clock that waits for the GPU before and after, so that the sum is above the time
+    of an iteration that waits less often. Copies of frames to the device and of actions back are measured alone.
+    """
+    script, seconds = importlib.import_module(suite.script), defaultdict(float)
+    device = torch.device("cuda" if args.cuda else "cpu")
+    wait = torch.cuda.synchronize if args.cuda else lambda: None
+
+    def clocked(label, function):
+        def call(*given, **named):
+            wait()
+            begin = time.perf_counter()
+            result = function(*given, **named)
+            wait()
+            seconds[label] += time.perf_counter() - begin
+            return result
+
+        return call
+
+    for label, name in (("acting", "act"), ("advantages", "compute_gae"), ("update", "update"), ("shares", "grad_shares")):
+        setattr(script, name, clocked(label, getattr(script, name)))
+    if "atari" in suite.script:
+        make_envs = script.make_envs
+
+        def make_clocked(*given, **named):
+            envs = make_envs(*given, **named)
+            envs.step = clocked("environments", envs.step)
+            return envs
+
+        script.make_envs = make_clocked
+    else:
+        script.step_envs = clocked("environments", script.step_envs)
+    script.Run.save = lambda run, **state: None
+    log, ends = clocked("log", script.Run.log), []
+
+    def log_and_note(run, stats, taken):
+        log(run, stats, taken)
+        ends.append((time.perf_counter(), dict(seconds)))
+
+    script.Run.log = log_and_note
+    batch = suite.num_envs * suite.num_steps * suite.block
+    label, arm = next((label, arm) for label, arm in suite.arms.items() if "α 0.5" in label)
+    with tempfile.TemporaryDirectory() as folder:
+        command = f"{arm} --env-id {suite.env_id} --total-timesteps {batch * (WARM_UP + args.blocks)} --eval-episodes 0"
+        command += f" --num-threads {suite.threads or os.cpu_count()} --run-dir {folder} {args.more}"
+        command += f" --log-interval {suite.block} --checkpoint-interval {1000 * suite.block}" if suite.block > 1 else ""
+        script.main(script.parse_args([*command.split(), "--cuda" if args.cuda else "--no-cuda"]))
+    (begin, before), (end, after) = ends[WARM_UP - 1], ends[-1]
+    found = {name: (after[name] - before.get(name, 0.0)) / args.blocks for name in after}
+    if "atari" in suite.script:
+        frames = np.zeros((suite.num_envs, 4, 84, 84), dtype=np.uint8)
+        held = torch.zeros((suite.num_envs, 84, 84, 4), dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
+        actions, steps = torch.zeros(suite.num_envs, dtype=torch.int64, device=device), suite.num_steps * suite.block
+        copy_in, copy_out = clocked("copy in", lambda: held.copy_(torch.as_tensor(frames))), clocked("copy out", actions.cpu)
+        for _ in range(steps):
+            copy_in()
+            copy_out()
+        found |= {name: seconds[name] for name in ("copy in", "copy out")}
+    whole = (end - begin) / args.blocks
+    found["the rest"] = whole - sum(found.values())
+    lines = [
+        f"{label}{f' {args.more}' if args.more else ''}, {suite.env_id}: {batch / whole:,.0f} steps/s with clocks that wait"
+    ]
+    lines += ["", f"| phase of {suite.block} iterations | ms | share |", "|---|---|---|"]
+    return lines + [f"| {name} | {1000 * taken:.1f} | {taken / whole:.0%} |" for name, taken in found.items()]
+
+
+def growth(args: Args, suite: Suite) -> list[str]:
+    """Time of an iteration and peak memory at 1, 2, 4 and 8 times the environments, the steps and the bins, as a table."""
+    lines = [f"| {suite.env_id} | times | s an iteration | against the one before | peak MiB |", "|---|---|---|---|---|"]
+    arm = next(arm for label, arm in suite.arms.items() if "α 0.5" in label)
+    for name in ("num_envs", "num_steps", *(("bins",) if "continuous" in suite.script else ())):
+        last = None
+        for times in (1, 2, 4, 8):
+            grown = suite if name == "bins" else dataclasses.replace(suite, **{name: getattr(suite, name) * times})
+            flags = f" --num-bins {11 * times}" if name == "bins" else ""
+            flags += f" --num-envs {grown.num_envs} --num-steps {grown.num_steps} {args.more}"
+            rates, peak = measure(args, grown, f"{suite.script}.py {arm}{flags}", suite.threads or os.cpu_count())
+            taken = grown.num_envs * grown.num_steps / float(np.median(rates))
+            lines.append(f"| {name} | {times} | {taken:.3f} | {f'{taken / last:.2f}' if last else ''} | {peak:,.0f} |")
+            print(lines[-1], flush=True)
+            last = taken
+    return lines
+
+
 def combine(folder: Path) -> list[str]:
     """All suites in one table: every arm beside its peer, and what the reverse term costs an update."""
     lines = ["| script | | median | against the peer | peak memory | update, beta > 0 / without | commit |", "|---" * 7 + "|"]
@@ -367,9 +463,20 @@ def main(args: Args) -> None:
     if args.cuda and not (args.suite.startswith("atari") and torch.cuda.is_available()):
         print(f"speed.py: error: {args.suite} --cuda: expected atari-ppo or atari-a2c, and a GPU", file=sys.stderr)
         sys.exit(2)
+    if (args.phases or args.grow) and args.suite not in SUITES:
+        print(f"speed.py: error: --phases, --grow {args.suite}: expected one of {', '.join(SUITES)}", file=sys.stderr)
+        sys.exit(2)
     os.chdir(Path(__file__).parents[2])
     results = Path("benchmark/results/speed")
     results.mkdir(exist_ok=True)
+    if args.phases or args.grow:
+        suite, commit, gpu = SUITES[args.suite], git_commit(), "-gpu" if args.cuda else ""
+        for name, function in (("phases", loop_phases), ("grow", growth)):
+            if getattr(args, name):
+                lines = [*function(args, suite), "", f"commit {commit}, torch {version('torch')}"]
+                (results / f"{args.suite}-{name}{gpu}{args.more.replace(' ', '')}.md").write_text("\n".join(lines) + "\n")
+                print("\n".join(lines))
+        return
     if args.suite == "all":
         for name in (*SUITES, "imdb"):
             more = ["--blocks", str(args.blocks), "--rounds", str(args.rounds), "--pairs", str(args.pairs)]
