@@ -10,6 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import report
+from reporting import tables
 
 POST = "The cat sat on the mat. It was Tuesday"
 
@@ -21,7 +22,7 @@ def two_samples():
 
 
 def test_changes_and_copied_words_by_hand():
-    found = report.changes(two_samples())
+    found = tables.changes(two_samples())
     assert found.pop("score") == pytest.approx([1.5, 0.5])  # of 2 and 1: sqrt(0.5) / sqrt(2)
     assert found == pytest.approx(
         {
@@ -31,7 +32,7 @@ def test_changes_and_copied_words_by_hand():
         }
     )
     without = [{key: value for key, value in sample.items() if key != "post"} for sample in two_samples()]
-    assert set(report.changes(without)) == {"score"}  # reviews have no post
+    assert set(tables.changes(without)) == {"score"}  # reviews have no post
 
 
 def write_runs(folder):
@@ -99,13 +100,3 @@ def test_a_report_without_such_runs_leaves_no_samples_of_an_earlier_one(tmp_path
             (tmp_path / "runs").rename(tmp_path / "other")
     assert not (tmp_path / "out/samples.json").exists()
     assert "Before and after" not in (tmp_path / "out/report.md").read_text()
-
-
-@pytest.mark.parametrize("left", ["", "[]", '[{"prompt": "x"}]', "{}"])
-def test_half_a_samples_file_is_refused_in_one_line(left, tmp_path, capsys):
-    (tmp_path / "samples.json").write_text(left)
-    for name in ("response", "run_id"):
-        with pytest.raises(SystemExit) as stopped:
-            report.read_samples(tmp_path / "samples.json", name)
-        err = capsys.readouterr().err
-        assert stopped.value.code == 2 and err.count("\n") == 1 and "samples.json: expected samples of RLHF runs (" in err
