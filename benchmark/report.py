@@ -13,28 +13,19 @@ the mean over seeds ± its standard error. Writes into --out
     aggregates.csv  interquartile mean and probability of improvement with 95 % stratified bootstrap intervals (rliable)
     curves.csv      learning curves, advantage sign changes and shares of the gradient of local runs: tag, step, a column a run
     profiles.csv    performance profiles: share of an arm's runs above a relative score, with 95 % intervals (rliable)
-    samples.json    RLHF: ten prompts of each run with what followed before and after training, and the changes of the measures
-    *.svg, *.png    learning curves (Figure 3), advantage sign changes (Figure 2), the policy's share of the gradient, profiles,
-                    RLHF: KL
+    *.svg, *.png    learning curves (Figure 3), sign changes (Figure 2), the policy's share of the gradient, profiles, KL (RLHF)
 
-An arm is called by its runs' --exp-name, which run.py takes from the TOML file; runs of our scripts without one are called by
-what their settings make of them (PPO, SPPO, control PPO). Pictures name the settings in which an arm differs from the first.
+An arm is called by its runs' --exp-name, which run.py takes from the TOML file; runs of our scripts without one by what their
+settings make of them (PPO, SPPO, control PPO). A control has alpha = a symmetric arm's alpha + beta |Z| (A2C: --mean-weight).
 The baseline is the TOML file's `baseline`, else PPO or A2C. The paper's numbers stand beside an arm only if it is of one of our
 scripts with the paper's settings; the length may differ.
 
-Runs whose settings, lengths or versions differ where they should not are refused, unless --allow-mixed, which says so in the
-report: within an arm all must be alike, and arms without a name may differ only in what makes an arm. Two runs of an arm with
-one seed are told apart by the settings in which they differ. Commits and devices may differ, and are named. Of a table, runs
-that have not finished are left out; it must have the settings that tell arms apart. A curve that ends before its run, or has a
-hole, is left out; the report says so. What an earlier report left in --out is replaced. An interquartile mean is given in units
-of the baseline's, after each score was divided by the baseline's mean in the same environment; where that mean is not above two
-standard errors, the environment is left out, which the report says. An arm with beta 0 is called a control only where its alpha
-is a symmetric arm's alpha + beta |Z|; A2C's control is SA2C with --mean-weight. On Atari the paper's PPO stands beside PPO with
-normalised advantages and beside PPO without.
+Runs of an arm whose settings, lengths or versions differ are refused, unless --allow-mixed, which says so in the report. Two
+runs of an arm with one seed are told apart by the settings in which they differ. Runs that have not finished, and curves that
+end early or have a hole, are left out, and named. What an earlier report left in --out is replaced.
 """
 
 import contextlib
-import json
 import os
 import re
 import sys
@@ -133,7 +124,7 @@ def main(args: Args) -> None:
     if mixture and not args.allow_mixed:
         rest = f"; and {len(mixture) - 1} more differences" if len(mixture) > 1 else ""
         fail(f"the runs differ: {mixture[0]}{rest}; expected alike ones, or --allow-mixed, which reports them and says so")
-    cells, samples = tables.cells(found), tables.load_samples(found, args.sources)
+    cells = tables.cells(found)
     curves, lacking = tables.load_curves(found, args.sources)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -141,7 +132,7 @@ def main(args: Args) -> None:
         fail(f"--out {args.out}: expected a folder to write in ({error.strerror})")
     pictures = {"curves": "learning curves", "kl": "KL while training", "grad_shares": "the policy's share of the gradient"}
     pictures |= {"sign_changes": "sign changes", "profiles_*": "performance profile"}
-    for name in ("aggregates.csv", "profiles.csv", "samples.json", *(f"{name}.???" for name in (*pictures, "betas"))):
+    for name in ("aggregates.csv", "profiles.csv", *(f"{name}.???" for name in (*pictures, "betas"))):
         for path in args.out.glob(name):  # of an earlier report, which this one may not replace
             path.unlink()
     lines, aggregates, profiles = first_lines(found, mixture, curves, lacking), [], []
@@ -166,7 +157,7 @@ def main(args: Args) -> None:
     figures.draw_curves(found, curves, args.out / "grad_shares.svg", (share,), "policy's share of the gradient")
     shares = figures.sign_changes(found, curves)
     figures.draw_sign_changes(found, shares, args.out / "sign_changes.svg")
-    lines += tables.signs(shares) + (tables.prompt_by_prompt(samples) if samples else [])
+    lines += tables.signs(shares)
     drawn = [(path, text) for name, text in pictures.items() for path in sorted(args.out.glob(f"{name}.svg"))]
     lines += ["", *(f"![{text}]({path.name})" for path, text in drawn)]
     made_here = ["env", "arm", "given", "method", "named", "paper", "steps", "run_script"]
@@ -176,7 +167,6 @@ def main(args: Args) -> None:
     files |= {"curves.csv": tables.curves_csv(curves), "report.md": "\n".join(lines) + "\n"}
     for name, parts in (("aggregates.csv", aggregates), ("profiles.csv", profiles)):
         files |= {name: pd.concat(parts).to_csv(index=False, float_format="%.6g")} if parts else {}
-    files |= {"samples.json": json.dumps(samples, indent=1) + "\n"} if samples else {}
     for name, text in files.items():
         figures.write_atomically(args.out / name, text.encode())
     with contextlib.suppress(BrokenPipeError):  # `| head` has seen enough

@@ -42,17 +42,15 @@ def read_folder(source: Path, left_out: Counter) -> pd.DataFrame:
         path = folder / ("result.json" if finished else "args.json")
         try:
             saved = json.loads(path.read_text())
-            row = flatten(saved)
+            row = flatten(saved) | {"seed": saved["args"]["seed"]}
             arm = name_of(row) or label(row)
-            numbers = {
-                "seed",
-                *(name for name, value in arms.defaults(row["script"]).items() if isinstance(value, int | float)),
-            }
-            numbers |= {name for name in ("seconds", "score", "global_step", "alpha", "beta") if row.get(name) is not None}
-            wrong = {name for name in ("run_id", "env_id") if not isinstance(row.get(name), str)}
-            wrong |= {name for name in numbers if not isinstance(row.get(name), int | float)}
-            if finished and (wrong or "seed" not in saved["args"]):
-                raise ValueError(", ".join(f"{name} = {row.get(name)!r}" for name in sorted(wrong)) or "no args.seed")
+            numbers = {name for name, value in arms.defaults(row["script"]).items() if isinstance(value, int | float)}
+            texts = {"run_id", "env_id"}
+            optional = {name for name in ("seconds", "score", "global_step", "alpha", "beta") if row.get(name) is not None}
+            kinds = dict.fromkeys(numbers | {"seed"} | optional, int | float) | dict.fromkeys(texts, str)
+            wrong = [f"{name} = {row.get(name)!r}" for name, kind in kinds.items() if not isinstance(row.get(name), kind)]
+            if finished and wrong:
+                raise ValueError(", ".join(wrong))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             fail(f"{path}: expected a {path.name} of one of the scripts ({error!r:.80})")
         if finished:

@@ -1,9 +1,7 @@
 """The tables of a report: cells, wins, interquartile means and chances (rliable), training, gradients, equal curves, RLHF."""
 
 import itertools
-import json
 import math
-import re
 from pathlib import Path
 
 import numpy as np
@@ -340,70 +338,3 @@ def aggregates(runs: pd.DataFrame, several: pd.DataFrame, baseline: str, found: 
         rows.append([arm, values.get(("IQM", arm, baseline), ""), seeds, *chances])
     head = ["", f"interquartile mean / {baseline}'s", "seeds", *(f"P(better than {arm})" for arm in others)]
     return [text, "", *table_of(head, rows), ""]
-
-
-# --- RLHF: prompt by prompt -------------------------------------------------------------------------------------------
-
-
-def load_samples(runs: pd.DataFrame, sources: tuple[Path, ...]) -> list[dict]:
-    """Of each RLHF run with a samples.json in its folder, or in the one beside a csv: the first ten prompts with what followed
-    before and after training, and the changes over all prompts."""
-    kept = {}
-    for path in [source.with_name("samples.json") for source in sources if source.is_file()]:
-        if path.exists():
-            kept |= {run["run_id"]: run for run in read_samples(path, "run_id")}
-    rows = runs.sort_values(["arm", "seed"]).to_dict("records")
-    for run in rows:
-        path = Path(str(run.get("folder")), "samples.json")
-        if path.exists():
-            samples = read_samples(path, "response")
-            kept[run["run_id"]] = {"prompts": len(samples), "changes": changes(samples), "samples": samples[:10]}
-    names = ("run_id", "arm", "seed")
-    return [kept[run["run_id"]] | {name: run[name] for name in names} for run in rows if run["run_id"] in kept]
-
-
-def read_samples(path: Path, name: str) -> list[dict]:
-    """A samples.json, of whose entries each has `name`."""
-    try:
-        samples = json.loads(path.read_text())
-        [sample[name] for sample in samples][0]  # noqa: RUF015  IndexError without any
-        return samples
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        fail(f"{path}: expected samples of RLHF runs ({error!r:.80})")
-
-
-def changes(samples: list[dict]) -> dict:
-    """By measure, its mean change over the prompts and the standard error of that. Of summaries, too, what share of their
-    pairs of words is in the post: before, after, and of the references."""
-    found = {}
-    for name in samples[0]:
-        if isinstance(samples[0].get(f"{name}_before"), float):
-            change = pd.Series([sample[name] - sample[f"{name}_before"] for sample in samples])
-            found[name] = [float(change.mean()), float(change.sem())]
-
-    def pairs(text: str) -> list[tuple[str, str]]:
-        return list(itertools.pairwise(re.findall(r"[\w'-]+", text.lower())))
-
-    for name in ("response_before", "response", "reference") if "post" in samples[0] else ():
-        told = [(pairs(sample[name]), set(pairs(sample["post"]))) for sample in samples]
-        shares = [np.mean([pair in post for pair in own]) for own, post in told if own]
-        found[f"copied, {name}"] = float(np.mean(shares)) if shares else 0.0
-    return found
-
-
-def prompt_by_prompt(kept: list[dict]) -> list[str]:
-    """The changes as a table, a line a run."""
-    text = (
-        "Mean change ± its standard error over a run's prompts; copied: what share of a summary's pairs of words is in the "
-        "post, before → after (of the references). [Ten prompts of each run with what followed](samples.json)."
-    )
-    names = list(dict.fromkeys(name for run in kept for name in run["changes"] if not name.startswith("copied")))
-    copied = [f"copied, {name}" for name in ("response_before", "response", "reference")]
-    some, rows = any(copied[1] in run["changes"] for run in kept), []
-    for run in kept:
-        found = run["changes"]
-        texts = ["{:+.3g} ± {:.2g}".format(*found[name]) if name in found else "" for name in names]
-        shares = "{:.2f} → {:.2f} ({:.2f})".format(*(found[name] for name in copied)) if copied[1] in found else ""
-        rows.append([f"{run['arm']}, seed {run['seed']}", run["prompts"], *texts, *([shares] if some else [])])
-    head = "### Before and after training, prompt by prompt"
-    return ["", head, "", text, "", *table_of(["", "prompts", *names, *(["copied"] if some else [])], rows)]
