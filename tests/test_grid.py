@@ -51,6 +51,8 @@ cells = functools.cache(grid.cells)
 def test_every_cell_is_there_once():
     for name, count in COUNTS.items():
         runs = cells(name)
+        assert len({run.seed for run in runs}) == max(run.seed for run in runs) - min(run.seed for run in runs) + 1
+        assert min(run.seed for run in runs) == {"crazyclimber": 4, "krull": 4, "swimmer": 6}.get(name, 1)
         assert len(runs) == count == len({run.folder for run in runs}), name
         assert len({(run.env, run.noise, run.script, run.options, run.seed) for run in runs}) == count  # no two arms are one
     assert COUNTS.keys() == {path.stem for path in grid.GRIDS.glob("*.toml")}

@@ -18,6 +18,21 @@ from reporting import arms, figures, tables
 from reporting import runs as reading
 from reporting.arms import FAMILIES, order
 
+
+@pytest.fixture(autouse=True)
+def placeholders(request):
+    """Drawing takes most of a report's time: only tests that look at pictures (by monkeypatch) draw them."""
+
+    def save(figure, path):
+        [path.with_suffix(suffix).write_bytes(b"") for suffix in (".svg", ".png")]
+        figures.plt.close(figure)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if "monkeypatch" not in request.fixturenames:
+            patch.setattr(figures, "save", save)
+        yield
+
+
 SCORES = {  # environment, noise, arm: seeds' scores
     ("Hopper", "none", "DPPO"): [100.0, 110.0, 120.0],
     ("Hopper", "none", "DSPPO"): [130.0, 140.0, 120.0],
@@ -227,6 +242,61 @@ def test_a_control_has_the_weight_of_a_symmetric_arm(tmp_path):
     found = {(run.env, run.noise, run.arm) for run in runs.itertuples()}
     named = {("Hopper-v4", "none", "control DPPO"), ("Ant-v4", "none", "control DPPO"), ("Ant-v4", "gaussian", "DPPO α 20.5")}
     assert found == named | {("Hopper-v4", "none", "DSPPO"), ("Hopper-v4", "none", "DPPO α 3")}
+
+
+def test_a_control_is_recognised_with_another_z(tmp_path):
+    """alpha + beta |Z| is 0.5 + 20 * 2."""
+    for arm, alpha, beta, z in (("DSPPO", 0.5, 20.0, -2.0), ("DPPO", 40.5, 0.0, -1.0), ("DPPO", 20.5, 0.0, -1.0)):
+        path = tmp_path / f"{alpha}"
+        path.mkdir()
+        (path / "result.json").write_text(json.dumps(result(arm=arm, alpha=alpha, beta=beta, Z=z, run_id=path.name)))
+    assert set(reading.load_runs((tmp_path,)).arm) == {"DSPPO Z -2", "control DPPO", "DPPO α 20.5"}
+
+
+def test_rows_of_a_matrix_are_in_the_order_of_the_seeds():
+    runs = pd.DataFrame({"arm": "a", "env": ["x"] * 3 + ["y"] * 2, "seed": [3, 1, 2, 2, 1], "score": [30.0, 10, 20, 2, 1]})
+    assert tables.matrix(runs, "a", ["x", "y"]).tolist() == [[10, 1], [20, 2]]
+
+
+def test_new_folders_have_the_names_of_old_ones(tmp_path):
+    """A script's default --exp-name is the arm; beside older folders it is the same arm. A name of one's own stays."""
+    for i, (arm, name) in enumerate(
+        (
+            *(("DPPO", "dppo_gaussian"), ("DPPO", "dsppo_continuous"), ("DSPPO", "dsppo_a0.5_b20_gaussian")),
+            *(("DSPPO", "dsppo_continuous"), ("control DPPO", "dppo_a20.5_gaussian"), ("DSPPO", "dsppo_a0.5_b2")),
+        )
+    ):
+        (tmp_path / f"{i}").mkdir()
+        one = result(arm=arm, noise="gaussian", seed=i, exp_name=name, run_id=f"{i}")
+        (tmp_path / f"{i}/result.json").write_text(json.dumps(one))
+    runs = reading.load_runs((tmp_path,)).sort_values("seed")
+    assert runs.arm.tolist() == ["DPPO", "DPPO", "DSPPO", "DSPPO", "control DPPO", "dsppo_a0.5_b2"]
+
+
+def test_arms_are_labelled_by_what_differs(tmp_path):
+    """SA2C and its control have one alpha and beta, PPO and raw PPO, too; reweighted arms differ in what is divided."""
+    runs = reading.load_runs((write_atari(tmp_path / "ppo", ATARI),))
+    assert {arm: text for arm, text in arms.what_differs(runs).items() if arm != "reweighted"} == {
+        "ppo": " (α 1, β 0)",
+        "ppo_raw": " (α 1, β 0, no norm_adv)",
+        "sppo": " (α 0.5, β 10)",
+        "control": " (α 10.5, β 0)",
+        "reweighted_vf": " (α 1, β 0, vf_coef 0.0476)",
+    }
+    both = {"sa2c": (0.5, 1.0, {}, [1.0]), "control": (0.5, 1.0, {"mean_weight": True}, [2.0])}
+    runs = reading.load_runs((write_atari(tmp_path / "a2c", both, script="sa2c_atari.py", norm_adv=False),))
+    assert arms.what_differs(runs) == {"sa2c": " (α 0.5, β 1)", "control": " (α 0.5, β 1, mean_weight)"}
+
+
+def test_a_report_without_curves_says_why(tmp_path):
+    """Runs so short that no episode ended log signs, and no returns."""
+    folder = write_runs(tmp_path / "runs", {("Hopper", "none", "DPPO"): [1.0, 2.0]})
+    for path in folder.glob("*/*"):
+        with SummaryWriter(path) as writer:
+            [writer.add_scalar("charts/adv_sign_change", 0.1, step) for step in (500, 1000)]
+    text = make([folder], tmp_path / "out")
+    assert "\nNo learning curves: no episode ended in these runs.\n" in text and "curves.svg" not in text
+    assert "| Hopper-v4, noise none | 10.0 % (10.0 to 10.0) |" in text and not (tmp_path / "out/sign_changes.svg").exists()
 
 
 def test_several_betas_in_one_environment_name_them_in_all(tmp_path):
@@ -505,13 +575,11 @@ def test_labels(changed, expected):
     assert arms.label(reading.flatten(result(**changed))) == expected
 
 
-def write_atari(folder, arms, env="Alien", learning_rate=2.5e-4, **changed):
+def write_atari(folder, arms, env="Alien", learning_rate=2.5e-4, script="sppo_atari.py", **changed):
     """Runs of sppo_atari.py with bsc noise: arm -> (alpha, beta, other settings, scores)."""
     for arm, (alpha, beta, settings, scores) in arms.items():
         for seed, score in enumerate(scores, 1):
-            one = result(
-                arm="DPPO", seed=seed, score=score, script="sppo_atari.py", noise="bsc", exp_name=arm, run_id=f"{arm}{seed}"
-            )
+            one = result(arm="DPPO", seed=seed, score=score, script=script, noise="bsc", exp_name=arm, run_id=f"{arm}{seed}")
             one["env_id"] = one["args"]["env_id"] = env
             one["args"] |= {
                 "alpha": alpha,
@@ -582,9 +650,7 @@ def test_a2c_has_its_controls(tmp_path):
         "a2c_more": (1.5, 0.0, {}, [2.0, 3.0]),  # alpha + beta of SA2C, which is no control of A2C (fact 3)
         "control": (0.5, 1.0, {"mean_weight": True}, [3.0, 5.0]),
     }
-    folder = write_atari(tmp_path / "runs", arms, norm_adv=False)
-    for path in folder.glob("*/result.json"):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"script": "sa2c_atari.py"}))
+    folder = write_atari(tmp_path / "runs", arms, script="sa2c_atari.py", norm_adv=False)
     text = make([folder], tmp_path / "out")
     header = next(line for line in text.splitlines() if line.startswith("| | "))
     assert header == "| | a2c | a2c_half | a2c_more | sa2c | control |" and "The paper's PPO" not in text
@@ -612,17 +678,6 @@ def test_an_argument_that_ours_does_not_have_tells_arms_apart_and_is_not_the_pap
         make([folder], tmp_path / "out")
     text = make([folder], tmp_path / "out", allow_mixed=True)
     assert "my_coef 0, 0.5" in text and "[713" not in text
-
-
-def test_a_csv_without_lengths_is_refused(tmp_path, capsys):
-    make([write_runs(tmp_path / "runs")], tmp_path / "out")
-    whole = pd.read_csv(tmp_path / "out/runs.csv")
-    for name, table in (("gone", whole.drop(columns="total_timesteps")), ("empty", whole.assign(total_timesteps=np.nan))):
-        table.to_csv(tmp_path / f"{name}.csv", index=False)
-        with pytest.raises(SystemExit):
-            make([tmp_path / f"{name}.csv"], tmp_path / "never")
-        err = capsys.readouterr().err
-        assert "total_timesteps" in err and err.count("\n") == 1
 
 
 def test_the_baseline_of_a_grid_stays_it_when_a_setting_is_added_to_its_name(tmp_path):
@@ -863,21 +918,44 @@ def test_returns_may_be_uneven():
     assert tables.shortfall(pd.concat([clock, points[:100]]), 10_000).startswith("ends at ")
 
 
-@pytest.mark.parametrize("name", [*arms.TELLING, "env_id", "seed"])
-def test_an_export_without_a_setting_that_tells_arms_apart_is_refused(name, tmp_path, capsys):
-    make(
-        [write_runs(tmp_path / "runs", {("Hopper", "none", "PPO"): [1.0, 2.0], ("Hopper", "gaussian", "DPPO"): [2.0]})],
-        tmp_path / "one",
-    )
-    exported = pd.read_csv(tmp_path / "one/runs.csv")
-    if name == "mean_weight":  # of A2C
-        exported["script"] = "dsa2c_continuous.py"
-    exported.drop(columns=name, errors="ignore").to_csv(tmp_path / "export.csv", index=False)
+def refused(capsys, function, *args):
+    """What a call that ends with status 2 says, in one line."""
     with pytest.raises(SystemExit) as stopped:
-        make([tmp_path / "export.csv"], tmp_path / "two")
+        function(*args)
     err = capsys.readouterr().err
-    assert stopped.value.code == 2 and err.count("\n") == 1 and not (tmp_path / "two").exists()
-    assert f"export.csv: no column {name}; expected what the scripts log to W&B, with all settings that tell arms apart" in err
+    assert stopped.value.code == 2 and err.count("\n") == 1, err
+    return err
+
+
+def test_an_export_needs_the_settings_that_tell_arms_apart(tmp_path, capsys):
+    """A column that is not there, and a cell that is empty or something else."""
+    scores = {("Hopper", "none", "PPO"): [1.0, 2.0], ("Hopper", "gaussian", "DPPO"): [2.0, 3.0]}
+    make([write_runs(tmp_path / "runs", scores)], tmp_path / "one")
+    path, exported = tmp_path / "export.csv", pd.read_csv(tmp_path / "one/runs.csv", dtype=str)
+    for name in (*arms.TELLING, "total_timesteps", "env_id", "seed"):
+        script = "dsa2c_continuous.py" if name == "mean_weight" else "dsppo_continuous.py"
+        exported.assign(script=script).drop(columns=name, errors="ignore").to_csv(path, index=False)
+        said = f"export.csv: no column {name}; expected what the scripts log to W&B, with all settings that tell arms apart"
+        assert said in refused(capsys, reading.load_runs, (path,)), name
+    for name, value in (
+        *(("num_bins", ""), ("num_bins", "many"), ("alpha", ""), ("seed", ""), ("norm_adv", "maybe"), ("noise", "")),
+        *(("exp_name", ""), ("reverse_prob", ""), ("learning_rate", "fast"), ("vf_coef", ""), ("total_timesteps", "")),
+    ):
+        exported.assign(**{name: [*exported[name][:3], value]}).to_csv(path, index=False)
+        said = f"export.csv: line 5: {name} is {value!r}; expected the setting of this run of dsppo_continuous.py"
+        assert said in refused(capsys, reading.load_runs, (path,)), name
+
+
+def test_runs_of_wandb_that_have_not_finished_are_left_out_and_named(tmp_path):
+    """By their state, or by steps short of the length by a whole rollout (2,048)."""
+    make([write_runs(tmp_path / "runs")], tmp_path / "one")
+    exported = pd.read_csv(tmp_path / "one/runs.csv").assign(State="finished", total_timesteps=5000, global_step=4096)
+    exported.loc[2, "State"], exported.loc[3, "global_step"] = "crashed", 2048
+    exported.to_csv(tmp_path / "export.csv", index=False)
+    runs = reading.load_runs((tmp_path / "export.csv",))
+    assert set(exported.run_id) - set(runs.run_id) == set(exported.run_id[2:4])
+    names = exported[2:4].alpha.map({1.0: "DPPO", 0.5: "DSPPO", 20.5: "control DPPO"}).value_counts().to_dict()
+    assert runs.attrs["left out"] == sorted(f"not finished: {arm} ({count})" for arm, count in names.items())
 
 
 def test_an_export_without_another_setting_says_so(tmp_path):
@@ -889,26 +967,6 @@ def test_an_export_without_another_setting_says_so(tmp_path):
     assert (
         said in text[: text.index("###")] and "[" not in text.split("###")[1].split("While")[0]
     )  # and no number of the paper's
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *(("num_bins", ""), ("num_bins", "many"), ("alpha", ""), ("beta", ""), ("seed", ""), ("norm_adv", "")),
-        *(("norm_adv", "maybe"), ("noise", ""), ("Z", ""), ("exp_name", ""), ("reverse_prob", "")),
-        *(("learning_rate", "fast"), ("vf_coef", "")),
-    ],
-)
-def test_a_cell_without_its_setting_is_refused_by_name(name, value, tmp_path, capsys):
-    make([write_runs(tmp_path / "runs")], tmp_path / "one")
-    exported = pd.read_csv(tmp_path / "one/runs.csv", dtype=str)
-    exported.loc[3, name] = value
-    exported.to_csv(tmp_path / "export.csv", index=False)
-    with pytest.raises(SystemExit) as stopped:
-        make([tmp_path / "export.csv"], tmp_path / "two")
-    err = capsys.readouterr().err
-    assert stopped.value.code == 2 and err.count("\n") == 1
-    assert f"export.csv: line 5: {name} is {value!r}; expected the setting of this run of dsppo_continuous.py" in err
 
 
 def test_wandbs_own_booleans_are_read(tmp_path):
@@ -1241,31 +1299,28 @@ BARE = (
 )
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "expected"),
-    [
-        ("missing", None, "missing: expected a folder with finished runs, or a csv with a line a run"),
-        ("empty", "folder", "no finished run there; expected some result.json below"),
-        ("odd.csv", "a,b\n1,2\n", "no column alpha, beta, env_id, score, script, seed; expected what the scripts log to W&B"),
-        ("broken", "json", "result.json: expected a result.json of one of the scripts"),
-        ("binary.csv", b"\xff\xfe\0", "expected a csv with a line a run"),
-        ("head.csv", "script,env_id,seed,alpha,beta,score\n", "no finished run there"),
-        ("none.csv", BARE.format(""), "no run there has a score"),
-        ("text.csv", BARE.format("high"), "no run there has a score"),
-    ],
-)
-def test_bad_sources_are_one_line(name, text, expected, tmp_path, capsys):
-    path = tmp_path / name
-    if text in ("folder", "json"):
-        path.mkdir()
-        if text == "json":
-            (path / "result.json").write_text('{"score": 1}')
-    elif text:
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(SystemExit) as stopped:
-        make([path], tmp_path / "out")
-    err = capsys.readouterr().err
-    assert stopped.value.code == 2 and expected in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
+SOURCES = [
+    ("missing", None, "missing: expected a folder with finished runs, or a csv with a line a run"),
+    ("empty", "folder", "no finished run there; expected some result.json below"),
+    ("odd.csv", "a,b\n1,2\n", "no column alpha, beta, env_id, score, script, seed; expected what the scripts log to W&B"),
+    ("broken", "json", "result.json: expected a result.json of one of the scripts"),
+    ("binary.csv", b"\xff\xfe\0", "expected a csv with a line a run"),
+    ("head.csv", "script,env_id,seed,alpha,beta,score\n", "no finished run there"),
+    ("none.csv", BARE.format(""), "no run there has a score"),
+    ("text.csv", BARE.format("high"), "no run there has a score"),
+]
+
+
+def test_bad_sources_are_one_line(tmp_path, capsys):
+    for name, text, expected in SOURCES:
+        path = tmp_path / name
+        if text in ("folder", "json"):
+            path.mkdir()
+            if text == "json":
+                (path / "result.json").write_text('{"score": 1}')
+        elif text:
+            path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        assert expected in refused(capsys, reading.load_runs, (path,)), name
 
 
 # --- the whole report -------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def test_fewer_than_four_settings_are_further_from_sppo():
 
 
 def test_the_forest_has_every_cell_with_its_own_control():
-    """Seeds, share of the paper's length and chances of single cells by hand, from docs/results.md; no control of another beta."""
+    """Seeds, shares of the paper's length and chances, by hand from docs/results.md; no control of another beta."""
     table = forest.cells().set_index(["name", "first", "percent"])
     swimmer = table.loc["DSPPO, Swimmer, noise", 6, 100.0]
     assert swimmer.seeds == 11 and (round(swimmer.baseline_value, 2), round(swimmer.control_low, 2)) == (0.64, 0.44)
