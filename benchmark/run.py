@@ -333,8 +333,8 @@ def check_with_scripts(runs: list[Run], args: Args) -> None:
             own = script.parse_args(command[1:], *defaults[: len(inspect.signature(script.parse_args).parameters) - 1])
             if not args.address:
                 check(own)
-        except getattr(script, "BadInput", ()) as error:
-            fail(f"{script.__name__}: {error}")
+        except Exception as error:  # the script's own refusals, and Gymnasium's of an environment
+            fail(f"{run.script}: {first_line(error)}")
 
 
 @functools.cache
