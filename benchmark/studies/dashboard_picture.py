@@ -56,7 +56,7 @@ def main(folder: Path) -> None:
                 axis.fill_between(mean.index, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
             axis.set_title(title, fontsize=8)
             axis.tick_params(labelsize=7)
-    axes[0][0].legend(fontsize=7, frameon=False)
+    axes[0][-1].legend(*axes[0][0].get_legend_handles_labels(), fontsize=9, frameon=False, loc="center")
     save(figure, BENCHMARK.parent / "docs/dashboard.svg")
 
 
