@@ -1,19 +1,10 @@
-"""Runs the paper's tables, or a grid of your own, on one machine or on a Ray cluster.
+"""Runs a grid, one of the paper's tables or one of your own, on one machine or on a Ray cluster.
 
     python benchmark/run.py atari-ppo --dry-run                                   # 1,100 commands, as you would type them
     python benchmark/run.py continuous-ppo --filter env=Hopper-v4,seed=1,seed=2 --total-timesteps 200000
     python benchmark/run.py my_grid.toml --address auto                           # on the cluster that this machine belongs to
 
-Tables: atari-ppo, atari-a2c, continuous-ppo, continuous-a2c, imdb, tldr, sensitivity, adv-norm, which-setting; settings, seeds
-and steps are those of benchmark/paper/hyperparameters.toml. Their arms beside the baseline and the symmetric loss:
-
-    control         PPO: --alpha (alpha + beta |Z|) --beta 0, the symmetric loss's gradient; A2C: --mean-weight
-    ppo_raw         Atari: PPO without normalised advantages, as the released script runs its baseline
-    reweighted      Atari: PPO with vf_coef, ent_coef, max_grad_norm and adam_eps divided by w = alpha + beta |Z|: SPPO
-                    (which-setting has reweighted_vf, reweighted_ent and reweighted_clip_eps, too: only these are divided)
-    a2c_half ...    A2C: the symmetric loss's alpha without its reverse term
-
-A grid of your own is a TOML file:
+A grid is a TOML file; `atari-ppo` is benchmark/grids/atari-ppo.toml, which shows how the paper's tables are made:
 
     script = "my_loss.py"                 # relative to this file, to the current folder, or to the checkout
     envs = ["Gopher", "StarGunner"]
@@ -21,10 +12,15 @@ A grid of your own is a TOML file:
     seeds = [1, 2, 3]
     total_timesteps = 1_000_000           # RLHF scripts: iterations, and no envs or noises
     baseline = "ppo"                      # optional: what report.py compares the other arms with
+    paper = "atari.ppo"                   # optional: what of the five above is not given is the paper's
     [arms]
     ppo = "--alpha 1 --beta 0"
     mine = "--alpha 1 --beta 0 --my-coef 0.5"
     sb3 = "sb3.py --algorithm ppo"        # an arm may name a script of its own
+    control = "--alpha {w} --beta 0"      # with `paper`: {beta} is its beta for this task and noise, {w} alpha + beta |Z|,
+                                          # {vf_coef / w} its vf_coef divided by that
+    [env_options]                         # optional
+    Gopher = "--gamma 0.999"              # added to all arms' options there
 
 An arm's name is its runs' --exp-name: it stands in their args.json and result.json, and in report.py's tables and curves. A
 script has a class Args with our names (exp_name, seed, run_dir, resume, num_threads, total_timesteps or iterations, and env_id
@@ -43,7 +39,7 @@ import ctypes
 import fcntl
 import functools
 import importlib.util
-import io
+import inspect
 import itertools
 import json
 import os
@@ -56,31 +52,24 @@ import sys
 import time
 import tomllib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 INSTALL = "pip install -r benchmark/requirements.txt"
 try:
+    import pydantic.dataclasses
     import tyro
+    from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 except ModuleNotFoundError as error:
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__)
+        sys.exit(0)
     print(f"{Path(__file__).name}: error: needs {error.name}; expected what `{INSTALL}` installs", file=sys.stderr)
     sys.exit(2)
 
 ROOT = Path(__file__).resolve().parents[1]
+GRIDS = Path(__file__).parent / "grids"
 PAPER = Path(__file__).parent / "paper/hyperparameters.toml"
-TABLES = (
-    "atari-ppo",
-    "atari-a2c",
-    "continuous-ppo",
-    "continuous-a2c",
-    "imdb",
-    "tldr",
-    "sensitivity",
-    "adv-norm",
-    "which-setting",
-)
 OWN = {  # the scripts of this project
     *("sppo_atari.py", "sa2c_atari.py", "dsppo_continuous.py", "dsa2c_continuous.py"),
     *("sppo_rlhf_imdb.py", "sppo_rlhf_tldr.py"),
@@ -92,14 +81,14 @@ OURS = {"--env-id", "--noise", "--seed", "--total-timesteps", "--iterations", "-
 OURS |= {"--exp-name"}
 
 
-@dataclass
+@pydantic.dataclasses.dataclass
 class Args:
     grid: tyro.conf.Positional[str]
-    """name of a table, or a TOML file"""
+    """name of a grid in benchmark/grids, or a TOML file"""
     filter: str = ""
     """only these runs, as key=value,...: env, noise, arm or seed; values of one key are alternatives"""
-    total_timesteps: int | None = None
-    """length of every run in environment steps (RLHF: iterations) in place of the table's; what is annealed over a run (PPO's
+    total_timesteps: PositiveInt | None = None
+    """length of every run in environment steps (RLHF: iterations) in place of the grid's; what is annealed over a run (PPO's
     learning rate, on Atari the clip range, too) is then annealed over the shorter one"""
     args: str = ""
     """what to add to every command, with an equals sign: --args=--track, --args="--track --gamma 0.9" """
@@ -109,11 +98,11 @@ class Args:
     """print the commands and run nothing"""
     address: str | None = None
     """a Ray cluster's address, or auto; unless given, this machine alone"""
-    cpus: int = 1
+    cpus: PositiveInt = 1
     """cores, and threads, of a run"""
-    gpus: float = 0.0
+    gpus: NonNegativeFloat = 0.0
     """GPUs of a run; parts of one, such as 0.25, share it"""
-    retries: int = 2
+    retries: NonNegativeInt = 2
     """times that a failed run is tried again"""
 
 
@@ -214,90 +203,51 @@ def first_line(error: Exception) -> str:
 # --- grids ------------------------------------------------------------------------------------------------------------
 
 
-def symmetric(names: tuple[str, str], alpha: float, beta: float) -> dict[str, str]:
-    """The options of the baseline and of the symmetric loss, by their names, and of the control; Z is -1.
-
-    PPO's control weighs the policy loss as much, A2C's weighs all samples alike, by the symmetric loss's mean weight.
-    """
-    base, treated = names
-    arms = {base: "--alpha 1 --beta 0", treated: f"--alpha {alpha:g} --beta {beta:g}"}
-    if "ppo" in base:
-        return arms | {"control": f"--alpha {alpha + beta:g} --beta 0"}
-    return arms | {f"{base}_half": f"--alpha {alpha:g} --beta 0", "control": f"{arms[treated]} --mean-weight"}
-
-
-def reweighted(settings: dict, w: float, names: str) -> str:
-    """The options of PPO with the settings `names` divided by w."""
-    values = {**settings, "adam_eps": 1e-5}
-    options = (f"--{name.replace('_', '-')} {values[name] / w:.9g}" for name in names.split())
-    return " ".join(["--alpha 1 --beta 0", *options])
-
-
-def named_grid(name: str) -> list[Run]:
-    """The cells of one of the paper's TABLES; Z is -1 everywhere."""
-    paper = tomllib.loads(PAPER.read_text())
-    if name in ("imdb", "tldr"):
-        settings = paper["rlhf"][name]
-        arms = symmetric(("ppo", "sppo"), settings["alpha"], settings["beta"])
-        script, length = f"sppo_rlhf_{name}.py", settings["iterations"]
-        return [
-            Run(name, name, "none", arm, seed, length, script, options) for arm, options in arms.items() for seed in range(1, 5)
-        ]
-    family, algorithm = name.split("-") if name in TABLES[:4] else ("atari", "ppo")
-    settings = paper[family]
-    own = settings[algorithm]
-    prefix = {"atari": "", "continuous": "d"}[family]
-    names = (f"{prefix}{algorithm}", f"{prefix}s{algorithm}")
-    runs = []
-    noises = ("none", settings["noise"]["kind"])
-    for env, noise in itertools.product(settings.get("games") or settings["tasks"], noises):
-        beta = own["beta"][noise]
-        beta = beta.get(env, beta.get("default")) if isinstance(beta, dict) else beta
-        length = own.get("total_timesteps", settings.get("total_timesteps"))
-        length = length[env] if isinstance(length, dict) else length
-        alpha = settings["alpha"]
-        arms = symmetric(names, alpha, beta)
-        if family == "continuous":
-            arms = {algorithm: "--num-bins 0 --alpha 1 --beta 0"} | arms
-        if (algorithm, env) == ("a2c", "Swimmer-v4"):  # the released configuration's
-            arms = {arm: f"{options} --gamma 0.9999" for arm, options in arms.items()}
-        if name == "sensitivity":  # Table 4: does the choice of beta matter? These values are ours
-            arms = {"ppo": arms["ppo"]}
-            for value in (1.0, 2.0, 5.0, 10.0, 20.0):
-                swept = symmetric(names, alpha, value)
-                arms |= {f"sppo-beta-{value:g}": swept["sppo"], f"control-beta-{value:g}": swept["control"]}
-        if (family, algorithm) == ("atari", "ppo"):
-            arms |= {f"{arm}_raw": f"{arms[arm]} --no-norm-adv" for arm in (arms if name == "adv-norm" else ["ppo"])}
-        if name in ("atari-ppo", "which-setting"):
-            w = alpha + beta
-            arms["reweighted"] = reweighted(own, w, "vf_coef ent_coef max_grad_norm adam_eps")
-        if name == "which-setting":
-            arms["reweighted_vf"] = reweighted(own, w, "vf_coef")
-            arms["reweighted_ent"] = reweighted(own, w, "ent_coef")
-            arms["reweighted_clip_eps"] = reweighted(own, w, "max_grad_norm adam_eps")
-        script = {"atari": f"s{algorithm}_atari.py", "continuous": f"ds{algorithm}_continuous.py"}[family]
-        runs += [
-            Run(name, env, noise, arm, seed, length, script, options)
-            for arm, options in arms.items()
-            for seed in range(1, settings["seeds"] + 1)
-        ]
-    return runs
+def read_grid(name: str) -> tuple[Path, dict]:
+    """The TOML file of a grid and what is in it, with what it takes from the paper."""
+    known = sorted(path.stem for path in GRIDS.glob("*.toml"))
+    path = GRIDS / f"{name}.toml" if name in known else Path(name)
+    try:
+        grid = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{name}: expected one of {', '.join(known)}, or a TOML file ({error})")
+    except tomllib.TOMLDecodeError as error:
+        fail(f"{path}: expected TOML ({error})")
+    settings = {}
+    if "paper" in grid:
+        found = tomllib.loads(PAPER.read_text())
+        for part in str(grid["paper"]).split("."):
+            if part not in found:
+                fail(f"{path}: paper = {grid['paper']!r}; expected a table of {PAPER}, such as 'atari.ppo'")
+            found = found[part]
+            settings |= found
+        if "noise" in settings:
+            settings["envs"] = settings.get("games") or settings["tasks"]
+            settings["noises"] = ["none", settings["noise"]["kind"]]
+        if "seeds" in settings:
+            settings["seeds"] = list(range(1, settings["seeds"] + 1))
+        taken = {
+            name: settings[name] for name in ("envs", "noises", "seeds", "total_timesteps", "iterations") if name in settings
+        }
+        grid = taken | grid
+    return path, grid | {"settings": settings}
 
 
-def toml_grid(path: Path) -> list[Run]:
-    """The cells of a TOML file as the docstring above shows it."""
-    grid = read_toml(path)
+def cells(name: str) -> list[Run]:
+    """The runs of a grid, in its order: environments, noises, arms, seeds."""
+    path, grid = read_grid(name)
+    settings = grid.pop("settings")
     script = find_script(grid.get("script"), path)
     has_envs, length_name = "env_id" in arguments(script), length_of(script)
     required = {"script", "seeds", length_name, "arms"} | ({"envs"} if has_envs else set())
-    optional = {"baseline"} | ({"noises"} if has_envs else set())
+    optional = {"baseline", "paper"} | ({"noises", "env_options"} if has_envs else set())
     unknown = grid.keys() - required - optional
     if unknown or required - grid.keys():
         wrong = f"unknown: {', '.join(sorted(unknown))}" if unknown else f"missing: {', '.join(sorted(required - grid.keys()))}"
         fail(f"{path}: {wrong}; expected {', '.join(sorted(required))} and, if wanted, {', '.join(sorted(optional))}")
-    name = Path(script).stem.split("_")[-1]
-    envs, noises = (grid["envs"], grid.get("noises", ["none"])) if has_envs else ([name], ["none"])
-    length, arms = grid[length_name], grid["arms"]
+    stem = Path(script).stem.split("_")[-1]
+    envs, noises = (grid["envs"], grid.get("noises", ["none"])) if has_envs else ([stem], ["none"])
+    lengths, arms, more = grid[length_name], grid["arms"], grid.get("env_options", {})
     for key, values, kind in (("envs", envs, str), ("noises", noises, str), ("seeds", grid["seeds"], int)):
         if not (isinstance(values, list) and values and all(type(value) is kind for value in values)):
             fail(f"{path}: {key} = {values!r}; expected a list of {'whole numbers' if kind is int else 'texts'}")
@@ -305,35 +255,49 @@ def toml_grid(path: Path) -> list[Run]:
             fail(f"{path}: {key} = {values!r}; expected each once")
     if min(grid["seeds"]) < 0:
         fail(f"{path}: seeds = {grid['seeds']!r}; expected whole numbers of 0 or more")
-    if type(length) is not int or length < 1:
-        fail(f"{path}: {length_name} = {length!r}; expected a whole number of 1 or more")
-    if not (isinstance(arms, dict) and arms and all(isinstance(options, str) for options in arms.values())):
-        fail(f"{path}: arms = {arms!r}; expected a table of texts, the options of each arm")
+    lengths = lengths if isinstance(lengths, dict) else dict.fromkeys(envs, lengths)
+    for env in envs:
+        if type(lengths.get(env)) is not int or lengths[env] < 1:
+            fail(f"{path}: {length_name} = {lengths.get(env)!r}; expected a whole number of 1 or more")
+    for key, table in (("arms", arms), ("env_options", more)):
+        if not (isinstance(table, dict) and all(isinstance(options, str) for options in table.values())):
+            fail(f"{path}: {key} = {table!r}; expected a table of texts")
+    if not arms or not more.keys() <= set(envs):
+        fail(f"{path}: expected arms, and options of no other environments than {', '.join(envs)}")
     if grid.get("baseline", next(iter(arms))) not in arms:
         fail(f"{path}: baseline = {grid['baseline']!r}; expected one of the arms, {', '.join(arms)}")
-    own = {}
-    for arm, options in arms.items():
+    for arm in arms:
         if not re.fullmatch(r"[\w.-]{1,100}", arm):
             fail(f"{path}: arm {arm!r}; expected a name of up to 100 letters, digits, '_', '.' or '-'")
+    runs = []
+    for env, noise, arm in itertools.product(envs, noises, arms):
+        options = " ".join(filter(None, (fill(arms[arm], settings, env, noise, path), more.get(env))))
         check_options(f"{path}: arm {arm}", options, OURS)
-        first, *rest = shlex.split(options) or [""]
-        own[arm] = (find_script(first, path), shlex.join(rest)) if first.endswith(".py") else (script, options)
-        if (length_of(own[arm][0]), "env_id" in arguments(own[arm][0])) != (length_name, has_envs):
-            fail(f"{path}: arm {arm}: {first}; expected a script of {script}'s kind, with its {length_name}")
-        raw = "ppo_raw" in arm or any(re.match("--(no-)?norm[-_]adv", word) and "True" not in word for word in options.split())
-        if own[arm][0] in OWN and "a2c" in own[arm][0] and raw and "--norm-adv" not in options.split():
-            fail(f"{path}: arm {arm}: --no-norm-adv; expected another option, as {own[arm][0]} normalises no advantages")
-    return [
-        Run(path.stem, env, noise, arm, seed, length, *own[arm])
-        for env, noise, arm, seed in itertools.product(envs, noises, arms, grid["seeds"])
-    ]
+        own, (first, *rest) = script, shlex.split(options) or [""]
+        if first.endswith(".py"):
+            own, options = find_script(first, path), shlex.join(rest)
+        if (length_of(own), "env_id" in arguments(own)) != (length_name, has_envs):
+            fail(f"{path}: arm {arm}: {own}; expected a script of {script}'s kind, with its {length_name}")
+        runs += [Run(path.stem, env, noise, arm, seed, lengths[env], own, options) for seed in grid["seeds"]]
+    return runs
 
 
-def read_toml(path: Path) -> dict:
-    try:
-        return tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        fail(f"{path}: expected one of {', '.join(TABLES)}, or a TOML file ({error})")
+def fill(options: str, settings: dict, env: str, noise: str, path: Path) -> str:
+    """An arm's options with the paper's settings for this environment and noise in the place of {name} and {name / w}."""
+    if not settings:
+        return options
+    beta = settings["beta"]
+    while isinstance(beta, dict):
+        beta = beta[noise] if noise in beta else beta.get(env, beta.get("default"))
+    w = settings["alpha"] + beta * abs(settings.get("Z", -1))
+    values = settings | {"beta": beta, "w": w}
+
+    def value(match: re.Match) -> str:
+        if not isinstance(values.get(match[1]), int | float):
+            fail(f"{path}: {match[0]}; expected the name of a number in its table of {PAPER.name}, or w")
+        return f"{values[match[1]] / (w if match[2] else 1):.9g}"
+
+    return re.sub(r"\{(\w+)( / w)?\}", value, options)
 
 
 def select(runs: list[Run], text: str) -> list[Run]:
@@ -361,11 +325,16 @@ def check_with_scripts(runs: list[Run], args: Args) -> None:
         command = run.command(args)
         sys.argv = command  # whose name the script's message has
         script = load_script(run.script)
-        if not (hasattr(script, "parse_args") and hasattr(script, "check_args")):
+        check = getattr(script, "check_args", getattr(script, "check", None))
+        if not (hasattr(script, "parse_args") and check):
             continue  # it refuses its arguments when it starts
-        own = script.parse_args(command[1:], script.OFFLINE if "--offline" in command else script.Args())
-        if not args.address:
-            script.check_args(own)
+        defaults = [script.OFFLINE if "--offline" in command else script.Args()]
+        try:
+            own = script.parse_args(command[1:], *defaults[: len(inspect.signature(script.parse_args).parameters) - 1])
+            if not args.address:
+                check(own)
+        except Exception as error:  # the script's own refusals, and Gymnasium's of an environment
+            fail(f"{run.script}: {first_line(error)}")
 
 
 @functools.cache
@@ -413,12 +382,13 @@ def write_atomically(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def write_grids(runs: list[Run], args: Args) -> None:
-    """In grid.json beside the runs: the script and the baseline that the TOML file names, for report.py."""
-    if args.grid in TABLES:
+def write_grid(runs: list[Run], args: Args) -> None:
+    """In grid.json beside the runs: the script and the baseline that the TOML file names, for report.py. Of the paper's tables
+    report.py knows them."""
+    path, grid = read_grid(args.grid)
+    if "paper" in grid:
         return
-    toml = read_toml(Path(args.grid))
-    about = {"script": Path(find_script(toml["script"], Path(args.grid))).name, "baseline": toml.get("baseline")}
+    about = {"script": Path(find_script(grid["script"], path)).name, "baseline": grid.get("baseline")}
     folder = args.folder / runs[0].grid
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "grid.json", (json.dumps(about) + "\n").encode())
@@ -637,7 +607,8 @@ def run_all(runs: list[Run], args: Args) -> list[Run]:
                 (lost if signalled else failures)[run] += 1
                 if status == 2 or lost[run] > LOST or failures[run] > args.retries:  # 2: its arguments, which stay wrong
                     failed.append(run)
-                    progress.ended(run, "failed", f" (status {status}): {tail.splitlines()[-1] if tail else ''}")
+                    said = [line for line in tail.splitlines() if re.search(r"\w", line)]
+                    progress.ended(run, "failed", f" (status {status}): {said[-1] if said else ''}")
                 else:
                     progress.ended(run, "again", f" (status {status})")
                     pending[submit(run)] = run
@@ -655,36 +626,13 @@ def run_all(runs: list[Run], args: Args) -> list[Run]:
     return failed
 
 
-def parse_args(argv: list[str]) -> Args:
-    """The command line as Args; what tyro says in a box of several lines as one line."""
-    captured = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(captured):
-            return tyro.cli(Args, args=argv, prog=Path(__file__).name, description=__doc__)
-    except SystemExit as stopped:
-        if stopped.code:
-            text = " ".join(re.sub(r"[╭╮╰╯│─]+|-{3,}|[|+]", " ", captured.getvalue()).split())
-            titles = "Value error|Parsing error|Missing argument|Invalid choice|Unrecognized options|Required options"
-            text = re.sub(rf"^({titles}) (?=[A-Z]|invalid)", "", text)
-            fail(re.split(r" (For full|Argument) helptext", text)[0] + "; see --help")
-        raise
-
-
 def main(args: Args) -> None:
-    runs = named_grid(args.grid) if args.grid in TABLES else toml_grid(Path(args.grid))
-    runs = select(runs, args.filter)
-    for name, value, accepted in (("cpus", args.cpus, args.cpus >= 1), ("gpus", args.gpus, args.gpus >= 0)):
-        if not accepted:
-            fail(f"--{name} {value}: expected {'1 or more' if name == 'cpus' else '0 or more'}")
+    runs = select(cells(args.grid), args.filter)
     arms = {option_name(word) for run in runs for word in shlex.split(run.options) if word.startswith("--")}
-    weights = {"--Z"} if args.grid in TABLES else set()  # the controls' alphas are for Z = -1
+    weights = {"--Z"} if "paper" in read_grid(args.grid)[1] else set()  # the controls' alphas are for Z = -1
     check_options("--args", args.args, OURS | arms | weights)
-    if args.retries < 0:
-        fail(f"--retries {args.retries}: expected 0 or more")
     if args.total_timesteps is not None:
-        if args.total_timesteps < 1:
-            fail(f"--total-timesteps {args.total_timesteps}: expected 1 or more")
-        runs = [Run(**{**vars(run), "length": args.total_timesteps}) for run in runs]
+        runs = [replace(run, length=args.total_timesteps) for run in runs]
     if args.dry_run:
         try:
             print("\n".join("python " + shlex.join(run.command(args)) for run in runs), flush=True)
@@ -698,7 +646,7 @@ def main(args: Args) -> None:
     check_with_scripts(runs, args)
     try:
         args.folder.mkdir(parents=True, exist_ok=True)
-        write_grids(runs, args)
+        write_grid(runs, args)
     except OSError as error:
         fail(f"--folder {args.folder}: expected a folder to write in ({error.strerror})")
     failed = run_all(runs, args)
@@ -714,6 +662,6 @@ if __name__ == "__main__":
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.default_int_handler)
     try:
-        main(parse_args(sys.argv[1:]))
+        main(tyro.cli(Args, description=__doc__))
     except KeyboardInterrupt:  # before the runs
         sys.exit(130)

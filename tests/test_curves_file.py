@@ -6,7 +6,7 @@ import pandas as pd
 from helpers import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmark"))
-import report
+from reporting import tables
 
 POINTS = pd.DataFrame(
     [
@@ -24,7 +24,7 @@ def in_order(points):
 
 
 def test_points_are_read_back_to_six_digits(tmp_path):
-    report.write_curves(POINTS, tmp_path / "curves.csv")
+    (tmp_path / "curves.csv").write_text(tables.curves_csv(POINTS))
     assert (tmp_path / "curves.csv").read_text().splitlines() == [
         "tag,step,0042,a2,b1",
         "charts/adv_sign_change,100,0.5,,",
@@ -33,17 +33,17 @@ def test_points_are_read_back_to_six_digits(tmp_path):
         "charts/episodic_return,200,,,-2",
     ]
     expected = POINTS.assign(value=[1.23457, -2.0, 3e-9, 0.5])
-    pd.testing.assert_frame_equal(in_order(report.read_curves(tmp_path / "curves.csv")), in_order(expected))
+    pd.testing.assert_frame_equal(in_order(tables.read_curves(tmp_path / "curves.csv")), in_order(expected))
 
 
 def test_a_file_with_a_line_a_point_is_read(tmp_path):
     POINTS.to_csv(tmp_path / "curves.csv", index=False)
-    pd.testing.assert_frame_equal(in_order(report.read_curves(tmp_path / "curves.csv")), in_order(POINTS))
+    pd.testing.assert_frame_equal(in_order(tables.read_curves(tmp_path / "curves.csv")), in_order(POINTS))
 
 
 def test_no_points(tmp_path):
-    report.write_curves(POINTS[:0], tmp_path / "curves.csv")
-    assert report.read_curves(tmp_path / "curves.csv").empty
+    (tmp_path / "curves.csv").write_text(tables.curves_csv(POINTS[:0]))
+    assert tables.read_curves(tmp_path / "curves.csv").empty
 
 
 def test_the_last_interval_of_logging_may_be_short():
@@ -51,7 +51,7 @@ def test_the_last_interval_of_logging_may_be_short():
 
     def shortfall(*steps):
         points = pd.DataFrame({"tag": "charts/adv_sign_change", "step": steps})
-        return report.shortfall(points, steps[-1])
+        return tables.shortfall(points, steps[-1])
 
     assert shortfall(3200, 4096) is shortfall(3200) is shortfall(3200, 6400, 6432) is None
     assert shortfall(100, 400, 500) == "has a hole before step 400"

@@ -136,8 +136,7 @@ def test_commands_parse(page, monkeypatch, tmp_path):
             if module.__name__ == "run" and not args.grid.startswith(("my_", "GRID")):
                 with monkeypatch.context() as patch:
                     patch.chdir(ROOT)
-                    grid = module.named_grid(args.grid) if args.grid in module.TABLES else module.toml_grid(Path(args.grid))
-                assert module.select(grid, args.filter)
+                    assert module.select(module.cells(args.grid), args.filter)
             continue
         with monkeypatch.context() as patch:
             patch.chdir(tmp_path)
@@ -158,13 +157,13 @@ def test_the_counts_of_reproduce_are_run_pys(monkeypatch):
     grids = script("benchmark/run.py", monkeypatch)
     page = ROOT / "docs/reproduce.md"
     dry, wet = [
-        len(grids.select(grids.named_grid(words[0]), words[2])) for path, words in commands(page) if words[1:2] == ["--filter"]
+        len(grids.select(grids.cells(words[0]), words[2])) for path, words in commands(page) if words[1:2] == ["--filter"]
     ]
     assert f"The first line prints {dry} commands" in page.read_text() and f"The second does {wet} runs" in page.read_text()
     for name, chosen, runs in re.findall(
         r"(?m)^\|[^|]*\| `run\.py ([\w-]+)(?: --filter (\S+))?[^`]*` \| ([\d,]+) \|", page.read_text()
     ):
-        assert len(grids.select(grids.named_grid(name), chosen)) == int(runs.replace(",", "")), name
+        assert len(grids.select(grids.cells(name), chosen)) == int(runs.replace(",", "")), name
 
 
 def shown(value):

@@ -1,7 +1,9 @@
 """benchmark/run.py: cells against the paper's data and the scripts' own parsers, bad grids, and Ray, whose second node dies."""
 
 import fcntl
+import functools
 import importlib
+import inspect
 import json
 import os
 import re
@@ -23,50 +25,47 @@ sys.path.insert(0, str(ROOT / "benchmark"))
 import run as grid
 
 PAPER = tomllib.loads((ROOT / "benchmark/paper/hyperparameters.toml").read_text())
+COUNTS = {
+    "atari-ppo": 22 * 5 * 2 * 5,
+    "atari-a2c": 22 * 5 * 2 * 4,
+    "continuous-ppo": 9 * 30 * 2 * 4,
+    "continuous-a2c": 9 * 30 * 2 * 5,
+    "imdb": 4 * 6,
+    "tldr": 4 * 6,
+    "sensitivity": 22 * 5 * 2 * (2 + 2 * 5),
+    "adv-norm": 22 * 5 * 2 * 3 * 2,
+    "which-setting": 22 * 5 * 2 * 8,
+    "factored": 2 * 5 * 4,
+    "crazyclimber": 5 * 3,
+    "krull": 5 * 3,
+    "swimmer": 15 * 3,
+    "sb3": 2 * 5 * 4,
+    "sb3_atari": 3 * 4,
+}
+cells = functools.cache(grid.cells)
 
 
 # --- cells ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [
-        ("atari-ppo", 22 * 5 * 2 * 5),
-        ("atari-a2c", 22 * 5 * 2 * 4),
-        ("continuous-ppo", 9 * 30 * 2 * 4),
-        ("continuous-a2c", 9 * 30 * 2 * 5),
-        ("imdb", 4 * 3),
-        ("tldr", 4 * 3),
-        ("sensitivity", 22 * 5 * 2 * (2 + 2 * 5)),
-        ("adv-norm", 22 * 5 * 2 * 3 * 2),
-        ("which-setting", 22 * 5 * 2 * 8),
-    ],
-)
-def test_every_cell_is_there_once(name, count):
-    runs = grid.named_grid(name)
-    assert len(runs) == count == len({run.folder for run in runs})
-    assert len({(run.env, run.noise, run.options, run.seed) for run in runs}) == count  # no two arms are one
+def test_every_cell_is_there_once():
+    for name, count in COUNTS.items():
+        runs = cells(name)
+        assert len({run.seed for run in runs}) == max(run.seed for run in runs) - min(run.seed for run in runs) + 1
+        assert min(run.seed for run in runs) == {"crazyclimber": 4, "krull": 4, "swimmer": 6}.get(name, 1)
+        assert len(runs) == count == len({run.folder for run in runs}), name
+        assert len({(run.env, run.noise, run.script, run.options, run.seed) for run in runs}) == count  # no two arms are one
+    assert COUNTS.keys() == {path.stem for path in grid.GRIDS.glob("*.toml")}
 
 
 def test_every_cell_of_the_papers_tables_is_in_a_grid():
     """The published scores' cells, each with the paper's number of seeds."""
-    names = {
-        "PPO": "ppo",
-        "SPPO": "sppo",
-        "A2C": "a2c",
-        "SA2C": "sa2c",
-        "DPPO": "dppo",
-        "DSPPO": "dsppo",
-        "DA2C": "da2c",
-        "DSA2C": "dsa2c",
-    }
     ours = Counter()
     for table in ("atari-ppo", "atari-a2c", "continuous-ppo", "continuous-a2c"):
-        ours.update((table.split("-")[0], run.env.rsplit("-v", 1)[0], run.noise, run.arm) for run in grid.named_grid(table))
-    lines = (ROOT / "benchmark/paper/scores.csv").read_text().splitlines()[1:]
-    for line in lines:
+        ours.update((table.split("-")[0], run.env.rsplit("-v", 1)[0], run.noise, run.arm) for run in cells(table))
+    for line in (ROOT / "benchmark/paper/scores.csv").read_text().splitlines()[1:]:
         _, family, env, noise, algorithm, *_ = line.split(",")
-        assert ours[family, env, noise, names[algorithm]] == {"atari": 5, "continuous": 30}[family], line
+        assert ours[family, env, noise, algorithm.lower()] == {"atari": 5, "continuous": 30}[family], line
 
 
 def words(run):
@@ -86,9 +85,8 @@ def test_every_cell_has_the_papers_alpha_beta_and_steps(name):
     """Looked up in the data cell by cell; baselines weigh the policy loss 1, controls alpha + beta |Z|."""
     family, algorithm = name.split("-")
     settings = PAPER[family]
-    noises = {"none", settings["noise"]["kind"]}
     seen = set()
-    for run in grid.named_grid(name):
+    for run in cells(name):
         betas = settings[algorithm]["beta"][run.noise]
         beta = betas if isinstance(betas, float) else betas[run.env] if run.env in betas else betas["default"]
         steps = settings[algorithm].get("total_timesteps", settings.get("total_timesteps"))
@@ -114,7 +112,7 @@ def test_every_cell_has_the_papers_alpha_beta_and_steps(name):
         assert set(options) <= {"alpha", "beta", "num-bins", "gamma", "no-norm-adv", "mean-weight", *divided}
         seen.add((run.env, run.noise, run.arm))
     assert {env for env, *_ in seen} == set(settings.get("games") or settings["tasks"])
-    assert {noise for _, noise, _ in seen} == noises
+    assert {noise for _, noise, _ in seen} == {"none", settings["noise"]["kind"]}
 
 
 @pytest.mark.parametrize(
@@ -122,64 +120,50 @@ def test_every_cell_has_the_papers_alpha_beta_and_steps(name):
     [
         ("atari-ppo", "Alien", "bsc", "sppo",
          "sppo_atari.py --env-id Alien --noise bsc --alpha 0.5 --beta 10 --total-timesteps 5000000"),
-        ("atari-ppo", "Alien", "none", "control",
-         "sppo_atari.py --env-id Alien --alpha 1.5 --beta 0 --total-timesteps 5000000"),
         ("atari-a2c", "Qbert", "none", "sa2c", "sa2c_atari.py --env-id Qbert --alpha 0.5 --beta 5 --total-timesteps 5000000"),
-        ("continuous-ppo", "Hopper-v4", "gaussian", "dsppo",
-         "dsppo_continuous.py --env-id Hopper-v4 --noise gaussian --alpha 0.5 --beta 50 --total-timesteps 2000000"),
         ("continuous-ppo", "Walker2d-v4", "gaussian", "control",
          "dsppo_continuous.py --env-id Walker2d-v4 --noise gaussian --alpha 25.5 --beta 0 --total-timesteps 5000000"),
-        ("continuous-ppo", "Ant-v4", "none", "ppo",
-         "dsppo_continuous.py --env-id Ant-v4 --num-bins 0 --alpha 1 --beta 0 --total-timesteps 2000000"),
         ("continuous-a2c", "Swimmer-v4", "none", "da2c",
          "dsa2c_continuous.py --env-id Swimmer-v4 --alpha 1 --beta 0 --gamma 0.9999 --total-timesteps 2000000"),
-        ("continuous-a2c", "Ant-v4", "none", "dsa2c",
-         "dsa2c_continuous.py --env-id Ant-v4 --alpha 0.5 --beta 0.2 --total-timesteps 2000000"),
         ("imdb", "imdb", "none", "control", "sppo_rlhf_imdb.py --alpha 0.9 --beta 0 --iterations 60"),
-        ("tldr", "tldr", "none", "sppo", "sppo_rlhf_tldr.py --alpha 0.5 --beta 0.2 --iterations 100"),
-        ("adv-norm", "Alien", "none", "sppo_raw",
-         "sppo_atari.py --env-id Alien --alpha 0.5 --beta 1 --no-norm-adv --total-timesteps 5000000"),
-        ("atari-ppo", "Alien", "bsc", "ppo_raw",
-         "sppo_atari.py --env-id Alien --noise bsc --alpha 1 --beta 0 --no-norm-adv --total-timesteps 5000000"),
+        ("tldr", "tldr", "none", "sppo_raw", "sppo_rlhf_tldr.py --alpha 0.5 --beta 0.2 --no-norm-adv --iterations 100"),
         ("atari-ppo", "Alien", "bsc", "reweighted",  # 0.5 / 10.5, 0.01 / 10.5, 0.5 / 10.5, 1e-5 / 10.5
          "sppo_atari.py --env-id Alien --noise bsc --alpha 1 --beta 0 --vf-coef 0.0476190476 --ent-coef 0.000952380952 "
          "--max-grad-norm 0.0476190476 --adam-eps 9.52380952e-07 --total-timesteps 5000000"),
         ("which-setting", "Alien", "none", "reweighted_clip_eps",  # divided by 1.5
          "sppo_atari.py --env-id Alien --alpha 1 --beta 0 --max-grad-norm 0.333333333 --adam-eps 6.66666667e-06 "
          "--total-timesteps 5000000"),
-        ("atari-a2c", "Qbert", "none", "control",
-         "sa2c_atari.py --env-id Qbert --alpha 0.5 --beta 5 --mean-weight --total-timesteps 5000000"),
-        ("continuous-a2c", "Ant-v4", "none", "da2c_half",
-         "dsa2c_continuous.py --env-id Ant-v4 --alpha 0.5 --beta 0 --total-timesteps 2000000"),
+        ("sb3_atari", "RoadRunner", "none", "sb3",
+         "benchmark/studies/sb3_peer.py --env-id RoadRunner --peer-of sppo_atari.py --total-timesteps 200000"),
     ],
 )  # fmt: skip
 def test_commands_are_the_papers(name, env, noise, arm, expected):
-    (run,) = (run for run in grid.named_grid(name) if (run.env, run.noise, run.arm, run.seed) == (env, noise, arm, 2))
+    (run,) = (run for run in cells(name) if (run.env, run.noise, run.arm, run.seed) == (env, noise, arm, 2))
     command = run.command(grid.Args(name))
     length = command[command.index("--seed") - 1]
     folder = f"runs/grid/{name}/{length}/{env}__{noise}__{arm}__2"
     assert shlex.join(command) == f"{expected} --seed 2 --exp-name {arm} --num-threads 1 --run-dir {folder}"
 
 
-@pytest.mark.parametrize("name", grid.TABLES)
+@pytest.mark.parametrize("name", [name for name in COUNTS if "sb3" not in name])
 def test_the_scripts_understand_each_command(name, monkeypatch):
     """Parsed by the script itself; each comparison with PPO has the control of its weight."""
     arms = {}
-    for run in grid.named_grid(name):
-        if run.seed == 1 and run.env in ("Alien", "Hopper-v4", "imdb", "tldr"):
-            arms.setdefault((run.env, run.noise), {})[run.arm] = run
-    for found in arms.values():
+    for run in cells(name):
+        arms.setdefault((run.env, run.noise), {})[run.arm] = run
+    for found in list(arms.values())[:2]:
         weights = {}
         for arm, run in found.items():
             script = importlib.import_module(run.script.removesuffix(".py"))
             monkeypatch.setattr(sys, "argv", [run.script])
-            args = script.parse_args(run.command(grid.Args(name))[1:], script.Args())
+            defaults = [script.Args()][: len(inspect.signature(script.parse_args).parameters) - 1]
+            args = script.parse_args(run.command(grid.Args(name))[1:], *defaults)
             length = "iterations" if "rlhf" in run.script else "total_timesteps"
-            assert args.seed == 1 and getattr(args, length) == run.length
-            assert args.run_dir.endswith(str(run.folder)) and args.num_threads == 1
+            assert args.seed == run.seed and getattr(args, length) == run.length
+            assert args.run_dir.endswith(str(run.folder)) and args.num_threads == 1 and args.exp_name == arm
             weights[arm] = (args.alpha + args.beta * abs(args.Z), args.beta > 0, getattr(args, "norm_adv", None))
         for weight, symmetric, norm_adv in weights.values():
-            if symmetric and "a2c" not in name:
+            if symmetric and "a2c" not in run.script:
                 assert (weight, False, norm_adv) in weights.values()
 
 
@@ -199,15 +183,14 @@ def test_a_dry_run_into_head_is_quiet():
     assert done.stdout.count("python sppo_atari.py --env-id Alien ") == 1 and done.stderr == ""
 
 
-def test_the_committed_grid_has_the_papers_settings():
-    found = grid.toml_grid(ROOT / "benchmark/factored.toml")
-    table = grid.named_grid("continuous-a2c")
-    options = {run.arm: run.options for run in table if (run.env, run.noise) == ("Hopper-v4", "gaussian")}
-    options["dsa2c-factored"] = options["dsa2c"] + " --reverse-prob factored"
-    del options["da2c_half"], options["control"]
-    assert {(run.arm, run.options) for run in found} == set(options.items())
-    seeds = {("Hopper-v4", noise, seed): 4 for noise in ("none", "gaussian") for seed in range(1, 6)}
-    assert Counter((run.env, run.noise, run.seed) for run in found) == seeds
+@pytest.mark.parametrize("name", ["crazyclimber", "krull", "swimmer", "factored"])
+def test_our_own_grids_have_the_papers_settings(name):
+    """Each arm is one of the table's for the same task and noise; factored's is dsa2c with another probability."""
+    for run in cells(name):
+        table = {"sppo_atari.py": "atari-ppo", "dsppo_continuous.py": "continuous-ppo", "dsa2c_continuous.py": "continuous-a2c"}
+        alike = (each for each in cells(table[run.script]) if (each.env, each.noise) == (run.env, run.noise))
+        if (run.noise, run.arm[:5]) != ("none", "dsa2c"):  # its beta of 10 is the noisy one on purpose
+            assert run.options.removesuffix(" --reverse-prob factored") in {each.options for each in alike}, run
 
 
 GOOD = """
@@ -220,10 +203,18 @@ ppo = "--alpha 1 --beta 0"
 """
 
 
-def test_a_grid_of_ones_own(tmp_path):
-    (tmp_path / "mine.toml").write_text(GOOD.replace("[arms]", 'noises = ["none", "bsc"]\n[arms]\nsppo = "--beta 10"'))
-    runs = grid.toml_grid(tmp_path / "mine.toml")
-    assert len(runs) == 1 * 2 * 2 * 2 and {run.grid for run in runs} == {"mine"} and {run.length for run in runs} == {2000}
+def test_a_grid_of_ones_own_with_the_papers_betas(tmp_path):
+    (tmp_path / "mine.toml").write_text(
+        'script = "dsppo_continuous.py"\npaper = "continuous.ppo"\nenvs = ["Ant-v4", "Hopper-v4"]\nseeds = [7]\n'
+        '[env_options]\nAnt-v4 = "--gamma 0.9"\n[arms]\nx = "--alpha {w} --beta {beta} --vf-coef {vf_coef / w}"\n'
+    )
+    found = [(run.env, run.noise, run.seed, run.length, run.options) for run in grid.cells(str(tmp_path / "mine.toml"))]
+    assert found == [
+        ("Ant-v4", "none", 7, 2_000_000, "--alpha 20.5 --beta 20 --vf-coef 0.0243902439 --gamma 0.9"),
+        ("Ant-v4", "gaussian", 7, 2_000_000, "--alpha 20.5 --beta 20 --vf-coef 0.0243902439 --gamma 0.9"),
+        ("Hopper-v4", "none", 7, 2_000_000, "--alpha 20.5 --beta 20 --vf-coef 0.0243902439"),
+        ("Hopper-v4", "gaussian", 7, 2_000_000, "--alpha 50.5 --beta 50 --vf-coef 0.0099009901"),
+    ]
 
 
 MINE = """
@@ -250,81 +241,63 @@ def test_a_script_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "there/mine.toml").write_text(text)
     monkeypatch.chdir(tmp_path / "here")
     args = grid.Args(str(tmp_path / "there/mine.toml"), folder=tmp_path / "runs")
-    runs = {run.arm: run for run in grid.toml_grid(tmp_path / "there/mine.toml") if run.seed == 1}
+    runs = {run.arm: run for run in grid.cells(args.grid) if run.seed == 1}
     scripts = {arm: run.command(args)[0] for arm, run in runs.items()}
     here, there = tmp_path / "here/other.py", tmp_path / "there/mine.py"
     assert scripts == {"ppo": str(there), "new": str(there), "other": str(here), "ours": "sppo_atari.py"}
     expected = "--env-id Alien --my-coef 0.5 --total-timesteps 2000 --seed 1 --exp-name new --num-threads 1 --run-dir"
     assert shlex.join(runs["new"].command(args)[1:-1]) == expected
-    grid.write_grids(list(runs.values()), args)
+    grid.write_grid(list(runs.values()), args)
     assert json.loads((tmp_path / "runs/mine/grid.json").read_text()) == {"script": "mine.py", "baseline": "ppo"}
 
 
-def test_a_script_of_ones_own_is_refused_in_one_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "half.py").write_text(MINE.replace("resume", "go_on"))
-    (tmp_path / "broken.py").write_text("class Args(:")
-    (tmp_path / "sppo_atari.py").write_text(MINE)
-    for name, expected in (
-        ("half.py", "script = 'half.py'; expected a class Args there with resume, too"),
-        ("broken.py", "broken.py: expected a Python script ("),
-        ("missing.py", "script = 'missing.py'; expected a file beside mine.toml, in the current folder or in "),
-        ("sppo_atari.py", "expected another file name, as sppo_atari.py is a script of this project"),
-    ):
-        (tmp_path / "mine.toml").write_text(GOOD.replace("sppo_atari.py", name))
-        with pytest.raises(SystemExit) as stopped:
-            grid.toml_grid(tmp_path / "mine.toml")
-        err = capsys.readouterr().err
-        assert stopped.value.code == 2 and expected in err and err.count("\n") == 1
+def refused(capsys, function, *args):
+    """What a call that ends with status 2 says, in one line."""
+    with pytest.raises(SystemExit) as stopped:
+        function(*args)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.count("\n") == 1 and err.startswith("run.py: error: "), err
+    return err
 
 
-BAD = [
-    ("baseline", GOOD.replace("[arms]", 'baseline = "dqn"\n[arms]'), "baseline = 'dqn'; expected one of the arms, ppo"),
-    (
-        "length",
-        GOOD + 'lm = "sppo_rlhf_imdb.py --alpha 1"\n',
-        "arm lm: sppo_rlhf_imdb.py; expected a script of sppo_atari.py's kind, with its total_timesteps",
-    ),
-    ("no such table", None, "no such table: expected one of atari-ppo, atari-a2c, "),
-    ("broken", "script = ", "expected one of atari-ppo"),
-    (
-        "script",
-        GOOD.replace("sppo_atari", "ppo"),
-        "script = 'ppo.py'; expected a file beside script, in the current folder or in ",
-    ),
-    ("missing", GOOD.replace("seeds", "#"), "missing: seeds; expected arms, envs, script, seeds, total_timesteps"),
-    ("unknown", "nosie = 1\n" + GOOD, "unknown: nosie; expected"),
-    ("seeds", GOOD.replace("[1, 2]", "[1, 1]"), "seeds = [1, 1]; expected each once"),
-    (
-        "list",
-        GOOD.replace('"sppo_atari.py"', '["sppo_atari.py"]'),
-        "script = ['sppo_atari.py']; expected the path of a script that ends with .py",
-    ),
-    ("negative", GOOD.replace("[1, 2]", "[-1, 1]"), "seeds = [-1, 1]; expected whole numbers of 0 or more"),
-    ("seed", GOOD.replace("[1, 2]", '["1"]'), "seeds = ['1']; expected a list of whole numbers"),
-    ("length", GOOD.replace("2000", "0"), "total_timesteps = 0; expected a whole number of 1 or more"),
-    ("arms", GOOD.replace('"--alpha 1 --beta 0"', "1"), "expected a table of texts"),
-    ("slash", GOOD.replace("ppo =", '"a/b" ='), "arm 'a/b'; expected a name of up to 100 letters"),
-    ("quote", GOOD.replace("--beta 0", "--beta '0"), "expected options as a shell would take them (No closing quotation)"),
-    ("plus", GOOD.replace("ppo =", '"a+b" ='), "arm 'a+b'; expected a name of up to 100 letters"),
-    (
-        "raw",
-        GOOD.replace("sppo_atari", "sa2c_atari").replace("ppo =", "ppo_raw =").replace("--beta 0", "--beta 0 --no_norm_adv"),
-        "arm ppo_raw: --no-norm-adv; expected another option, as sa2c_atari.py normalises no advantages",
-    ),
-    ("taken", GOOD.replace("--beta 0", "--beta 0 --seed=3"), "expected options other than --seed, which the grid sets"),
+BAD = [  # (what of GOOD is replaced, by what), what is said
+    (("[arms]", 'baseline = "dqn"\n[arms]'), "baseline = 'dqn'; expected one of the arms, ppo"),
+    (("[arms]", '[arms]\nlm = "sppo_rlhf_imdb.py"'), "expected a script of sppo_atari.py's kind, with its total_timesteps"),
+    ((GOOD, "script = "), "mine.toml: expected TOML (Invalid value"),
+    (("sppo_atari", "ppo"), "script = 'ppo.py'; expected a file beside mine.toml, in the current folder or in "),
+    (("seeds", "#"), "missing: seeds; expected arms, envs, script, seeds, total_timesteps"),
+    (("seeds", "nosie = 1\nseeds"), "unknown: nosie; expected"),
+    (("[1, 2]", "[1, 1]"), "seeds = [1, 1]; expected each once"),
+    (('"sppo_atari.py"', '["sppo_atari.py"]'), "expected the path of a script that ends with .py"),
+    (("[1, 2]", "[-1, 1]"), "seeds = [-1, 1]; expected whole numbers of 0 or more"),
+    (("[1, 2]", '["1"]'), "seeds = ['1']; expected a list of whole numbers"),
+    (("2000", "0"), "total_timesteps = 0; expected a whole number of 1 or more"),
+    (('"--alpha 1 --beta 0"', "1"), "expected a table of texts"),
+    (("ppo =", '"a/b" ='), "arm 'a/b'; expected a name of up to 100 letters"),
+    (("--beta 0", "--beta '0"), "expected options as a shell would take them (No closing quotation)"),
+    (("--beta 0", "--beta 0 --seed=3"), "expected options other than --seed, which the grid sets"),
+    (("seeds", 'paper = "atari.dqn"\nseeds'), "paper = 'atari.dqn'; expected a table of "),
+    (("[arms]", '[env_options]\nPong = "--gamma 0"\n[arms]'), "options of no other environments than Alien"),
+    (("sppo_atari", "half"), "script = 'half.py'; expected a class Args there with resume, too"),
+    (("sppo_atari", "broken"), "broken.py: expected a Python script ("),
+    (("", ""), "expected another file name, as sppo_atari.py is a script of this project"),
 ]
 
 
-@pytest.mark.parametrize(("name", "text", "expected"), BAD, ids=[name for name, *_ in BAD])
-def test_bad_grids_are_one_line(name, text, expected, tmp_path, capsys):
-    path = tmp_path / name
-    if text:
-        path.write_text(text)
-    with pytest.raises(SystemExit) as stopped:
-        grid.main(grid.Args(str(path) if text else name, folder=tmp_path / "runs"))
-    err = capsys.readouterr().err
-    assert stopped.value.code == 2 and expected in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
+def test_bad_grids_are_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for (old, new), expected in BAD:
+        if "another file name" in expected:
+            (tmp_path / "sppo_atari.py").write_text(MINE)
+        (tmp_path / "half.py").write_text(MINE.replace("resume", "go_on"))
+        (tmp_path / "broken.py").write_text("class Args(:")
+        (tmp_path / "mine.toml").write_text(GOOD.replace(old, new) if old else GOOD)
+        assert expected in refused(capsys, grid.main, grid.Args("mine.toml", folder=tmp_path / "runs"))
+    text = GOOD.replace("--beta 0", "--beta {games}").replace("seeds", 'paper = "atari.ppo"\nseeds')
+    (tmp_path / "mine.toml").write_text(text.replace("sppo_atari.py", str(ROOT / "sppo_atari.py")))
+    assert "{games}; expected the name of a number in its table of" in refused(capsys, grid.cells, "mine.toml")
+    assert "no such grid: expected one of adv-norm, atari-a2c, " in refused(capsys, grid.cells, "no such grid")
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -332,39 +305,24 @@ def test_bad_grids_are_one_line(name, text, expected, tmp_path, capsys):
     [
         ({"filter": "env=Pong"}, "--filter env=Pong: expected env= one of Alien"),
         ({"filter": "game=Alien"}, "--filter game=Alien: expected env=, noise=, arm= or seed="),
-        ({"cpus": 0}, "--cpus 0: expected 1 or more"),
         ({"args": "--exp-name 'a"}, "expected options as a shell would take them (No closing quotation)"),
         ({"args": "--total_timesteps 5"}, "expected options other than --total-timesteps, which the grid sets"),
         ({"args": "--track --beta=0"}, "expected options other than --beta, which the grid sets"),
         ({"grid": "adv-norm", "args": "--norm-adv"}, "expected options other than --norm-adv, which the grid sets"),
         ({"args": "--Z -2"}, "expected options other than --Z, which the grid sets"),
-        ({"args": "--noise bsc"}, "expected options other than --noise, which the grid sets"),
-        ({"total_timesteps": 0}, "--total-timesteps 0: expected 1 or more"),
     ],
 )
 def test_bad_arguments_are_one_line(changed, expected, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        grid.main(grid.Args(**{"grid": "atari-ppo", "dry_run": True, **changed}))
-    err = capsys.readouterr().err
-    assert stopped.value.code == 2 and expected in err and err.count("\n") == 1
+    assert expected in refused(capsys, grid.main, grid.Args(**{"grid": "atari-ppo", "dry_run": True, **changed}))
 
 
 @pytest.mark.parametrize(
-    ("argv", "expected"),
-    [
-        ([], "Missing from run.py: STR name of a table, or a TOML file (required)"),
-        (["imdb", "--total-timesteps", "abc"], "--total-timesteps"),
-        (["imdb", "--dryrun"], "--dryrun"),
-        (["{toml}", "--folder", "/proc/x"], "--folder /proc/x: expected a folder to write in"),
-    ],
+    "argv", [["imdb", "--total-timesteps", "0"], ["imdb", "--cpus", "0"], ["imdb", "--gpus", "-1"], ["imdb", "--dryrun"]]
 )
-def test_bad_command_lines_are_one_line(argv, expected, tmp_path, capsys, monkeypatch):
-    (tmp_path / "mine.toml").write_text(GOOD)
-    monkeypatch.setattr(sys, "argv", sys.argv)  # check_with_scripts sets it
+def test_what_the_types_refuse_is_named(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
-        grid.main(grid.parse_args([word.format(toml=tmp_path / "mine.toml") for word in argv]))
-    err = capsys.readouterr().err
-    assert stopped.value.code == 2 and expected in err and err.count("\n") == 1 and err.startswith("run.py: error: ")
+        grid.tyro.cli(grid.Args, args=argv)
+    assert stopped.value.code == 2 and argv[1].strip("-").replace("-", "_") in capsys.readouterr().err.replace("-", "_")
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -387,7 +345,7 @@ def write_grid(tmp_path, seeds, steps):
 
 def test_a_folder_belongs_to_one_command(tmp_path, capsys):
     path, _ = write_grid(tmp_path, [1], 1024)
-    (run,) = grid.toml_grid(path)
+    (run,) = grid.cells(str(path))
     args = grid.Args(str(path), folder=tmp_path / "runs")
     (args.folder / run.folder).mkdir(parents=True)
     (args.folder / run.folder / "command.json").write_text(json.dumps(run.command(args)))
@@ -400,24 +358,26 @@ def test_a_folder_belongs_to_one_command(tmp_path, capsys):
         assert "begun as dsppo_continuous.py" in err and "expected that command, or another --folder" in err
 
 
-@pytest.mark.parametrize("left", ["", '["dsppo_contin', "{}", "[1]"])
-def test_half_a_command_begins_anew(left, tmp_path):
+def test_half_a_command_begins_anew(tmp_path):
     """What a kill or a full disk left of command.json; if the run has gone on, its log still has the command."""
     path, _ = write_grid(tmp_path, [1], 1024)
-    (run,) = grid.toml_grid(path)
+    (run,) = grid.cells(str(path))
     args = grid.Args(str(path), folder=tmp_path / "runs")
     folder = args.folder / run.folder
     folder.mkdir(parents=True)
-    (folder / "command.json").write_text(left)
-    grid.check_commands([run], args)
     script = tmp_path / "script.py"
     script.write_text("print('ran')")
+    halves = ("", '["dsppo_contin', "{}", "[1]")
+    for left in halves:
+        (folder / "command.json").write_text(left)
+        grid.check_commands([run], args)
     assert grid.execute([str(script)], folder, sys.executable, 1, 0) == (0, f"$ python {script}\nran")
     assert json.loads((folder / "command.json").read_text()) == [str(script)] and not list(folder.glob("*.tmp"))
-    (folder / "command.json").write_text(left)
-    assert grid.read_command(folder) == [str(script)]
-    with pytest.raises(SystemExit):
-        grid.check_commands([run], args)
+    for left in halves:
+        (folder / "command.json").write_text(left)
+        assert grid.read_command(folder) == [str(script)]
+        with pytest.raises(SystemExit):
+            grid.check_commands([run], args)
 
 
 def test_half_a_result_is_no_result(tmp_path):
@@ -431,7 +391,7 @@ def test_half_a_result_is_no_result(tmp_path):
 
 @pytest.mark.parametrize(("name", "logged", "shown"), [("imdb", [112, 224, 560], 5), ("continuous-ppo", [2048, 4096], 4096)])
 def test_progress_shows_steps_or_iterations(name, logged, shown, tmp_path):
-    run = grid.named_grid(name)[0]
+    run = cells(name)[0]
     progress = grid.Progress(1, tmp_path)
     assert progress.last_step(run) is None
     folder = tmp_path / run.folder / "a_run"
@@ -442,32 +402,17 @@ def test_progress_shows_steps_or_iterations(name, logged, shown, tmp_path):
     assert progress.last_step(run) == shown and progress.last_step(run) == shown  # the second time nothing is new
 
 
-def test_no_cluster_is_one_line(tmp_path, monkeypatch, capsys):
-    def init(**options):
-        raise ConnectionError("Could not find any running Ray instance.\nMore lines.")
+def test_a_ray_that_is_not_there_is_one_line(tmp_path, monkeypatch, capsys):
+    def init(address, **options):
+        raise (Exception if address == "local" else ConnectionError)("It timed out.\nMore lines.")
 
     path, _ = write_grid(tmp_path, [1], 1024)
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        with pytest.raises(SystemExit) as stopped:
-            grid.run_all(grid.toml_grid(path), grid.Args(str(path), address="auto"))
-    finally:
-        signal.signal(signal.SIGINT, before)
-    err = capsys.readouterr().err
-    assert stopped.value.code == 2 and err.count("\n") == 1
-    assert "--address auto: no cluster there (Could not find any running Ray instance.); expected auto, or HOST:PORT" in err
-
-
-def test_a_ray_that_does_not_start_is_one_line(tmp_path, monkeypatch):
-    def init(**options):
-        raise Exception("The current node timed out during startup.\nMore lines.")
-
-    path, _ = write_grid(tmp_path, [1], 1024)
-    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
-    line = "run.py: Ray did not start (The current node timed out during startup.); nothing was run, start the command again"
+    err = refused(capsys, grid.run_all, grid.cells(str(path)), grid.Args(str(path), address="auto"))
+    assert "--address auto: no cluster there (It timed out.); expected auto, or HOST:PORT" in err
+    line = "run.py: Ray did not start (It timed out.); nothing was run, start the command again"
     with pytest.raises(SystemExit, match=f"^{re.escape(line)}$"):
-        grid.run_all(grid.toml_grid(path), grid.Args(str(path)))
+        grid.run_all(grid.cells(str(path)), grid.Args(str(path)))
 
 
 def test_running_is_who_holds_the_lock(tmp_path):
@@ -480,9 +425,13 @@ def test_running_is_who_holds_the_lock(tmp_path):
 
 
 def test_without_a_terminal_a_line_tells_the_steps_every_ten_minutes(tmp_path, capsys, monkeypatch):
-    run, other = grid.named_grid("continuous-ppo")[:2]
+    """Files that go while they are read stop nothing."""
+    run, other = grid.cells("continuous-ppo")[:2]
     with SummaryWriter(tmp_path / run.folder / "a_run") as writer:
         writer.add_scalar("charts/SPS", 1.0, 4096)
+    gone = tmp_path / other.folder / "a_run/events.out.tfevents.1.vm"
+    gone.parent.mkdir(parents=True)
+    gone.symlink_to("gone")
     progress = grid.Progress(1, tmp_path)
     progress.show([run, other])
     assert capsys.readouterr().err == ""
@@ -491,17 +440,6 @@ def test_without_a_terminal_a_line_tells_the_steps_every_ten_minutes(tmp_path, c
     progress.show([run, other])
     progress.show([run, other])
     assert capsys.readouterr().err == f"running: {run.folder.name} 4,096, {other.folder.name} 0\n"
-
-
-def test_files_that_go_while_they_are_read_stop_nothing(tmp_path):
-    run = grid.named_grid("continuous-ppo")[0]
-    path = tmp_path / run.folder / "a_run/events.out.tfevents.1.vm"
-    path.parent.mkdir(parents=True)
-    path.symlink_to("gone")
-    progress = grid.Progress(1, tmp_path)
-    with pytest.raises(Exception, match=r"gone|tfevents"):
-        progress.read_step(run)
-    assert progress.last_step(run) is None
 
 
 def test_a_run_has_its_threads_and_no_gpu_and_dies_with_its_parent(tmp_path):
@@ -557,22 +495,26 @@ gymnasium.register("Broken-v0", Broken, max_episode_steps=100)
 """
 
 
-@pytest.mark.parametrize(
-    ("changed", "more", "expected"),
-    [
-        (("--alpha 1", "--alhpa 1"), [], "dsppo_continuous.py: error: "),
-        (("--alpha 1", "--num-bins 1"), [], "dsppo_continuous.py: error: --num-bins 1: expected 0 (Gaussian) or 2 or more"),
-        (("[arms]", 'noises = ["bsc"]\n[arms]'), [], "dsppo_continuous.py: error: "),
-        (("Pendulum-v1", "Pendulum-v9"), [], "dsppo_continuous.py: error: --env-id Pendulum-v9: Gymnasium cannot make it"),
-        (("", ""), ["--args=--gamma 2"], "dsppo_continuous.py: error: --gamma 2.0: must be less than or equal to 1"),
-    ],
-)
-def test_what_a_script_refuses_is_refused_before_any_run(changed, more, expected, tmp_path):
-    path, folder = write_grid(tmp_path, [1, 2], 1024)
-    path.write_text(path.read_text().replace(*changed))
-    process = start_grid(path, tmp_path, *more)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 2 and expected in err and err.count("\n") == 1 and not folder.exists(), err
+def test_what_a_script_refuses_is_refused_before_any_run(tmp_path, monkeypatch, capsys):
+    """In the script's own words."""
+    monkeypatch.setattr(sys, "argv", sys.argv)  # check_with_scripts sets it
+    for old, new, more, expected in (
+        ("--alpha 1", "--alhpa 1", "", "alhpa"),
+        ("--alpha 1", "--num-bins 1", "", "num-bins"),
+        ("[arms]", 'noises = ["bsc"]\n[arms]', "", "noise"),
+        ("Pendulum-v1", "Pendulum-v9", "", "Pendulum"),
+        ("", "", "--gamma 2", "gamma"),
+    ):
+        path, folder = write_grid(tmp_path, [1, 2], 1024)
+        path.write_text(path.read_text().replace(old, new))
+        with pytest.raises(SystemExit) as stopped:
+            grid.main(grid.Args(str(path), folder=tmp_path / "runs", args=more))
+        said = capsys.readouterr().err.replace("_", "-")
+        assert stopped.value.code == 2 and expected in said and not folder.exists(), said
+    (tmp_path / "file").write_text("")
+    path, folder = write_grid(tmp_path, [1], 1024)
+    args = grid.Args(str(path), folder=tmp_path / "file/runs")
+    assert f"--folder {args.folder}: expected a folder to write in" in refused(capsys, grid.main, args)
 
 
 def test_a_run_that_fails_is_tried_again_twice_and_does_not_stop_the_rest(tmp_path):
@@ -580,25 +522,25 @@ def test_a_run_that_fails_is_tried_again_twice_and_does_not_stop_the_rest(tmp_pa
     path.write_text(path.read_text().replace('["Pendulum-v1"]', '["broken_env:Broken-v0", "Pendulum-v1"]'))
     (tmp_path / "broken_env.py").write_text(BROKEN_ENV)
     process = start_grid(path, tmp_path, env={**ENV, "PYTHONPATH": str(tmp_path)})
-    out, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 1, err
     broken, good = (folder / f"{env}__none__dppo__1" for env in ("broken_env_Broken-v0", "Pendulum-v1"))
     assert len(commands(broken)) == 3 and len(commands(good)) == 1
     assert f"run.py: failed: {broken / 'log.txt'}" in err and "the wheel came off" in err
     (result,) = good.glob("*/result.json")
     assert json.loads(result.read_text())["args"]["total_timesteps"] == 1024
-    before = result.stat().st_mtime_ns
-    process = start_grid(path, tmp_path, "--filter", "env=Pendulum-v1")  # finished: not run again
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and "1 runs, 1 of them finished before" in out and result.stat().st_mtime_ns == before
 
 
 def test_seeds_take_turns_and_who_is_tried_again(tmp_path, monkeypatch):
-    """Refused: never. Crashed: twice. In other hands: until they are done, here the fifth time.
+    """Finished before: not run. Refused: never again. Crashed: twice. In other hands: until they are done, here the fifth time.
 
     run_all with a Ray that runs nothing: only what is submitted, in which order, and what follows from an exit status."""
-    path, _ = write_grid(tmp_path, [1, 2], 1024)
-    path.write_text(path.read_text() + 'refused = "--alpha 2"\ncrashes = "--alpha 3"\nheld = "--alpha 4"\n')
+    path, folder = write_grid(tmp_path, [1, 2], 1024)
+    path.write_text(path.read_text() + 'refused = "--alpha 2"\ncrashes = "--alpha 3"\nheld = "--alpha 4"\nwas = "--alpha 5"\n')
+    for seed in (1, 2):
+        finished = folder / f"Pendulum-v1__none__was__{seed}/a_run"
+        finished.mkdir(parents=True)
+        (finished / "result.json").write_text("{}")
     submitted = []
 
     def status(arm):
@@ -622,7 +564,7 @@ def test_seeds_take_turns_and_who_is_tried_again(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", ray)
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
-        failed = grid.run_all(grid.toml_grid(path), grid.Args(str(path), folder=tmp_path / "runs"))
+        failed = grid.run_all(grid.cells(str(path)), grid.Args(str(path), folder=tmp_path / "runs"))
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
@@ -632,28 +574,28 @@ def test_seeds_take_turns_and_who_is_tried_again(tmp_path, monkeypatch):
     assert sorted((run.arm, run.seed) for run in failed) == [(arm, seed) for arm in ("crashes", "refused") for seed in (1, 2)]
 
 
-@pytest.mark.parametrize(("signum", "ignored"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
-def test_a_signal_saves_and_the_next_start_goes_on(signum, ignored, tmp_path):
+def test_a_signal_saves_and_the_next_start_goes_on(tmp_path):
     """Ctrl-C in a terminal; kill for a background job, which a shell starts with SIGINT ignored."""
     path, folder = write_grid(tmp_path, [1], 30_720)
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if ignored else signal.getsignal(signal.SIGINT)
-    process = start_grid(path, tmp_path)
-    signal.signal(signal.SIGINT, before)
-    wait_for(lambda: list(folder.glob("*/*/checkpoint.pt")))
-    process.send_signal(signum)
-    _, err = process.communicate(timeout=200)
-    assert process.returncode == 130 and "stopping; the runs save their checkpoints" in err, err
     cell = folder / "Pendulum-v1__none__dppo__1"
-    assert "SIGTERM at step" in (cell / "log.txt").read_text() and not list(cell.glob("*/result.json"))
+    for signum, ignored in ((signal.SIGINT, False), (signal.SIGTERM, True)):
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN) if ignored else signal.getsignal(signal.SIGINT)
+        process = start_grid(path, tmp_path)
+        signal.signal(signal.SIGINT, before)
+        wait_for(lambda ignored=ignored: cell.exists() and len(commands(cell)) == 1 + ignored)
+        wait_for(lambda: list(cell.glob("*/checkpoint.pt")))
+        process.send_signal(signum)
+        _, err = process.communicate(timeout=200)
+        assert process.returncode == 130 and "stopping; the runs save their checkpoints" in err, err
+        assert "SIGTERM at step" in (cell / "log.txt").read_text() and not list(cell.glob("*/result.json"))
     process = start_grid(path, tmp_path)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    first, second = commands(cell)
-    assert "--resume" not in first and "--resume" in second and len(list(cell.glob("*/result.json"))) == 1
+    assert ["--resume" in command for command in commands(cell)] == [False, True, True]
+    assert len(list(cell.glob("*/result.json"))) == 1
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_before_the_first_run_leaves_nothing(signum, tmp_path):
+def test_a_signal_before_the_first_run_leaves_nothing(tmp_path):
     path, folder = write_grid(tmp_path, [1], 1024)
     process = start_grid(path, tmp_path)
 
@@ -663,7 +605,7 @@ def test_a_signal_before_the_first_run_leaves_nothing(signum, tmp_path):
         return int(line.split()[1], 16) >> (signal.SIGTERM - 1) & 1
 
     wait_for(handled)
-    process.send_signal(signum)
+    process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=100)
     assert (process.returncode, out, err) == (130, "", "") and not folder.exists()
 

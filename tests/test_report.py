@@ -14,6 +14,24 @@ from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import report
+from reporting import arms, figures, tables
+from reporting import runs as reading
+from reporting.arms import FAMILIES, order
+
+
+@pytest.fixture(autouse=True)
+def placeholders(request):
+    """Drawing takes most of a report's time: only tests that look at pictures (by monkeypatch) draw them."""
+
+    def save(figure, path):
+        [path.with_suffix(suffix).write_bytes(b"") for suffix in (".svg", ".png")]
+        figures.plt.close(figure)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if "monkeypatch" not in request.fixturenames:
+            patch.setattr(figures, "save", save)
+        yield
+
 
 SCORES = {  # environment, noise, arm: seeds' scores
     ("Hopper", "none", "DPPO"): [100.0, 110.0, 120.0],
@@ -71,7 +89,7 @@ def make(sources, out, **changed):
 
 
 def test_cells_wins_and_the_papers_numbers(tmp_path):
-    table = report.cells(report.load_runs((write_runs(tmp_path),)))
+    table = tables.cells(reading.load_runs((write_runs(tmp_path),)))
     by = {(row.task, row.arm): row for row in table.itertuples()}
     assert set(table.env) == {"Hopper-v4", "Ant-v4"}
     assert by["Hopper", "DPPO"].mean == 110 and by["Hopper", "DPPO"].seeds == 3
@@ -82,7 +100,7 @@ def test_cells_wins_and_the_papers_numbers(tmp_path):
     )
     assert by["Hopper", "DSPPO"].paper_mean == paper["mean"] and by["Hopper", "DSPPO"].paper_stderr == paper["stderr"]
     assert np.isnan(by["Hopper", "control DPPO"].paper_mean)
-    wins = report.wins(table)
+    wins = tables.wins(table)
     assert wins["DSPPO", "DPPO"] == (1, 2) and wins["DPPO", "DSPPO"] == (1, 2) and wins["control DPPO", "DSPPO"] == (1, 2)
 
 
@@ -90,25 +108,25 @@ def test_gymnasiums_names_of_games_have_the_papers_numbers(tmp_path):
     one = result(script="sppo_atari.py", learning_rate=2.5e-4) | {"env_id": "ALE/Alien-v5"}
     (tmp_path / "result.json").write_text(json.dumps(one))
     published = pd.read_csv(ROOT / "benchmark/paper/scores.csv").query("env == 'Alien' and noise == 'none' and algo == 'PPO'")
-    assert list(report.cells(report.load_runs((tmp_path,))).paper_mean) == list(published["mean"]) != []
+    assert list(tables.cells(reading.load_runs((tmp_path,))).paper_mean) == list(published["mean"]) != []
 
 
 def test_what_scores_are_divided_by(tmp_path):
     """The baseline's mean, where it is above two standard errors: not -90, and not 5 ± 2.9."""
     scores = {("Walker2d", "none", "DPPO"): [-90.0, -80.0, -100.0], ("Humanoid", "none", "DPPO"): [0.0, 5.0, 10.0]}
-    runs = report.load_runs((write_runs(tmp_path, {**SCORES, **scores}),))
-    assert report.clear(runs, "DPPO") == pytest.approx({"Ant-v4": 20, "Hopper-v4": 110})
-    np.testing.assert_allclose(report.matrix(runs, "DSPPO", ["Ant-v4", "Hopper-v4"]), [[15, 130], [10, 140], [5, 120]])
+    runs = reading.load_runs((write_runs(tmp_path, {**SCORES, **scores}),))
+    assert tables.clear(runs, "DPPO") == pytest.approx({"Ant-v4": 20, "Hopper-v4": 110})
+    np.testing.assert_allclose(tables.matrix(runs, "DSPPO", ["Ant-v4", "Hopper-v4"]), [[15, 130], [10, 140], [5, 120]])
 
 
 def test_an_interquartile_mean_is_relative_to_the_baselines():
     """By hand: the baseline's own, 0.5, 0.9, 1, 1, 1, 1, 1.1, 1.5 without two at each end, is 1, as a skewed one's is not."""
     base = np.array([[50.0, 9], [100, 10], [150, 11], [100, 10]])
     twice = np.array([[60.0, 1], [110, 12], [120, 13], [130, 1000]])
-    assert report.relative_iqm(base, base) == 1
-    assert report.relative_iqm(twice, base) == pytest.approx(np.mean([1.1, 1.2, 1.2, 1.3]) / np.mean([1, 1, 1, 1]))
+    assert tables.relative_iqm(base, base) == 1
+    assert tables.relative_iqm(twice, base) == pytest.approx(np.mean([1.1, 1.2, 1.2, 1.3]) / np.mean([1, 1, 1, 1]))
     skewed = np.array([[10.0], [30], [30], [50], [80], [100], [100], [0]])  # mean 50, middle four 30, 30, 50, 80
-    assert report.relative_iqm(np.full((8, 1), 95.0), skewed) == pytest.approx(95 / np.mean([30, 30, 50, 80]))
+    assert tables.relative_iqm(np.full((8, 1), 95.0), skewed) == pytest.approx(95 / np.mean([30, 30, 50, 80]))
 
 
 def test_intervals_hold_the_baselines_chance_too(tmp_path):
@@ -119,7 +137,7 @@ def test_intervals_hold_the_baselines_chance_too(tmp_path):
         runs = [
             {"arm": arm, "env": "Ant", "seed": i, "score": rng.normal(100, 20)} for arm in ("PPO", "SPPO") for i in range(4)
         ]
-        table = report.aggregate(pd.DataFrame(runs).assign(method=lambda runs: runs.arm), "PPO", 200)
+        table = tables.aggregate(pd.DataFrame(runs).assign(method=lambda runs: runs.arm), "PPO", 200)
         (row,) = table[table.what == "IQM"].itertuples()
         inside += row.low <= 1 <= row.high
     assert inside >= 30
@@ -128,8 +146,8 @@ def test_intervals_hold_the_baselines_chance_too(tmp_path):
 def test_an_arm_with_few_seeds_takes_none_from_the_others(tmp_path):
     rng = np.random.default_rng(0)
     scores = {("Hopper", "none", arm): list(rng.normal(mean, 10, seeds)) for arm, mean, seeds in SEEDS}
-    runs = report.load_runs((write_runs(tmp_path, scores),))
-    table = report.aggregate(runs, "DPPO", 50).set_index(["what", "arm", "other"]).value
+    runs = reading.load_runs((write_runs(tmp_path, scores),))
+    table = tables.aggregate(runs, "DPPO", 50).set_index(["what", "arm", "other"]).value
     for (a, _, n), (b, _, m) in itertools.combinations(SEEDS, 2):
         x, y = scores["Hopper", "none", a], scores["Hopper", "none", b]
         expected = stats.mannwhitneyu(x, y).statistic / (n * m)
@@ -143,11 +161,11 @@ SEEDS = [("DPPO", 100, 8), ("DSPPO", 105, 12), ("control DPPO", 103, 3)]
 
 
 def test_aggregates_equal_scipys(tmp_path):
-    runs = report.load_runs((write_runs(tmp_path),))
-    table = report.aggregate(runs, "DPPO", 200)
+    runs = reading.load_runs((write_runs(tmp_path),))
+    table = tables.aggregate(runs, "DPPO", 200)
     units = {"Hopper-v4": 110, "Ant-v4": 20}
     middle = {arm: np.sort(rows.score / rows.env.map(units))[1:-1].mean() for arm, rows in runs.groupby("arm")}
-    found = {arm: report.matrix(runs, arm, ["Ant-v4", "Hopper-v4"]) for arm in middle}
+    found = {arm: tables.matrix(runs, arm, ["Ant-v4", "Hopper-v4"]) for arm in middle}
     for row in table.itertuples():
         assert row.low <= row.value + 1e-9 and row.value <= row.high + 1e-9
         if row.what == "IQM":  # of six scores: without 1.5 at each end, which scipy and rliable round to 1
@@ -193,8 +211,8 @@ def test_without_a_clear_baseline_there_is_no_interquartile_mean(tmp_path):
 
 
 def test_a_baseline_with_an_odd_alpha_is_no_reference():
-    assert all(map(report.is_reference, ("PPO", "DA2C", "DPPO raw", "control PPO", "control DPPO α 2.5")))
-    assert not any(map(report.is_reference, ("DPPO α 7", "SPPO", "DSPPO β 2")))
+    assert all(map(arms.is_reference, ("PPO", "DA2C", "DPPO raw", "control PPO", "control DPPO α 2.5")))
+    assert not any(map(arms.is_reference, ("DPPO α 7", "SPPO", "DSPPO β 2")))
 
 
 TWELVE = {key: [values[i % 3] + i for i in range(12)] for key, values in SCORES.items()}
@@ -220,10 +238,65 @@ def test_a_control_has_the_weight_of_a_symmetric_arm(tmp_path):
     odd = result(seed=5, alpha=3.0)
     (folder / "odd").mkdir()
     (folder / "odd/result.json").write_text(json.dumps(odd))
-    runs = report.load_runs((folder,))
+    runs = reading.load_runs((folder,))
     found = {(run.env, run.noise, run.arm) for run in runs.itertuples()}
     named = {("Hopper-v4", "none", "control DPPO"), ("Ant-v4", "none", "control DPPO"), ("Ant-v4", "gaussian", "DPPO α 20.5")}
     assert found == named | {("Hopper-v4", "none", "DSPPO"), ("Hopper-v4", "none", "DPPO α 3")}
+
+
+def test_a_control_is_recognised_with_another_z(tmp_path):
+    """alpha + beta |Z| is 0.5 + 20 * 2."""
+    for arm, alpha, beta, z in (("DSPPO", 0.5, 20.0, -2.0), ("DPPO", 40.5, 0.0, -1.0), ("DPPO", 20.5, 0.0, -1.0)):
+        path = tmp_path / f"{alpha}"
+        path.mkdir()
+        (path / "result.json").write_text(json.dumps(result(arm=arm, alpha=alpha, beta=beta, Z=z, run_id=path.name)))
+    assert set(reading.load_runs((tmp_path,)).arm) == {"DSPPO Z -2", "control DPPO", "DPPO α 20.5"}
+
+
+def test_rows_of_a_matrix_are_in_the_order_of_the_seeds():
+    runs = pd.DataFrame({"arm": "a", "env": ["x"] * 3 + ["y"] * 2, "seed": [3, 1, 2, 2, 1], "score": [30.0, 10, 20, 2, 1]})
+    assert tables.matrix(runs, "a", ["x", "y"]).tolist() == [[10, 1], [20, 2]]
+
+
+def test_new_folders_have_the_names_of_old_ones(tmp_path):
+    """A script's default --exp-name is the arm; beside older folders it is the same arm. A name of one's own stays."""
+    for i, (arm, name) in enumerate(
+        (
+            *(("DPPO", "dppo_gaussian"), ("DPPO", "dsppo_continuous"), ("DSPPO", "dsppo_a0.5_b20_gaussian")),
+            *(("DSPPO", "dsppo_continuous"), ("control DPPO", "dppo_a20.5_gaussian"), ("DSPPO", "dsppo_a0.5_b2")),
+        )
+    ):
+        (tmp_path / f"{i}").mkdir()
+        one = result(arm=arm, noise="gaussian", seed=i, exp_name=name, run_id=f"{i}")
+        (tmp_path / f"{i}/result.json").write_text(json.dumps(one))
+    runs = reading.load_runs((tmp_path,)).sort_values("seed")
+    assert runs.arm.tolist() == ["DPPO", "DPPO", "DSPPO", "DSPPO", "control DPPO", "dsppo_a0.5_b2"]
+
+
+def test_arms_are_labelled_by_what_differs(tmp_path):
+    """SA2C and its control have one alpha and beta, PPO and raw PPO, too; reweighted arms differ in what is divided."""
+    runs = reading.load_runs((write_atari(tmp_path / "ppo", ATARI),))
+    assert {arm: text for arm, text in arms.what_differs(runs).items() if arm != "reweighted"} == {
+        "ppo": " (α 1, β 0)",
+        "ppo_raw": " (α 1, β 0, no norm_adv)",
+        "sppo": " (α 0.5, β 10)",
+        "control": " (α 10.5, β 0)",
+        "reweighted_vf": " (α 1, β 0, vf_coef 0.0476)",
+    }
+    both = {"sa2c": (0.5, 1.0, {}, [1.0]), "control": (0.5, 1.0, {"mean_weight": True}, [2.0])}
+    runs = reading.load_runs((write_atari(tmp_path / "a2c", both, script="sa2c_atari.py", norm_adv=False),))
+    assert arms.what_differs(runs) == {"sa2c": " (α 0.5, β 1)", "control": " (α 0.5, β 1, mean_weight)"}
+
+
+def test_a_report_without_curves_says_why(tmp_path):
+    """Runs so short that no episode ended log signs, and no returns."""
+    folder = write_runs(tmp_path / "runs", {("Hopper", "none", "DPPO"): [1.0, 2.0]})
+    for path in folder.glob("*/*"):
+        with SummaryWriter(path) as writer:
+            [writer.add_scalar("charts/adv_sign_change", 0.1, step) for step in (500, 1000)]
+    text = make([folder], tmp_path / "out")
+    assert "\nNo learning curves: no episode ended in these runs.\n" in text and "curves.svg" not in text
+    assert "| Hopper-v4, noise none | 10.0 % (10.0 to 10.0) |" in text and not (tmp_path / "out/sign_changes.svg").exists()
 
 
 def test_several_betas_in_one_environment_name_them_in_all(tmp_path):
@@ -231,7 +304,7 @@ def test_several_betas_in_one_environment_name_them_in_all(tmp_path):
         (tmp_path / f"{env}{beta}").mkdir()
         one = result(env, arm="DSPPO", beta=beta, run_id=f"{env}{beta}")
         (tmp_path / f"{env}{beta}/result.json").write_text(json.dumps(one))
-    assert set(report.load_runs((tmp_path,)).arm) == {"DSPPO β 1", "DSPPO β 5"}
+    assert set(reading.load_runs((tmp_path,)).arm) == {"DSPPO β 1", "DSPPO β 5"}
 
 
 @pytest.mark.parametrize(
@@ -239,15 +312,13 @@ def test_several_betas_in_one_environment_name_them_in_all(tmp_path):
     [
         ([], "expected folders with finished runs, or csv files with a line a run; see --help"),
         (["{runs}", "--reps", "0"], "--reps 0: expected 1 or more"),
-        (["{runs}", "--reps", "many"], "--reps"),
         (["{runs}", "--out", "{runs}/result.json/x"], "expected a folder to write in"),
-        (["{runs}", "--outt", "x"], "--outt"),
     ],
 )
 def test_bad_arguments_are_one_line(argv, expected, tmp_path, capsys):
     (tmp_path / "result.json").write_text(json.dumps(result()))
     with pytest.raises(SystemExit) as stopped:
-        report.main(report.parse_args([word.format(runs=tmp_path) for word in argv]))
+        report.main(report.tyro.cli(report.Args, args=[word.format(runs=tmp_path) for word in argv]))
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and expected in err and err.count("\n") == 1 and err.startswith("report.py: error: ")
 
@@ -263,10 +334,10 @@ def test_the_last_tenth_of_training(tmp_path):
     runs.append({"run_id": "without curves", "env": "Ant-v4", "arm": "DPPO"})
     curves = pd.DataFrame(points, columns=["run_id", "tag", "step", "value"])
     runs = pd.DataFrame(runs).assign(method=lambda runs: runs.arm)
-    *_, line, _ = report.training(runs, curves)
+    *_, line, _ = tables.training(runs, curves)
     ends = [100, 110, 120 * (190 + 200) / 400]  # steps above 90 of 100 and 180 of 200
     assert line == f"| Ant-v4 | {statistics.mean(ends):.1f} ± {statistics.stdev(ends) / 3**0.5:.1f} (3) |"
-    assert report.training(runs, curves[curves.run_id == "of another script"]) == []
+    assert tables.training(runs, curves[curves.run_id == "of another script"]) == []
 
 
 def test_shares_of_the_gradient_are_told_and_drawn(tmp_path):
@@ -327,12 +398,12 @@ def test_the_step_to_which_a_control_is_equal():
     runs = pd.DataFrame(runs).assign(method=lambda runs: runs.arm, run_script="dsppo_continuous.py")
     table, curves = runs[1:], pd.DataFrame(points, columns=["run_id", "tag", "step", "value"])
     expected = "| DSPPO on Ant-v4 | 1: 200; 2: 100; 3: ?; 4: 100; 5: 400 (end) | 1: 0; 2: 400 (end); 3: ?; 4: ?; 5: ? |"
-    head, *lines = report.equal_curves(table, curves)
+    head, *lines = tables.equal_curves(table, curves)
     assert head.startswith("Last step") and [line for line in lines if line.startswith("| DS")] == [expected]
-    *_, line, _ = report.equal_curves(runs, curves)
+    *_, line, _ = tables.equal_curves(runs, curves)
     assert line.startswith("| DSPPO on Ant-v4 | 1: ?; 1: 200; 2: 100; ")
-    assert report.equal_curves(table[table.arm != "control DPPO"], curves) == []
-    assert report.equal_curves(table, curves[curves.run_id == "of another script"]) == []
+    assert tables.equal_curves(table[table.arm != "control DPPO"], curves) == []
+    assert tables.equal_curves(table, curves[curves.run_id == "of another script"]) == []
 
 
 def test_controls_are_found_beside_a_csv(tmp_path):
@@ -353,7 +424,7 @@ def test_curves_come_back():
         steps = np.linspace(0, 10_000, count + 1)[1:]
         points = pd.DataFrame({"run_id": ["a"] * count + ["b"] * count, "step": np.concatenate([steps, steps * 0.9])})
         points["value"] = points.step * np.repeat([1.0, 3.0], count)
-        table = report.curve_table(points)
+        table = figures.curve_table(points)
         assert len(table) == 100 and table.index[-1] == 10_000
         for name, slope, last in (("a", 1, 10_000), ("b", 3, 9_000)):
             mine = table[name].dropna()
@@ -365,28 +436,31 @@ def test_few_points_are_drawn_as_they_are():
     """Values 0 and 1 by turns: of 39 points they stay, of 100 each is the mean of five, 2/5 or 3/5, but at the ends."""
     for count in (39, 100):
         points = pd.DataFrame({"run_id": "a", "step": np.arange(1, count + 1) * 100, "value": np.arange(count) % 2.0})
-        values = report.curve_table(points)["a"].dropna()
+        values = figures.curve_table(points)["a"].dropna()
         middle = values.iloc[2:-2]
         assert values.isin([0, 1]).sum() == 39 if count == 39 else middle.between(0.39, 0.61).all()
 
 
-def drawn(monkeypatch, draw, *args):
-    """The lines of a figure by their labels."""
-    figures = []
-    monkeypatch.setattr(report.plt, "close", figures.append)
+def picture(monkeypatch, draw, *args):
+    made = []
+    monkeypatch.setattr(figures.plt, "close", made.append)
     draw(*args)
     monkeypatch.undo()
-    (figure,) = figures
-    found = {line.get_label(): line for axis in figure.axes for line in axis.lines}
-    found |= {bars.get_label(): bars.lines[0] for axis in figure.axes for bars in axis.containers}
-    report.plt.close(figure)
-    return found
+    (figure,) = made
+    figures.plt.close(figure)
+    return figure
+
+
+def drawn(monkeypatch, draw, *args):
+    """The lines of a figure by their labels."""
+    lines = [line for axis in picture(monkeypatch, draw, *args).axes for line in axis.lines]
+    return {line.get_label(): line for line in lines if not line.get_label().startswith("_")}
 
 
 def test_the_arms_of_a_picture_are_drawn_alike(tmp_path, monkeypatch):
     """A run with few points leaves all unsmoothed. A mean ends with its shortest run. Shared steps stay where they are."""
     scores = {("Hopper", "none", arm): [1.0, 2.0] for arm in ("DPPO", "DSPPO")}
-    runs = report.load_runs((write_runs(tmp_path, scores),))
+    runs = reading.load_runs((write_runs(tmp_path, scores),))
     few = runs.run_id[0]
     for short in (True, False):
         counts = {run_id: 20 if short and run_id == few else 90 for run_id in runs.run_id}
@@ -395,7 +469,7 @@ def test_the_arms_of_a_picture_are_drawn_alike(tmp_path, monkeypatch):
             for end, (run_id, count) in zip((1, 0.9, 1, 0.9), counts.items(), strict=True)
             for i in range(count)
         ]
-        found = drawn(monkeypatch, report.draw_curves, runs, pd.DataFrame(points), tmp_path / "x.png")
+        found = drawn(monkeypatch, figures.draw_curves, runs, pd.DataFrame(points), tmp_path / "x.png")
         assert len(found) == 2
         for line in found.values():
             steps, values = line.get_data()
@@ -404,27 +478,47 @@ def test_the_arms_of_a_picture_are_drawn_alike(tmp_path, monkeypatch):
     points = [
         {"run_id": each, "tag": "charts/episodic_return", "step": s, "value": s} for each in runs.run_id for s in (1, 7, 10)
     ]
-    found = drawn(monkeypatch, report.draw_curves, runs, pd.DataFrame(points), tmp_path / "x.png")
+    found = drawn(monkeypatch, figures.draw_curves, runs, pd.DataFrame(points), tmp_path / "x.png")
     assert all(line.get_marker() == "o" and list(line.get_xdata()) == [1, 7, 10] for line in found.values())
 
 
-@pytest.mark.parametrize("count", [5, 6])
-def test_a_long_legend_hides_no_curve(count, tmp_path, monkeypatch):
-    runs = report.load_runs((write_grid(tmp_path / "runs", "my_loss.py", arms={f"arm{i}": GRID["ppo"] for i in range(count)}),))
-    points = [
-        {"run_id": each, "tag": "charts/episodic_return", "step": step, "value": 1.0} for each in runs.run_id for step in (1, 2)
-    ]
-    line, *others = drawn(monkeypatch, report.draw_curves, runs, pd.DataFrame(points), tmp_path / "x.png").values()
-    left, axes = line.axes.get_legend().get_window_extent().x0, line.axes.get_window_extent()
-    assert len(others) == count - 1
-    assert left > axes.x1 if count == 6 else left < axes.x1
+def test_six_arms_are_small_multiples_and_no_legend_hides_a_curve(tmp_path, monkeypatch):
+    for count, axes in ((5, 1), (6, 5)):
+        six = {f"arm{i}": GRID["ppo"] for i in range(count)}
+        runs = reading.load_runs((write_grid(tmp_path / f"runs{count}", "my_loss.py", arms=six, baseline="arm0"),))
+        points = [(each, tables.RETURNS[0], step, 1.0 * step) for each in runs.run_id for step in (1, 2)]
+        curves = pd.DataFrame(points, columns=["run_id", "tag", "step", "value"])
+        figure = picture(monkeypatch, figures.draw_curves, runs, curves, tmp_path / "x.png")
+        shown = [axis for axis in figure.axes if axis.lines]
+        assert len(shown) == axes and [len(axis.lines) for axis in shown] == ([5] if count == 5 else [2] * 5)
+        assert {axis.lines[0].get_label().split(" (")[0] for axis in shown} == {"arm0"}
+        assert len({axis.get_ylim() for axis in shown}) == 1
+        for axis in shown:
+            assert axis.get_legend().get_window_extent().y1 < axis.get_window_extent().y0
+
+
+def test_a_band_is_the_standard_error_and_two_seeds_are_both_drawn(tmp_path, monkeypatch):
+    """Of 1, 2, 6 and, at the second step, three times that: 3 ± 1.5275."""
+    for seeds in (3, 2):
+        values = [1.0, 2.0, 6.0][:seeds]
+        runs = reading.load_runs((write_runs(tmp_path / str(seeds), {("Hopper", "none", "DPPO"): values}),))
+        points = [(run.run_id, tables.RETURNS[0], step, run.score * step) for run in runs.itertuples() for step in (1, 3)]
+        curves = pd.DataFrame(points, columns=["run_id", "tag", "step", "value"])
+        (axis,) = picture(monkeypatch, figures.draw_curves, runs, curves, tmp_path / "x.png").axes
+        if seeds == 2:
+            assert [list(line.get_ydata()) for line in axis.lines] == [[1.5, 4.5], [1, 3], [2, 6]] and not axis.collections
+            assert axis.get_title().endswith("mean and each seed, 2 seeds")
+        else:
+            edge = axis.collections[0].get_paths()[0].vertices
+            error = statistics.stdev(values) / 3**0.5
+            assert sorted({round(y, 6) for x, y in edge if x == 1}) == pytest.approx([3 - error, 3 + error], abs=1e-5)
 
 
 def test_profiles_are_shares_of_relative_scores(tmp_path, monkeypatch):
-    runs = report.load_runs((write_runs(tmp_path, TWELVE),))
-    found = drawn(monkeypatch, report.draw_profiles, runs, "DPPO", report.styles(runs), 100, "title", tmp_path / "x.png")
+    runs = reading.load_runs((write_runs(tmp_path, TWELVE),))
+    found = drawn(monkeypatch, figures.draw_profiles, runs, "DPPO", figures.styles(runs), 100, "title", tmp_path / "x.png")
     found = {label.split(" (")[0]: line for label, line in found.items()}
-    table = report.draw_profiles(runs, "DPPO", report.styles(runs), 100, "title", tmp_path / "x.png").set_index("arm")
+    table = figures.draw_profiles(runs, "DPPO", figures.styles(runs), 100, "title", tmp_path / "x.png").set_index("arm")
     assert (table.low <= table.share).all() and (table.share <= table.high).all() and (table.low < table.high).any()
     units = runs.score / runs.env.map(runs[runs.arm == "DPPO"].groupby("env").score.mean())
     for arm in ("DPPO", "DSPPO", "control DPPO"):
@@ -442,28 +536,12 @@ def test_no_profile_of_fewer_than_ten_runs(tmp_path):
     assert {path.suffix for path in (tmp_path / "out").glob("profiles*")} == {".svg", ".png", ".csv"}
 
 
-@pytest.mark.parametrize("script", ["dsppo_continuous.py", "sppo_rlhf_imdb.py"])
-def test_a_sweep_has_its_baseline(script, tmp_path, monkeypatch):
-    for i, beta in enumerate((0.0, 1.0, 5.0, 20.0)):
-        for seed in (1, 2):
-            path = tmp_path / f"{beta}{seed}"
-            path.mkdir()
-            one = result(
-                arm="DSPPO" if beta else "DPPO", seed=seed, score=10.0 * i + seed, run_id=f"{beta}{seed}", script=script
-            )
-            one["args"]["beta"] = beta
-            (path / "result.json").write_text(json.dumps(one))
-    found = drawn(monkeypatch, report.draw_betas, report.load_runs((tmp_path,)), tmp_path / "x.png")
-    assert set(found["α 1, β 0"].get_ydata()) == {1.5}
-    np.testing.assert_allclose(np.array(found["symmetric"].get_data(), dtype=float), [[1, 5, 20], [11.5, 21.5, 31.5]])
-
-
 def test_runs_that_normalise_nothing_have_no_sign_changes(tmp_path):
     """A2C logs 0."""
-    runs = report.load_runs((write_runs(tmp_path),))
+    runs = reading.load_runs((write_runs(tmp_path),))
     value = np.where(runs.arm == "DPPO", 0.0, 0.25)
     curves = pd.DataFrame({"run_id": runs.run_id, "tag": "charts/adv_sign_change", "step": 100, "value": value})
-    shares = report.draw_sign_changes(runs, curves, tmp_path / "x.png")
+    shares = figures.sign_changes(runs, curves)
     assert set(shares.arm) == {"DSPPO", "control DPPO"} and set(shares.value) == {0.25}
 
 
@@ -494,16 +572,14 @@ def test_runs_that_normalise_nothing_have_no_sign_changes(tmp_path):
     ],
 )
 def test_labels(changed, expected):
-    assert report.label(report.flatten(result(**changed))) == expected
+    assert arms.label(reading.flatten(result(**changed))) == expected
 
 
-def write_atari(folder, arms, env="Alien", learning_rate=2.5e-4, **changed):
+def write_atari(folder, arms, env="Alien", learning_rate=2.5e-4, script="sppo_atari.py", **changed):
     """Runs of sppo_atari.py with bsc noise: arm -> (alpha, beta, other settings, scores)."""
     for arm, (alpha, beta, settings, scores) in arms.items():
         for seed, score in enumerate(scores, 1):
-            one = result(
-                arm="DPPO", seed=seed, score=score, script="sppo_atari.py", noise="bsc", exp_name=arm, run_id=f"{arm}{seed}"
-            )
+            one = result(arm="DPPO", seed=seed, score=score, script=script, noise="bsc", exp_name=arm, run_id=f"{arm}{seed}")
             one["env_id"] = one["args"]["env_id"] = env
             one["args"] |= {
                 "alpha": alpha,
@@ -535,11 +611,14 @@ def test_the_arms_of_the_atari_grids(tmp_path):
     text = make([write_atari(tmp_path / "runs", ATARI)], tmp_path / "out")
     header = next(line for line in text.splitlines() if line.startswith("| | "))
     assert header == "| | ppo | ppo_raw | reweighted | reweighted_vf | sppo | control |"
-    assert "Arms: ppo (PPO, α 1, β 0, adam_eps 1e-05, " in text and "; ppo_raw (PPO raw, α 1, β 0, " in text
+    assert (
+        "Arms: ppo (PPO, α 1, β 0); ppo_raw (PPO raw, α 1, β 0, no norm_adv); reweighted (PPO reweighted, α 1, β 0, adam"
+        in text
+    )
     published = pd.read_csv(ROOT / "benchmark/paper/scores.csv")
     (paper,) = published[(published.env == "Alien") & (published.noise == "bsc") & (published.algo == "PPO")]["mean"]
     cell = next(line for line in text.splitlines() if line.startswith("| Alien |")).split(" | ")
-    shown = [f"[{report.number(paper)} ± " in part for part in cell]
+    shown = [f"[{tables.number(paper)} ± " in part for part in cell]
     assert shown == [False, True, True, False, False, False, False] and "[" in cell[5] and "[" not in cell[6]
     assert "The paper's PPO stands beside ppo and ppo_raw" in text
     # ours alone: the paper has one PPO, which is neither above nor below itself
@@ -571,9 +650,7 @@ def test_a2c_has_its_controls(tmp_path):
         "a2c_more": (1.5, 0.0, {}, [2.0, 3.0]),  # alpha + beta of SA2C, which is no control of A2C (fact 3)
         "control": (0.5, 1.0, {"mean_weight": True}, [3.0, 5.0]),
     }
-    folder = write_atari(tmp_path / "runs", arms, norm_adv=False)
-    for path in folder.glob("*/result.json"):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"script": "sa2c_atari.py"}))
+    folder = write_atari(tmp_path / "runs", arms, script="sa2c_atari.py", norm_adv=False)
     text = make([folder], tmp_path / "out")
     header = next(line for line in text.splitlines() if line.startswith("| | "))
     assert header == "| | a2c | a2c_half | a2c_more | sa2c | control |" and "The paper's PPO" not in text
@@ -601,17 +678,6 @@ def test_an_argument_that_ours_does_not_have_tells_arms_apart_and_is_not_the_pap
         make([folder], tmp_path / "out")
     text = make([folder], tmp_path / "out", allow_mixed=True)
     assert "my_coef 0, 0.5" in text and "[713" not in text
-
-
-def test_a_csv_without_lengths_is_refused(tmp_path, capsys):
-    make([write_runs(tmp_path / "runs")], tmp_path / "out")
-    whole = pd.read_csv(tmp_path / "out/runs.csv")
-    for name, table in (("gone", whole.drop(columns="total_timesteps")), ("empty", whole.assign(total_timesteps=np.nan))):
-        table.to_csv(tmp_path / f"{name}.csv", index=False)
-        with pytest.raises(SystemExit):
-            make([tmp_path / f"{name}.csv"], tmp_path / "never")
-        err = capsys.readouterr().err
-        assert "total_timesteps" in err and err.count("\n") == 1
 
 
 def test_the_baseline_of_a_grid_stays_it_when_a_setting_is_added_to_its_name(tmp_path):
@@ -646,7 +712,7 @@ def test_a_result_that_lacks_what_a_report_needs_is_named(changed, expected, tmp
     path.write_text(json.dumps(saved))
     with pytest.raises(SystemExit):
         make([folder], tmp_path / "out")
-    assert "no args.seed" in capsys.readouterr().err
+    assert "KeyError('seed')" in capsys.readouterr().err
 
 
 # --- arms of a grid, and of scripts of one's own ---------------------------------------------------------------------
@@ -666,7 +732,7 @@ def write_grid(folder, script, baseline="ppo", arms=GRID, curves=False, **change
     for arm, (alpha, beta, my_coef, scores) in arms.items():
         for seed, score in enumerate(scores, 1):
             one = result(seed=seed, score=score, script=script, exp_name=arm, run_id=f"{arm}{seed}", **changed)
-            one["args"] |= {"alpha": alpha, "beta": beta} | ({} if script in report.FAMILIES else {"my_coef": my_coef})
+            one["args"] |= {"alpha": alpha, "beta": beta} | ({} if script in FAMILIES else {"my_coef": my_coef})
             path = folder / f"1000/Hopper-v4__none__{arm}__{seed}/a_run"
             path.mkdir(parents=True)
             (path / "result.json").write_text(json.dumps(one))
@@ -682,7 +748,7 @@ def test_a_loss_of_ones_own_is_called_by_its_arm_and_has_no_published_numbers(tm
     assert "| | ppo | mine | sppo | control |" in text
     assert "| Hopper-v4 | 110.0 ± 5.8 (3) | **160.0 ± 5.8** (3) | 130.0 ± 5.8 (3) | 129.0 ± 6.1 (3) |" in text
     assert "Interquartile mean in units of ppo's" in text and "| above ppo |  | 1 of 1 | 1 of 1 | 1 of 1 |" in text
-    assert "mine (α 0.5, β 20, my_coef 0.3)" in text and "ppo (PPO, α 1, β 0, my_coef 0)" in text
+    assert "mine (α 0.5, β 20, my_coef 0.3)" in text and "ppo (PPO, α 1, β 0)" in text
     assert make([tmp_path / "out/runs.csv"], tmp_path / "again") == text
 
 
@@ -736,15 +802,15 @@ def test_our_own_scripts_arms_have_the_papers_numbers_and_their_names(tmp_path):
     ],
 )
 def test_the_papers_numbers_need_the_papers_settings(changed, expected):
-    row = report.flatten(result(**{"arm": "DSPPO", **changed}))
-    assert report.paper_name(row) == expected
+    row = reading.flatten(result(**{"arm": "DSPPO", **changed}))
+    assert arms.paper_name(row) == expected
 
 
 def test_the_papers_numbers_of_a2c_on_swimmer_need_its_gamma():
     for gamma, expected in ((0.99, None), (0.9999, "DA2C")):
         one = result("Swimmer", script="dsa2c_continuous.py", norm_adv=False, learning_rate=7e-4)
         one["args"]["gamma"] = gamma
-        assert report.paper_name(report.flatten(one)) == expected
+        assert arms.paper_name(reading.flatten(one)) == expected
 
 
 def test_one_name_for_two_methods_is_told_apart(tmp_path):
@@ -755,7 +821,7 @@ def test_one_name_for_two_methods_is_told_apart(tmp_path):
         (folder / f"b{i}").mkdir()
         one = result(arm="DSPPO", seed=i, score=score, exp_name="x", run_id=f"b{i}")
         (folder / f"b{i}/result.json").write_text(json.dumps(one))
-    assert set(report.load_runs((folder,)).arm) == {"x DPPO", "x DSPPO"}
+    assert set(reading.load_runs((folder,)).arm) == {"x DPPO", "x DSPPO"}
 
 
 def test_settings_that_differ_within_an_arm_are_refused(tmp_path, capsys):
@@ -803,17 +869,8 @@ def test_a_damaged_event_file_is_said_and_left_out(tmp_path):
     assert "**Curves left out, as their files are damaged or not whole: ppo, Hopper-v4, noise none, seed 3, ends at " in text
     assert "of 1,000 steps.**" in text and last_tenth(text) == "| Hopper-v4 | 105.0 ± 5.0 (2) |"
     assert set(pd.read_csv(tmp_path / "out/curves.csv")) == {"tag", "step", "ppo1", "ppo2"}
-    # the same of a csv whose curves.csv was cut off: it is sorted, so that the shares of changed signs are there, returns not
-    kept = (tmp_path / "whole/curves.csv").read_text()
-    (tmp_path / "whole/curves.csv").write_text(kept[: kept.index("charts/episodic_return,600") - 3])
-    text = make([tmp_path / "whole/runs.csv"], tmp_path / "out")
-    assert text.count("ends at") == 3 and "While training" not in text
     # a whole copy mends it
-    again = make([folder], tmp_path / "fresh")
-    (tmp_path / "whole/curves.csv").write_text(kept)
-    assert "left out" in again and last_tenth(make([folder, tmp_path / "whole/runs.csv"], tmp_path / "out")) == last_tenth(
-        whole
-    )
+    assert last_tenth(make([folder, tmp_path / "whole/runs.csv"], tmp_path / "out")) == last_tenth(whole)
 
 
 def test_a_hole_in_a_resumed_runs_curve_is_said(tmp_path):
@@ -844,7 +901,7 @@ def test_a_hole_in_a_resumed_runs_curve_is_said(tmp_path):
 )
 def test_what_a_curve_lacks(steps, end, expected):
     points = pd.DataFrame({"tag": "charts/adv_sign_change", "step": list(steps)})
-    assert report.shortfall(points, end) == expected
+    assert tables.shortfall(points, end) == expected
 
 
 def test_returns_may_be_uneven():
@@ -852,30 +909,53 @@ def test_returns_may_be_uneven():
     steps = np.cumsum(np.random.default_rng(0).integers(5, 40, 400))
     points = pd.DataFrame({"tag": "charts/episodic_return", "step": steps})
     clock = pd.DataFrame({"tag": "charts/adv_sign_change", "step": np.arange(1, 101) * 100})
-    assert report.shortfall(points, steps[-1] + 70) is None
-    assert report.shortfall(points, steps[-1] + 100).startswith("ends at ")
+    assert tables.shortfall(points, steps[-1] + 70) is None
+    assert tables.shortfall(points, steps[-1] + 100).startswith("ends at ")
     holed = points[(points.index < 100) | (points.index > 220)]
-    assert report.shortfall(holed, steps[-1]).startswith("has a hole before step ")
+    assert tables.shortfall(holed, steps[-1]).startswith("has a hole before step ")
     few = pd.DataFrame({"tag": "charts/episodic_return", "step": [3000, 3100, 7000]})
-    assert report.shortfall(pd.concat([clock, few]), 10_000) is None
-    assert report.shortfall(pd.concat([clock, points[:100]]), 10_000).startswith("ends at ")
+    assert tables.shortfall(pd.concat([clock, few]), 10_000) is None
+    assert tables.shortfall(pd.concat([clock, points[:100]]), 10_000).startswith("ends at ")
 
 
-@pytest.mark.parametrize("name", [*report.TELLING, "env_id", "seed"])
-def test_an_export_without_a_setting_that_tells_arms_apart_is_refused(name, tmp_path, capsys):
-    make(
-        [write_runs(tmp_path / "runs", {("Hopper", "none", "PPO"): [1.0, 2.0], ("Hopper", "gaussian", "DPPO"): [2.0]})],
-        tmp_path / "one",
-    )
-    exported = pd.read_csv(tmp_path / "one/runs.csv")
-    if name == "mean_weight":  # of A2C
-        exported["script"] = "dsa2c_continuous.py"
-    exported.drop(columns=name, errors="ignore").to_csv(tmp_path / "export.csv", index=False)
+def refused(capsys, function, *args):
+    """What a call that ends with status 2 says, in one line."""
     with pytest.raises(SystemExit) as stopped:
-        make([tmp_path / "export.csv"], tmp_path / "two")
+        function(*args)
     err = capsys.readouterr().err
-    assert stopped.value.code == 2 and err.count("\n") == 1 and not (tmp_path / "two").exists()
-    assert f"export.csv: no column {name}; expected what the scripts log to W&B, with all settings that tell arms apart" in err
+    assert stopped.value.code == 2 and err.count("\n") == 1, err
+    return err
+
+
+def test_an_export_needs_the_settings_that_tell_arms_apart(tmp_path, capsys):
+    """A column that is not there, and a cell that is empty or something else."""
+    scores = {("Hopper", "none", "PPO"): [1.0, 2.0], ("Hopper", "gaussian", "DPPO"): [2.0, 3.0]}
+    make([write_runs(tmp_path / "runs", scores)], tmp_path / "one")
+    path, exported = tmp_path / "export.csv", pd.read_csv(tmp_path / "one/runs.csv", dtype=str)
+    for name in (*arms.TELLING, "total_timesteps", "env_id", "seed"):
+        script = "dsa2c_continuous.py" if name == "mean_weight" else "dsppo_continuous.py"
+        exported.assign(script=script).drop(columns=name, errors="ignore").to_csv(path, index=False)
+        said = f"export.csv: no column {name}; expected what the scripts log to W&B, with all settings that tell arms apart"
+        assert said in refused(capsys, reading.load_runs, (path,)), name
+    for name, value in (
+        *(("num_bins", ""), ("num_bins", "many"), ("alpha", ""), ("seed", ""), ("norm_adv", "maybe"), ("noise", "")),
+        *(("exp_name", ""), ("reverse_prob", ""), ("learning_rate", "fast"), ("vf_coef", ""), ("total_timesteps", "")),
+    ):
+        exported.assign(**{name: [*exported[name][:3], value]}).to_csv(path, index=False)
+        said = f"export.csv: line 5: {name} is {value!r}; expected the setting of this run of dsppo_continuous.py"
+        assert said in refused(capsys, reading.load_runs, (path,)), name
+
+
+def test_runs_of_wandb_that_have_not_finished_are_left_out_and_named(tmp_path):
+    """By their state, or by steps short of the length by a whole rollout (2,048)."""
+    make([write_runs(tmp_path / "runs")], tmp_path / "one")
+    exported = pd.read_csv(tmp_path / "one/runs.csv").assign(State="finished", total_timesteps=5000, global_step=4096)
+    exported.loc[2, "State"], exported.loc[3, "global_step"] = "crashed", 2048
+    exported.to_csv(tmp_path / "export.csv", index=False)
+    runs = reading.load_runs((tmp_path / "export.csv",))
+    assert set(exported.run_id) - set(runs.run_id) == set(exported.run_id[2:4])
+    names = exported[2:4].alpha.map({1.0: "DPPO", 0.5: "DSPPO", 20.5: "control DPPO"}).value_counts().to_dict()
+    assert runs.attrs["left out"] == sorted(f"not finished: {arm} ({count})" for arm, count in names.items())
 
 
 def test_an_export_without_another_setting_says_so(tmp_path):
@@ -887,26 +967,6 @@ def test_an_export_without_another_setting_says_so(tmp_path):
     assert (
         said in text[: text.index("###")] and "[" not in text.split("###")[1].split("While")[0]
     )  # and no number of the paper's
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *(("num_bins", ""), ("num_bins", "many"), ("alpha", ""), ("beta", ""), ("seed", ""), ("norm_adv", "")),
-        *(("norm_adv", "maybe"), ("noise", ""), ("Z", ""), ("exp_name", ""), ("reverse_prob", "")),
-        *(("learning_rate", "fast"), ("vf_coef", "")),
-    ],
-)
-def test_a_cell_without_its_setting_is_refused_by_name(name, value, tmp_path, capsys):
-    make([write_runs(tmp_path / "runs")], tmp_path / "one")
-    exported = pd.read_csv(tmp_path / "one/runs.csv", dtype=str)
-    exported.loc[3, name] = value
-    exported.to_csv(tmp_path / "export.csv", index=False)
-    with pytest.raises(SystemExit) as stopped:
-        make([tmp_path / "export.csv"], tmp_path / "two")
-    err = capsys.readouterr().err
-    assert stopped.value.code == 2 and err.count("\n") == 1
-    assert f"export.csv: line 5: {name} is {value!r}; expected the setting of this run of dsppo_continuous.py" in err
 
 
 def test_wandbs_own_booleans_are_read(tmp_path):
@@ -950,14 +1010,14 @@ def test_a_kill_while_a_report_is_written_loses_nothing(tmp_path, monkeypatch):
     def killed(one, other):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(report.os, "replace", killed)
+    monkeypatch.setattr(figures.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         make([tmp_path / "out/runs.csv"], tmp_path / "out")
     assert (tmp_path / "out/runs.csv").read_text() == before
 
 
 def styles(kinds, script="sppo_atari.py"):
-    return report.styles(pd.DataFrame({"arm": list(kinds), "method": list(kinds.values()), "script": script}))
+    return figures.styles(pd.DataFrame({"arm": list(kinds), "method": list(kinds.values()), "script": script}))
 
 
 def test_colours_are_fixed_by_arm():
@@ -976,57 +1036,57 @@ def test_colours_are_fixed_by_arm():
     for marks in ("linestyle", "hatch"):
         assert len({(style["color"], style[marks]) for style in many.values()}) == 6
     okabe_ito = {"#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999"}
-    assert {*report.ARM_COLOURS.values(), *report.SPARE_COLOURS, report.CONTROL} <= okabe_ito
+    assert {*figures.ARM_COLOURS.values(), *figures.SPARE_COLOURS, figures.CONTROL} <= okabe_ito
 
 
 def test_two_weights_of_an_arm_have_its_colour_and_another_line():
     arms = ["control PPO α 2.5", "SPPO β 10", "PPO", "control PPO α 10.5", "SPPO β 2"]
     style = styles({arm: arm.split(" β")[0].split(" α")[0] for arm in arms})
     controls, symmetric = [style[arms[0]], style[arms[3]]], [style[arms[4]], style[arms[1]]]
-    assert [one["color"] for one in (*controls, *symmetric)] == ["#000000"] * 2 + [report.ARM_COLOURS["SPPO"]] * 2
+    assert [one["color"] for one in (*controls, *symmetric)] == ["#000000"] * 2 + [figures.ARM_COLOURS["SPPO"]] * 2
     assert controls[0]["linestyle"] != controls[1]["linestyle"] and symmetric[0]["linestyle"] != symmetric[1]["linestyle"]
-    assert all(one["linestyle"] in report.CONTROL_LINES for one in controls) and symmetric[0]["linestyle"] == "-"
+    assert all(one["linestyle"] in figures.CONTROL_LINES for one in controls) and symmetric[0]["linestyle"] == "-"
 
 
 def test_scripts_of_one_picture_have_the_same_colours(tmp_path, monkeypatch):
     """PPO's and A2C's axes are beside each other: the baseline is the same solid blue in both."""
     runs = pd.DataFrame({"run_id": list("12"), "script": ["sppo_atari.py", "sa2c_atari.py"], "arm": ["PPO", "A2C"]})
     runs = runs.assign(env="Alien", noise="none", method=runs.arm, alpha=1.0, beta=0.0, seed=1)
-    steps = pd.DataFrame({"tag": report.RETURNS[0], "step": [1, 2], "value": [1.0, 2.0]})
+    steps = pd.DataFrame({"tag": tables.RETURNS[0], "step": [1, 2], "value": [1.0, 2.0]})
     curves = pd.concat([steps.assign(run_id=one) for one in "12"])
-    found = drawn(monkeypatch, report.draw_curves, runs, curves, tmp_path / "x.svg")
+    found = drawn(monkeypatch, figures.draw_curves, runs, curves, tmp_path / "x.svg")
     assert {(line.get_color(), line.get_linestyle()) for line in found.values()} == {("#0072B2", "-")} and len(found) == 2
 
 
 def test_curves_tell_weights_seeds_and_controls(tmp_path, monkeypatch):
-    runs = report.load_runs((write_runs(tmp_path, curves=True),))
-    curves, _ = report.load_curves(runs, (tmp_path,))
-    found = drawn(monkeypatch, report.draw_curves, runs, curves, tmp_path / "x.svg")
+    runs = reading.load_runs((write_runs(tmp_path, curves=True),))
+    curves, _ = tables.load_curves(runs, (tmp_path,))
+    found = drawn(monkeypatch, figures.draw_curves, runs, curves, tmp_path / "x.svg")
     styles = {label: line.get_linestyle() for label, line in found.items()}
     assert styles == {"DPPO (α 1, β 0)": "-", "DSPPO (α 0.5, β 20)": "-", "control DPPO (α 20.5, β 0)": "--"}
     title = next(iter(found.values())).axes.get_title()
     assert title == "Hopper-v4\ndsppo_continuous.py; mean ± standard error, 3 seeds"
     before = (tmp_path / "x.svg").read_bytes()
-    report.draw_curves(runs, curves, tmp_path / "x.svg")
+    figures.draw_curves(runs, curves, tmp_path / "x.svg")
     assert (tmp_path / "x.svg").read_bytes() == before and (tmp_path / "x.png").stat().st_size > 20_000
 
 
 def test_numbers_of_seeds_that_differ_are_told():
     runs = pd.DataFrame({"arm": ["a"] * 3 + ["b"] * 2, "run_id": list("12345"), "env": "x", "noise": "none"})
-    assert report.spread_of(runs) == "mean ± standard error, 2 to 3 seeds"
-    assert report.spread_of(runs[2:4]) == "1 seed"
+    assert figures.spread_of(runs) == "mean ± standard error, 2 to 3 seeds"
+    assert figures.spread_of(runs[2:4]) == "1 seed"
 
 
 def test_the_returns_of_a_score_are_kept():
     """What a table says of single episodes can be checked in its runs.csv."""
-    row = report.flatten(result() | {"returns": [9335.25, 82.0]})
-    assert row["returns"] == "9335.25 82" and report.flatten(result())["returns"] == ""
+    row = reading.flatten(result() | {"returns": [9335.25, 82.0]})
+    assert row["returns"] == "9335.25 82" and reading.flatten(result())["returns"] == ""
 
 
 def test_arms_are_in_order():
     arms = ["DSPPO β 10", "control DPPO α 2.5", "DPPO", "DSPPO β 2", "DSPPO", "control DPPO α 10.5", "PPO", "DSPPO β 2.5"]
     ordered = ["PPO", "DPPO", "DSPPO", "DSPPO β 2", "DSPPO β 2.5", "DSPPO β 10", "control DPPO α 2.5", "control DPPO α 10.5"]
-    assert report.order(arms) == ordered
+    assert order(arms) == ordered
 
 
 def test_several_betas_are_told_apart(tmp_path):
@@ -1036,17 +1096,8 @@ def test_several_betas_are_told_apart(tmp_path):
             path.mkdir()
             one = result(arm="DSPPO", seed=seed, score=10.0 * i + seed, beta=beta, run_id=f"{beta}{seed}")
             (path / "result.json").write_text(json.dumps(one))
-    runs = report.load_runs((tmp_path,))
-    assert report.order(list(set(runs.arm))) == ["DSPPO β 1", "DSPPO β 5", "DSPPO β 20"]
-    make([tmp_path], tmp_path / "out")
-    assert (tmp_path / "out/betas.png").stat().st_size > 5000
-
-
-def test_a_control_stands_for_its_beta():
-    runs = pd.DataFrame({"method": ["SPPO β 10", "SPPO β 1", "control PPO α 10.5", "PPO"], "beta": [10.0, 1, 0, 0]})
-    swept = report.sweep(runs.assign(alpha=[0.5, 0.5, 10.5, 1]))
-    assert list(zip(swept.kind, swept.weight, strict=True)) == [("symmetric", 10), ("symmetric", 1), ("control", 10)]
-    assert report.sweep(runs.assign(alpha=[0.5, 0.7, 10.5, 1])).empty  # two alphas: no beta to tell
+    runs = reading.load_runs((tmp_path,))
+    assert order(list(set(runs.arm))) == ["DSPPO β 1", "DSPPO β 5", "DSPPO β 20"]
 
 
 def test_a_table_exported_from_wandb_gives_the_same_report(tmp_path):
@@ -1135,7 +1186,7 @@ def test_arms_of_ones_own_are_told_apart(tmp_path):
             path.mkdir()
             one = result(seed=seed, score=rate * 1e5, learning_rate=rate, run_id=f"{rate}{seed}")
             (path / "result.json").write_text(json.dumps(one))
-    table = report.cells(report.load_runs((tmp_path,))).set_index("arm")
+    table = tables.cells(reading.load_runs((tmp_path,))).set_index("arm")
     assert dict(table["mean"]) == pytest.approx({"DPPO learning_rate 0.0003": 30, "DPPO learning_rate 0.001": 100})
     assert list(table.seeds) == [2, 2]
     assert "Mixed" not in make([tmp_path], tmp_path / "out")
@@ -1192,7 +1243,7 @@ def test_rlhf_measures_before_and_after(tmp_path):
     ],
 )
 def test_numbers_have_two_digits_of_their_error(mean, error, expected):
-    assert report.with_error(mean, error) == expected
+    assert tables.with_error(mean, error) == expected
 
 
 # --- mixtures ---------------------------------------------------------------------------------------------------------
@@ -1248,31 +1299,28 @@ BARE = (
 )
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "expected"),
-    [
-        ("missing", None, "missing: expected a folder with finished runs, or a csv with a line a run"),
-        ("empty", "folder", "no finished run there; expected some result.json below"),
-        ("odd.csv", "a,b\n1,2\n", "no column alpha, beta, env_id, score, script, seed; expected what the scripts log to W&B"),
-        ("broken", "json", "result.json: expected a result.json of one of the scripts"),
-        ("binary.csv", b"\xff\xfe\0", "expected a csv with a line a run"),
-        ("head.csv", "script,env_id,seed,alpha,beta,score\n", "no finished run there"),
-        ("none.csv", BARE.format(""), "no run there has a score"),
-        ("text.csv", BARE.format("high"), "no run there has a score"),
-    ],
-)
-def test_bad_sources_are_one_line(name, text, expected, tmp_path, capsys):
-    path = tmp_path / name
-    if text in ("folder", "json"):
-        path.mkdir()
-        if text == "json":
-            (path / "result.json").write_text('{"score": 1}')
-    elif text:
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(SystemExit) as stopped:
-        make([path], tmp_path / "out")
-    err = capsys.readouterr().err
-    assert stopped.value.code == 2 and expected in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
+SOURCES = [
+    ("missing", None, "missing: expected a folder with finished runs, or a csv with a line a run"),
+    ("empty", "folder", "no finished run there; expected some result.json below"),
+    ("odd.csv", "a,b\n1,2\n", "no column alpha, beta, env_id, score, script, seed; expected what the scripts log to W&B"),
+    ("broken", "json", "result.json: expected a result.json of one of the scripts"),
+    ("binary.csv", b"\xff\xfe\0", "expected a csv with a line a run"),
+    ("head.csv", "script,env_id,seed,alpha,beta,score\n", "no finished run there"),
+    ("none.csv", BARE.format(""), "no run there has a score"),
+    ("text.csv", BARE.format("high"), "no run there has a score"),
+]
+
+
+def test_bad_sources_are_one_line(tmp_path, capsys):
+    for name, text, expected in SOURCES:
+        path = tmp_path / name
+        if text in ("folder", "json"):
+            path.mkdir()
+            if text == "json":
+                (path / "result.json").write_text('{"score": 1}')
+        elif text:
+            path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        assert expected in refused(capsys, reading.load_runs, (path,)), name
 
 
 # --- the whole report -------------------------------------------------------------------------------------------------
@@ -1293,7 +1341,7 @@ def test_report_of_a_small_set_of_runs(tmp_path):
     for env in ("Ant", "Hopper"):
         for arm in ("DPPO", "DSPPO"):
             row = published.loc[env, arm]
-            values[f"{env} {arm}"] = f"{report.number(row['mean'])} ± {report.number(row['stderr'])}"
+            values[f"{env} {arm}"] = f"{tables.number(row['mean'])} ± {tables.number(row['stderr'])}"
     above = sum(published.loc[env, "DSPPO"]["mean"] > published.loc[env, "DPPO"]["mean"] for env in ("Ant", "Hopper"))
     assert GOLDEN.format(**values, wins=f"{above} of 2") in text
     assert text.startswith("18 runs, 0.2 hours of training; commit aaaaaaaaaaaa; device cpu.")
@@ -1304,8 +1352,8 @@ def test_report_of_a_small_set_of_runs(tmp_path):
     assert curves.shape == (2 * 10, 18) and curves.notna().all(axis=None)
     assert curves.loc[("charts/episodic_return", 500), "HoppernoneDSPPO2"] == pytest.approx(70.0)
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    tables = {"report.md", "runs.csv", "cells.csv", "aggregates.csv", "curves.csv"}
-    assert names == tables | {"curves.svg", "curves.png", "sign_changes.svg", "sign_changes.png"}
+    files = {"report.md", "runs.csv", "cells.csv", "aggregates.csv", "curves.csv"}
+    assert names == files | {"curves.svg", "curves.png", "sign_changes.svg", "sign_changes.png"}
 
 
 # --- real runs --------------------------------------------------------------------------------------------------------

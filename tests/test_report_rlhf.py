@@ -1,4 +1,4 @@
-"""benchmark/report.py of RLHF runs: before and after prompt by prompt, by hand, and what it keeps of them."""
+"""benchmark/report.py and studies/rlhf_samples.py of RLHF runs: before and after, prompt by prompt, by hand."""
 
 import json
 import sys
@@ -9,7 +9,9 @@ from helpers import ROOT
 from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(ROOT / "benchmark"))
+sys.path.insert(0, str(ROOT / "benchmark/studies"))
 import report
+import rlhf_samples
 
 POST = "The cat sat on the mat. It was Tuesday"
 
@@ -21,7 +23,7 @@ def two_samples():
 
 
 def test_changes_and_copied_words_by_hand():
-    found = report.changes(two_samples())
+    found = rlhf_samples.changes(two_samples())
     assert found.pop("score") == pytest.approx([1.5, 0.5])  # of 2 and 1: sqrt(0.5) / sqrt(2)
     assert found == pytest.approx(
         {
@@ -31,7 +33,7 @@ def test_changes_and_copied_words_by_hand():
         }
     )
     without = [{key: value for key, value in sample.items() if key != "post"} for sample in two_samples()]
-    assert set(report.changes(without)) == {"score"}  # reviews have no post
+    assert set(rlhf_samples.changes(without)) == {"score"}  # reviews have no post
 
 
 def write_runs(folder):
@@ -68,44 +70,18 @@ def test_a_report_of_rlhf_runs_has_before_and_after(tmp_path):
     out = tmp_path / "out"
     report.main(report.Args((write_runs(tmp_path / "runs"),), out))
     text = (out / "report.md").read_text()
-    rows = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines() if line.startswith("| ")}
-    # 16 changes, 2 and 1 by turns: standard deviation sqrt(4 / 15), over sqrt(16)
-    for arm in ("ppo", "sppo"):
-        (row,) = (line for name, line in rows.items() if name.lower() == f"{arm}, seed 1")
-        assert row.endswith("| 16 | +1.5 ± 0.13 | 1.00 → 0.50 (0.50) |")
     assert "| perplexity | 30.0 | 40.0 | 40.0 |" in text and "| kl | 0" in text
-    kept = json.loads((out / "samples.json").read_text())
-    assert [(run["run_id"], run["seed"], len(run["samples"])) for run in kept] == [("id-ppo", 1, 10), ("id-sppo", 1, 10)]
-    assert kept[0]["samples"] == two_samples() * 5
     curves = pd.read_csv(out / "curves.csv", index_col=["tag", "step"]).loc["objective/kl"]
     assert curves.to_dict() == {"id-ppo": {16: 16.0, 32: 32.0}, "id-sppo": {16: 8.0, 32: 16.0}}
     assert "![KL while training](kl.svg)" in text and (out / "kl.svg").exists() and (out / "kl.png").exists()
 
-    # given back as a csv with samples.json beside it: the same text and samples; into its own folder, too
-    (tmp_path / "runs").rename(tmp_path / "gone")
-    for again in (tmp_path / "again", out):
-        report.main(report.Args((out / "runs.csv",), again))
-        assert json.loads((again / "samples.json").read_text()) == kept
-        assert (again / "report.md").read_text().split("### Before and after")[1] == text.split("### Before and after")[1]
 
-
-def test_a_report_without_such_runs_leaves_no_samples_of_an_earlier_one(tmp_path):
-    write_runs(tmp_path / "runs")
-    for sources in ((tmp_path / "runs",), (tmp_path / "other",)):
-        report.main(report.Args(sources, tmp_path / "out"))
-        for path in (tmp_path / "runs").glob("*/samples.json"):
-            path.unlink()
-        if not (tmp_path / "other").exists():
-            (tmp_path / "runs").rename(tmp_path / "other")
-    assert not (tmp_path / "out/samples.json").exists()
-    assert "Before and after" not in (tmp_path / "out/report.md").read_text()
-
-
-@pytest.mark.parametrize("left", ["", "[]", '[{"prompt": "x"}]', "{}"])
-def test_half_a_samples_file_is_refused_in_one_line(left, tmp_path, capsys):
-    (tmp_path / "samples.json").write_text(left)
-    for name in ("response", "run_id"):
-        with pytest.raises(SystemExit) as stopped:
-            report.read_samples(tmp_path / "samples.json", name)
-        err = capsys.readouterr().err
-        assert stopped.value.code == 2 and err.count("\n") == 1 and "samples.json: expected samples of RLHF runs (" in err
+def test_samples_are_told_prompt_by_prompt(tmp_path):
+    out = tmp_path / "out"
+    rlhf_samples.main(rlhf_samples.Args((write_runs(tmp_path / "runs"),), out))
+    rows = [line for line in (out / "samples.md").read_text().splitlines() if ", seed 1 |" in line]
+    # 16 changes, 2 and 1 by turns: standard deviation sqrt(4 / 15), over sqrt(16)
+    assert len(rows) == 2 and all(row.endswith("| 16 | +1.5 ± 0.13 | 1.00 → 0.50 (0.50) |") for row in rows)
+    kept = json.loads((out / "samples.json").read_text())
+    assert [(run["run_id"], run["seed"], len(run["samples"])) for run in kept] == [("id-ppo", 1, 10), ("id-sppo", 1, 10)]
+    assert kept[0]["samples"] == two_samples() * 5

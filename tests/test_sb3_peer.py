@@ -137,8 +137,8 @@ def test_bad_arguments_end_with_status_2(argv, expected, capsys):
 
 def test_the_committed_grids_have_sb3_beside_our_baselines(monkeypatch):
     monkeypatch.setattr(sys, "argv", sys.argv)  # check_with_scripts sets it
-    table = {"ppo": grid.named_grid("continuous-ppo"), "a2c": grid.named_grid("continuous-a2c")}
-    runs = grid.toml_grid(ROOT / "benchmark/sb3.toml")
+    table = {"ppo": grid.cells("continuous-ppo"), "a2c": grid.cells("continuous-a2c")}
+    runs = grid.cells("sb3")
     arms = {run.arm: (run.script, run.options) for run in runs}
     for name, script in (("ppo", "dsppo_continuous.py"), ("a2c", "dsa2c_continuous.py")):
         (paper,) = {run.options for run in table[name] if (run.env, run.noise, run.arm) == ("Hopper-v4", "none", name)}
@@ -147,14 +147,14 @@ def test_the_committed_grids_have_sb3_beside_our_baselines(monkeypatch):
     assert not arms and Counter((run.env, run.arm) for run in runs) == Counter(
         {(env, arm): 5 for env in ("Hopper-v4", "InvertedDoublePendulum-v4") for arm in ("ppo", "sb3_ppo", "a2c", "sb3_a2c")}
     )
-    atari = grid.toml_grid(ROOT / "benchmark/sb3_atari.toml")
+    atari = grid.cells("sb3_atari")
     assert {run.arm: run.script for run in atari}["sb3"] == "benchmark/studies/sb3_peer.py"
     grid.check_with_scripts([run for run in (*runs, *atari) if "sb3" in run.arm], grid.Args("sb3"))  # they take the commands
 
 
 def test_a_grid_with_noise_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", sys.argv)
-    text = (ROOT / "benchmark/sb3.toml").read_text().replace("seeds =", 'noises = ["gaussian"]\nseeds =')
+    text = (ROOT / "benchmark/grids/sb3.toml").read_text().replace("seeds =", 'noises = ["gaussian"]\nseeds =')
     (tmp_path / "noisy.toml").write_text(text)
     with pytest.raises(SystemExit) as stopped:
         grid.main(grid.Args(str(tmp_path / "noisy.toml"), folder=tmp_path / "runs"))

@@ -8,6 +8,7 @@ import pytest
 from helpers import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmark/studies"))
+import forest
 import four_settings
 import learning_pictures
 import one_gradient
@@ -62,3 +63,24 @@ def test_fewer_than_four_settings_are_further_from_sppo():
     assert found["all four"] < 0.01 and len(found) == 9
     for name in ("all but `vf_coef`", "all but `max_grad_norm`", "all but `adam_eps`", "none: PPO"):
         assert found[name] > 5 * found["all four"] and found[name] > 0.05, name
+
+
+def test_the_forest_has_every_cell_with_its_own_control():
+    """Seeds, shares of the paper's length and chances, by hand from docs/results.md; no control of another beta."""
+    table = forest.cells().set_index(["name", "first", "percent"])
+    swimmer = table.loc["DSPPO, Swimmer, noise", 6, 100.0]
+    assert swimmer.seeds == 11 and (round(swimmer.baseline_value, 2), round(swimmer.control_low, 2)) == (0.64, 0.44)
+    climber = table.loc["SPPO, CrazyClimber, no noise", 1, 4.0]
+    assert climber.seeds == 3 and (round(climber.baseline_value, 2), round(climber.control_value, 2)) == (0.89, 0.67)
+    assert table.xs("SPPO, Krull, noise").raw.tolist() == [False, True] and len(table) == 26
+    without = table.index.get_level_values("name")[table.control_value.isna()]
+    assert sorted(without) == [
+        "DSA2C factored, Hopper, no noise",
+        "DSA2C factored, Hopper, noise",
+        "DSA2C, Hopper, no noise, β 10",
+    ]
+
+
+def test_intervals_of_three_seeds_miss_more_often():
+    three, eleven = forest.misses(3, trials=400, reps=400), forest.misses(11, trials=400, reps=400)
+    assert 0.13 < three < 0.26 and 0.02 < eleven < 0.11

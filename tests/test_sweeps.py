@@ -1,30 +1,17 @@
 """Hyperparameter sweeps: what W&B's agent makes of sweep.yaml, ids inside a sweep, and two tiny trials of Optuna."""
 
 import json
-import os
 
 import pytest
 import yaml
-from helpers import ENV, ROOT, no_process_outlives_its_test, only, run, unchanged_process  # noqa: F401
+from helpers import ENV, ROOT, no_process_outlives_its_test, only, run, start, unchanged_process  # noqa: F401
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 import sppo_atari
 
-SMALL = [
-    "--env-id",
-    "Breakout",
-    "--total-timesteps",
-    "128",
-    "--num-envs",
-    "2",
-    "--num-steps",
-    "32",
-    "--minibatch-size",
-    "32",
-    "--eval-episodes",
-    "1",
-]
-SWEEP = yaml.safe_load((ROOT / "benchmark/sweep.yaml").read_text())
+OPTIONS = "--env-id Breakout --total-timesteps 128 --num-envs 2 --num-steps 32 --minibatch-size 32 --eval-episodes 1"
+SMALL = OPTIONS.split()
+SWEEP = yaml.safe_load((ROOT / "benchmark/tuning/sweep.yaml").read_text())
 
 
 def words(switch):
@@ -67,49 +54,65 @@ def test_a_run_that_is_not_tracked_has_an_id_of_its_own(tmp_path, monkeypatch):
     assert held.record["run_id"] != "agents1d"
 
 
-def test_two_trials_of_optuna(tmp_path):
-    """A study of two trials, which a second start finds finished, and a third one continues by one."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    args = [
-        "sppo_atari.py",
-        "--seeds",
-        "1",
-        "2",
-        "--beta",
-        "1",
-        "9",
-        f"--args={' '.join(SMALL)}",
-        "--folder",
-        tmp_path / "study",
-    ]
-    out, _ = run("benchmark/optuna_sweep.py", *args, "--trials", 2, cwd=ROOT, env=env)
-    results = {path: json.loads(path.read_text()) for path in (tmp_path / "study/sppo_atari").glob("*/*/*/result.json")}
-    assert len(results) == 4
-    means = {}
-    for path, result in results.items():
-        trial, seed = path.relative_to(tmp_path / "study/sppo_atari").parts[:2]
-        assert result["args"]["seed"] == int(seed) and 1 <= result["args"]["beta"] <= 9
-        means.setdefault(trial, []).append(result["score"])
-    best = max(sum(scores) / 2 for scores in means.values())
-    assert len(out.splitlines()) == 2 and out.startswith(f"{best:.1f} --alpha ")
-    again, _ = run("benchmark/optuna_sweep.py", *args, "--trials", 2, cwd=ROOT, env=env)
-    assert again == out and len(list((tmp_path / "study/sppo_atari").glob("*/*/*/result.json"))) == 4
-    args[args.index("2")] = "3"
-    _, err = run("benchmark/optuna_sweep.py", *args, "--trials", 2, cwd=ROOT, env=env, code=2)
-    assert "--seeds [1, 3]: the study in" in err and "has [1, 2]; expected that, or another --folder" in err
+def optuna(*argv, code=0):
+    return run("benchmark/tuning/optuna_sweep.py", *argv, code=code, cwd=ROOT)
 
 
 def test_optuna_tunes_the_arguments_that_it_is_told(tmp_path):
-    common = ["sppo_atari.py", f"--args={' '.join(SMALL)} --alpha 1 --beta 0", "--trials", 1, "--folder", tmp_path / "study"]
+    common = ["sppo_atari.py", f"--args={OPTIONS} --alpha 1 --beta 0", "--trials", 1, "--folder", tmp_path / "study"]
     tune = ["--tune", "clip-coef", "0.3", "0.4", "--tune", "gamma", "0.5", "0.6"]
-    out, _ = run("benchmark/optuna_sweep.py", *common, *tune, cwd=ROOT)
+    out, _ = optuna(*common, *tune)
     (path,) = (tmp_path / "study/sppo_atari/0/1").glob("*/result.json")
     used = json.loads(path.read_text())["args"]
     assert 0.3 <= used["clip_coef"] <= 0.4 and 0.5 <= used["gamma"] <= 0.6
     assert (used["alpha"], used["beta"], used["learning_rate"]) == (1, 0, 2.5e-4)
     assert [word for word in out.split() if word.startswith("--")] == ["--clip-coef", "--gamma"]
-    _, err = run("benchmark/optuna_sweep.py", *common, cwd=ROOT, code=2)
+    _, err = optuna(*common, code=2)
     assert "--tune []: the study in" in err
+
+
+SCRIPT = """
+import json, pathlib, sys
+words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+folder = pathlib.Path(words["--run-dir"], "run")
+folder.mkdir()
+score = {score}
+(folder / "result.json").write_text(json.dumps({{"score": score, "words": words}}))
+"""
+
+
+def write_script(folder, score):
+    folder.mkdir(exist_ok=True)
+    (folder / "mine.py").write_text(SCRIPT.format(score=score))
+    return folder / "mine.py"
+
+
+def test_a_study_goes_on_and_prints_small_scores(tmp_path):
+    """Two trials of two seeds, which a second start finds finished; the value is the mean of the seeds."""
+    script = write_script(tmp_path / "a", "1e-4 * float(words['--beta']) * int(words['--seed'])")
+    args = [script, "--seeds", "1", "2", "--beta", "1", "9", "--folder", tmp_path / "study", "--trials", 2]
+    out, _ = optuna(*args)
+    results = [json.loads(path.read_text()) for path in tmp_path.glob("study/*/*/*/run/result.json")]
+    values = sorted({f"{1.5e-4 * float(one['words']['--beta']):.6g}" for one in results}, key=float)
+    assert [float(line.split()[0]) for line in out.splitlines()] == pytest.approx([*map(float, values[::-1])], rel=1e-5)
+    assert len(results) == 4 and optuna(*args)[0] == out and len(list(tmp_path.glob("study/*/*/*/run"))) == 4
+    args[args.index("2")] = "3"
+    _, err = optuna(*args, code=2)
+    assert "--seeds [1, 3]: the study in" in err and "has [1, 2]; expected that, or another --folder" in err
+
+
+def test_two_scripts_of_one_name_are_two_studies_and_two_starts_at_once_are_one(tmp_path):
+    one, other = write_script(tmp_path / "a", 1.0), write_script(tmp_path / "b", 2.0)
+    common = ["--trials", 3, "--folder", tmp_path / "study"]
+    scripts = (one, one, other)
+    processes = [start("benchmark/tuning/optuna_sweep.py", script, *common, cwd=ROOT) for script in scripts]
+    for script, process in zip(scripts, processes, strict=True):
+        out, err = process.communicate(timeout=200)
+        assert process.returncode == 0 and "Traceback" not in err, err
+        assert {line.split()[0] for line in out.splitlines()} == {"1" if script == one else "2"}
+    counts = {path.name: len(list(path.glob("*/1/run"))) for path in (tmp_path / "study").iterdir() if path.is_dir()}
+    assert [name.rsplit("__", 2)[1:] for name in sorted(counts)] == [["a", "mine"], ["b", "mine"]]
+    assert counts[max(counts)] == 3 and 3 <= counts[min(counts)] <= 4  # each of two may have begun one when the other ends
 
 
 @pytest.mark.parametrize(
@@ -118,12 +121,13 @@ def test_optuna_tunes_the_arguments_that_it_is_told(tmp_path):
         (["missing.py"], "missing.py: expected a script"),
         (["sppo_atari.py", "--beta", "9", "1"], "--beta 9 1: expected two numbers above 0, the lower one first"),
         (["sppo_atari.py", "--tune", "Z", "-1", "1"], "--tune Z -1 1: expected two numbers above 0, the lower one first"),
-        (["sppo_atari.py", "--tune", "clip", "1", "2", "--trials", "1"], "--clip: unknown argument"),
         (["sppo_atari.py", "--args=--seed '5"], "--args --seed '5: expected a command line (No closing quotation)"),
-        (["sppo_atari.py", "--args=--gamma 2"], "--gamma 2.0: must be less than or equal to 1"),
+        (["sppo_atari.py", "--args=--gamma 2"], "a trial was refused: "),
+        (["{none}"], "result.json has no score; expected --args with --eval-episodes above 0"),
     ],
 )
 def test_bad_input_is_one_line(argv, expected, tmp_path):
-    _, err = run("benchmark/optuna_sweep.py", *argv, "--folder", tmp_path / "study", code=2, cwd=ROOT)
+    none = write_script(tmp_path / "none", None)
+    _, err = optuna(*(word.format(none=none) for word in argv), "--folder", tmp_path / "study", code=2)
     last = err.splitlines()[-1]  # Optuna says first that it began a study
     assert last.startswith("optuna_sweep.py: error: ") and expected in last and "Traceback" not in err

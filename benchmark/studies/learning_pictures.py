@@ -14,7 +14,7 @@ BENCHMARK = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(BENCHMARK))
 try:
     import pandas as pd
-    import report
+    from reporting import figures
 except ModuleNotFoundError as error:
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__)
@@ -56,10 +56,10 @@ def read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 def main() -> None:
     for folder in sorted((BENCHMARK / "results").glob("learning-*")):
         runs, curves = read(folder)
-        report.draw_curves(runs, curves, folder / "curves.svg")
+        figures.draw_curves(runs, curves, folder / "curves.svg")
         if runs.iterations.notna().any():
             what = "KL to the reference, nats"
-            report.draw_curves(runs, curves, folder / "kl.svg", tags=("objective/kl",), what=what)
+            figures.draw_curves(runs, curves, folder / "kl.svg", tags=("objective/kl",), what=what)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ try:
     import matplotlib.pyplot as plt
     import pandas as pd
     import tyro
-    from report import ARM_COLOURS, CONTROL, save
+    from reporting.figures import ARM_COLOURS, CONTROL, save
 except ModuleNotFoundError as error:
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__)

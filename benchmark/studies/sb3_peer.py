@@ -7,7 +7,7 @@
 The same network, optimiser, schedules and minibatches as the script's with `--alpha 1 --beta 0` (and `--num-bins 0` for
 continuous tasks: SB3's policy is Gaussian), with SB3's own environments (Atari: `make_atari_env`, one Python process, noop
 reset, episodic life, fire reset, clipped reward; else DummyVecEnv and VecNormalize) and its own training loop. All else is the
-script's: run folder, curves, checkpoints, W&B, result.json. So benchmark/run.py takes it as an arm (benchmark/sb3.toml), and
+script's: run folder, curves, checkpoints, W&B, result.json. So run.py takes it as an arm (benchmark/grids/sb3.toml), and
 report.py puts it beside the other arms. An option that SB3 has nothing for (`--beta`, `--noise`) is refused.
 """
 

@@ -1,18 +1,20 @@
 """Tunes alpha, beta and the learning rate of a script, or other arguments, with Optuna, on this machine.
 
-    python benchmark/optuna_sweep.py sppo_atari.py --trials 20 --args="--env-id Breakout --total-timesteps 200000"
-    python benchmark/optuna_sweep.py sppo_atari.py --seeds 1 2 3 --args="--env-id Breakout" --beta 1 100
-    python benchmark/optuna_sweep.py my_loss.py --tune spo-coef 0.1 10 --args="--env-id Breakout --alpha 0 --beta 0"
+    python benchmark/tuning/optuna_sweep.py sppo_atari.py --trials 20 --args="--env-id Breakout --total-timesteps 200000"
+    python benchmark/tuning/optuna_sweep.py sppo_atari.py --seeds 1 2 3 --args="--env-id Breakout" --beta 1 100
+    python benchmark/tuning/optuna_sweep.py my_loss.py --tune spo-coef 0.1 10 --args="--env-id Breakout --alpha 0 --beta 0"
 
 A trial runs the script as you would type it, once a seed, in FOLDER/{script}/{trial}/{seed}; its value is the mean of the
-scores in their result.json. Values are drawn on a logarithmic scale by Optuna's TPE. FOLDER/study.db keeps the study: started
-again with the same --folder, --args, --seeds and --tune it goes on until it has --trials trials. Prints the best ones; the
-same seeds tell nothing about other seeds.
+scores in their result.json. Values are drawn on a logarithmic scale by Optuna's TPE. FOLDER/study.db keeps a study a script:
+started again with the same --folder, --args, --seeds and --tune it goes on until it has --trials trials; started twice at once,
+two work at it. Prints the best ones; the same seeds tell nothing about other seeds.
 """
 
 from __future__ import annotations  # optuna's types, which --help does without
 
+import fcntl
 import json
+import re
 import shlex
 import statistics
 import subprocess
@@ -26,6 +28,7 @@ try:
 except ModuleNotFoundError as error:
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__)
+        sys.exit(0)
     print(f"{Path(__file__).name}: error: needs {error.name}; expected what `{INSTALL}` installs", file=sys.stderr)
     sys.exit(2)
 MISSING = None
@@ -33,6 +36,9 @@ try:
     import optuna
 except ModuleNotFoundError as error:
     MISSING = error.name
+
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass
@@ -68,20 +74,27 @@ def run(command: list[str], folder: Path) -> float:
     with (folder / "log.txt").open("w") as log:
         done = subprocess.run([*command, "--run-dir", str(folder)], stdout=log, stderr=subprocess.STDOUT)
     if done.returncode == 2:
-        fail((folder / "log.txt").read_text().strip().splitlines()[-1])
+        text = re.sub("[╭╮╰╯│─]+", " ", (folder / "log.txt").read_text())  # of tyro's box
+        fail(f"a trial was refused: {' '.join(text.split())}")
     done.check_returncode()
     (path,) = folder.glob("*/result.json")
-    return json.loads(path.read_text())["score"]
+    score = json.loads(path.read_text())["score"]
+    if score is None:
+        fail(f"{path} has no score; expected --args with --eval-episodes above 0")
+    return score
 
 
 def main(args: Args) -> None:
     if not args.script.is_file():
         fail(f"{args.script}: expected a script")
-    ranges = {name.replace("-", "_"): bounds for name, *bounds in args.tune}
-    ranges = ranges or {name: getattr(args, name) for name in ("alpha", "beta", "learning_rate")}
-    for name, (low, high) in ranges.items():
+    path = args.script.resolve()  # two scripts of one name are two studies
+    path = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.relative_to("/")
+    name = str(path.with_suffix("")).replace("/", "__")
+    ranges = {key.replace("-", "_"): bounds for key, *bounds in args.tune}
+    ranges = ranges or {key: getattr(args, key) for key in ("alpha", "beta", "learning_rate")}
+    for key, (low, high) in ranges.items():
         if not 0 < low < high:
-            given = ("tune " if args.tune else "") + name.replace("_", "-")
+            given = ("tune " if args.tune else "") + key.replace("_", "-")
             fail(f"--{given} {low:g} {high:g}: expected two numbers above 0, the lower one first")
 
     try:
@@ -90,10 +103,10 @@ def main(args: Args) -> None:
         fail(f"--args {args.args}: expected a command line ({error})")
 
     def objective(trial: optuna.Trial) -> float:
-        values = {name: trial.suggest_float(name, *bounds, log=True) for name, bounds in ranges.items()}
-        options = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", f"{value:.6g}")]
+        values = {key: trial.suggest_float(key, *bounds, log=True) for key, bounds in ranges.items()}
+        options = [word for key, value in values.items() for word in (f"--{key.replace('_', '-')}", f"{value:.6g}")]
         command = [sys.executable, str(args.script), *options, *words]
-        folder = args.folder / args.script.stem / str(trial.number)
+        folder = args.folder / name / str(trial.number)
         return statistics.mean(run([*command, "--seed", str(seed)], folder / str(seed)) for seed in args.seeds)
 
     try:
@@ -101,27 +114,28 @@ def main(args: Args) -> None:
     except OSError as error:
         fail(f"--folder {args.folder}: expected a folder to write in ({error.strerror})")
     storage = f"sqlite:///{args.folder / 'study.db'}"
-    study = optuna.create_study(study_name=args.script.stem, storage=storage, direction="maximize", load_if_exists=True)
-    about = {"args": args.args, "seeds": list(args.seeds), "tune": [list(each) for each in args.tune]}
-    for name, value in about.items():
-        if study.user_attrs.get(name, value) != value:
-            fail(
-                f"--{name} {value}: the study in {args.folder} has {study.user_attrs[name]}; expected that, or another --folder"
-            )
-        study.set_user_attr(name, value)
-    done = [trial for trial in study.trials if trial.state.is_finished()]
-    study.optimize(objective, max(0, args.trials - len(done)), catch=(subprocess.CalledProcessError,))
+    with (args.folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two that start at once would both make the tables of a new study.db
+        study = optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
+        about = {"args": args.args, "seeds": list(args.seeds), "tune": [list(each) for each in args.tune]}
+        for key, value in about.items():
+            before = study.user_attrs.get(key, value)
+            if before != value:
+                fail(f"--{key} {value}: the study in {args.folder} has {before}; expected that, or another --folder")
+            study.set_user_attr(key, value)
+    ended = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.FAIL)
+    if len(study.get_trials(states=ended)) < args.trials:
+        enough = optuna.study.MaxTrialsCallback(args.trials, states=ended)
+        study.optimize(objective, callbacks=[enough], catch=(subprocess.CalledProcessError,))
     scored = [trial for trial in study.trials if trial.value is not None]
     for trial in sorted(scored, key=lambda trial: -trial.value)[:5]:
-        print(f"{trial.value:.1f}", *(f"--{name.replace('_', '-')} {value:.6g}" for name, value in trial.params.items()))
+        print(f"{trial.value:.6g}", *(f"--{name.replace('_', '-')} {value:.6g}" for name, value in trial.params.items()))
     if not scored:
-        sys.exit(f"optuna_sweep.py: no trial has a score; {args.folder / args.script.stem}/*/*/log.txt say why")
+        sys.exit(f"optuna_sweep.py: no trial has a score; {args.folder / name}/*/*/log.txt say why")
 
 
 if __name__ == "__main__":
-    try:
-        arguments = tyro.cli(Args, description=__doc__)
-    finally:
-        if MISSING:  # after --help, too
-            fail(f"needs {MISSING}; expected what `{INSTALL}` installs")
+    arguments = tyro.cli(Args, description=__doc__)
+    if MISSING:
+        fail(f"needs {MISSING}; expected what `{INSTALL}` installs")
     main(arguments)

@@ -1,0 +1,340 @@
+"""The tables of a report: cells, wins, interquartile means and chances (rliable), training, gradients, equal curves, RLHF."""
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from rliable import library, metrics
+
+from reporting.arms import BENCHMARK, FREE, defaults, fail, is_reference, order, roles_of, shown, what_differs
+
+RETURNS = ("charts/episodic_return", "objective/scores")
+SIGNS = "charts/adv_sign_change"
+GRADIENT = {
+    "policy": "losses/grad_share_policy",
+    "value": "losses/grad_share_value",
+    "entropy": "losses/grad_share_entropy",
+    "reference text": "losses/grad_share_reference",
+    "steps that the clip cuts": "losses/grad_clipped",
+}
+KEPT = (*RETURNS, SIGNS, "objective/kl", *GRADIENT.values())  # in curves.csv
+
+
+def table_of(head: list, rows: list[list]) -> list[str]:
+    lines = [f"| {' | '.join(map(str, line))} |" for line in (head, *rows)]
+    return [lines[0].replace("|  |", "| |").replace("|  |", "| |"), "|---" * len(head) + "|", *lines[1:]]
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def with_error(mean: float, error: float) -> str:
+    """The mean to the place of the error's second digit; alone, if there is no error to tell."""
+    if not error > 0:
+        return number(mean)
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    return f"{mean:,.{decimals}f} ± {error:,.{decimals}f}"
+
+
+# --- curves -----------------------------------------------------------------------------------------------------------
+
+
+def shortfall(points: pd.DataFrame, end: float) -> str | None:
+    """What a run's curve lacks, as text; None if it is whole. points: tag, step of one run, which ended at the step `end`.
+
+    Every iteration that is logged logs the share of changed signs: these steps are evenly spaced and the last is the run's.
+    Returns are logged when episodes end. They may miss twice their longest gap at the end and, of a script that logs nothing
+    else, a quarter of the run in between.
+    """
+    even, returns = (np.unique(points[points.tag.isin(tags)].step) for tags in ((SIGNS,), RETURNS))
+    for steps, is_even in ((even, True), (returns, False)):
+        if not len(steps):
+            continue
+        gaps = np.diff([0, *steps])
+        if end - steps[-1] > (0 if is_even else 2 * gaps.max()):  # False if the end is not known
+            return f"ends at {steps[-1]:,.0f} of {end:,.0f} steps"
+        hole = gaps.argmax()
+        interval = np.quantile(gaps, 0.5, method="higher")  # of two gaps, the second may be the run's short end
+        of_returns = math.inf if len(even) else max(0.25 * steps[-1], 5 * np.median(gaps))
+        if gaps[hole] > (1.5 * interval if is_even else of_returns):
+            return f"has a hole before step {steps[hole]:,.0f}"
+    return None if len(even) or len(returns) else "has no returns"
+
+
+def load_curves(runs: pd.DataFrame, sources: tuple[Path, ...], more: pd.DataFrame | None = None):
+    """Points of KEPT of the local runs, and of those from a csv that has this script's curves.csv beside it.
+
+    A damaged event file ends the curve there without a word, so that curves which lack something are left out; the second
+    value says which.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    columns = ["run_id", "tag", "step", "value"]
+    tables = [own for _, own in more.groupby("run_id")] if more is not None else []
+    for run in runs[runs.folder.notna()].to_dict("records") if "folder" in runs else ():
+        events = EventAccumulator(run["folder"], size_guidance={"scalars": 0}).Reload()
+        tags = sorted(set(KEPT) & set(events.Tags()["scalars"]))
+        rows = [(run["run_id"], tag, event.step, event.value) for tag in tags for event in events.Scalars(tag)]
+        tables.append(pd.DataFrame(rows, columns=columns))
+    for path in sorted(source.with_name("curves.csv") for source in sources if source.is_file()):
+        if path.exists():
+            found = read_curves(path)
+            tables += [own for _, own in found[found.run_id.isin(set(runs.run_id))].groupby("run_id")]
+    about = runs.assign(end=runs.global_step.fillna(runs.steps)).set_index("run_id")
+    whole, lacks = {}, {}
+    for table in filter(len, tables):
+        run = about.loc[table.run_id.iloc[0]]
+        if lack := shortfall(table, run.end):
+            lacks.setdefault(run.name, f"{run.arm}, {run.env}, noise {run.noise}, seed {shown(run.seed)}, {lack}")
+        else:
+            whole.setdefault(run.name, table)
+    curves = pd.concat(whole.values(), ignore_index=True) if whole else pd.DataFrame(columns=columns)
+    return curves.astype({"step": int, "value": float}), [text for run_id, text in lacks.items() if run_id not in whole]
+
+
+def curves_csv(curves: pd.DataFrame) -> str:
+    """A line a tag and step, a column a run: a fifth of the size of a line a point."""
+    points = curves.drop_duplicates(["run_id", "tag", "step"], keep="last")
+    return points.pivot(index=["tag", "step"], columns="run_id", values="value").to_csv(float_format="%.6g")
+
+
+def read_curves(path: Path) -> pd.DataFrame:
+    """run_id, tag, step, value; also of an older file, which has a line a point."""
+    try:
+        table = pd.read_csv(path, dtype={"run_id": str, "tag": str})
+        if "run_id" not in table:
+            table = table.melt(["tag", "step"], var_name="run_id", value_name="value")
+        return table[["run_id", "tag", "step", "value"]].dropna().astype({"run_id": str, "step": int, "value": float})
+    except (OSError, ValueError, KeyError) as error:
+        fail(f"{path}: expected the curves.csv of a report ({str(error).splitlines()[0]})")
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+def cells(runs: pd.DataFrame) -> pd.DataFrame:
+    """Mean, standard error and number of seeds of each script, environment, noise and arm, and the paper's numbers."""
+    grouped = runs.groupby(["script", "env", "noise", "arm"])
+    table = grouped.score.agg(mean="mean", stderr="sem", seeds="count")
+    # the paper's name, if all runs of the cell have it
+    table["algo"] = grouped.paper.agg(lambda names: names.iloc[0] if names.notna().all() and names.nunique() == 1 else None)
+    table = table.reset_index()
+    table["task"] = table.env.str.replace(r"-v\d+$", "", regex=True)
+    published = pd.read_csv(BENCHMARK / "paper/scores.csv")
+    published = published.rename(columns={"env": "task", "mean": "paper_mean", "stderr": "paper_stderr"})
+    published = published[["task", "noise", "algo", "paper_mean", "paper_stderr"]]
+    return table.merge(published, how="left", on=["task", "noise", "algo"]).drop(columns="algo")
+
+
+def wins(table: pd.DataFrame, column: str = "mean") -> dict[tuple[str, str], tuple[int, int]]:
+    """(arm, other): in how many rows the arm's mean is the higher one, and of how many rows that have both."""
+    wide, found = table.pivot_table(index=["env", "noise"], columns="arm", values=column), {}
+    for arm, other in itertools.permutations(wide.columns, 2):
+        both = wide[[arm, other]].dropna()
+        one = column == "paper_mean" and (both[arm] == both[other]).all()  # the paper has one PPO on Atari
+        if len(both) and not one:
+            found[arm, other] = (int((both[arm] > both[other]).sum()), len(both))
+    return found
+
+
+def matrix(runs: pd.DataFrame, arm: str, envs: list[str]) -> np.ndarray:
+    """An arm's scores as [seeds, environments]: as many seeds as the poorest of these environments has."""
+    columns = [runs[(runs.arm == arm) & (runs.env == env)].sort_values("seed").score.to_numpy() for env in envs]
+    seeds = min(len(column) for column in columns)
+    return np.stack([column[:seeds] for column in columns], axis=1)
+
+
+def clear(runs: pd.DataFrame, baseline: str) -> dict[str, float]:
+    """The baseline's mean in each environment where it is above two standard errors: what scores can be divided by."""
+    scores = runs[runs.arm == baseline].groupby("env").score
+    return {env: mean for env, mean in scores.mean().items() if mean > 2 * scores.sem().fillna(0)[env]}
+
+
+def relative_iqm(scores: np.ndarray, base: np.ndarray) -> float:
+    """Interquartile mean of scores [seeds, environments] over the baseline's, each divided by the baseline's means."""
+    scale = base.mean(axis=0)
+    return metrics.aggregate_iqm(scores / scale) / metrics.aggregate_iqm(base / scale)
+
+
+def aggregate(runs: pd.DataFrame, baseline: str, reps: int) -> pd.DataFrame:
+    """Interquartile mean of each arm relative to the baseline's, over the environments of `clear` that both have, and of each
+    pair of arms P(arm > other) over all that both have, with 95 % stratified bootstrap intervals over the seeds of both, by
+    rliable. Of many arms, P only beside baselines and controls."""
+    np.random.seed(0)  # rliable draws from numpy's own generator
+    roles = roles_of(runs)
+    arms = order(list(roles), roles)
+
+    def estimate(statistic, a: str, b: str, common: list[str]) -> tuple[float, float, float]:
+        pair = {"pair": (matrix(runs, a, common), matrix(runs, b, common))}
+        point, interval = library.get_interval_estimates(pair, lambda x, y: np.array([statistic(x, y)]), reps=reps)
+        return point["pair"][0], *interval["pair"][:, 0]
+
+    envs = runs.groupby("arm").env.agg(set)
+    rows, usable = [], set(clear(runs, baseline))
+    for arm in arms:
+        common = sorted(envs[arm] & usable)
+        if arm != baseline and common:
+            rows.append(("IQM", arm, baseline, *estimate(relative_iqm, arm, baseline, common), len(common)))
+    for a, b in itertools.combinations(arms, 2):
+        common = sorted(envs[a] & envs[b])
+        if common and (len(arms) <= 6 or is_reference(roles[a]) or is_reference(roles[b])):
+            value, low, high = estimate(metrics.probability_of_improvement, a, b, common)
+            rows.append(("P(arm > other)", a, b, value, low, high, len(common)))
+            rows.append(("P(arm > other)", b, a, 1 - value, 1 - high, 1 - low, len(common)))
+    return pd.DataFrame(rows, columns=["what", "arm", "other", "value", "low", "high", "environments"])
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def describe_arms(runs: pd.DataFrame) -> str:
+    """Of one script's runs: what each arm is, and the settings in which it differs."""
+    texts, methods = [], runs.groupby("arm").method.first()
+    for arm, text in what_differs(runs).items():
+        parts = [] if arm.startswith(methods[arm]) else [methods[arm]]
+        parts += [script for script in runs[runs.arm == arm].run_script.unique() if script != runs.script.iloc[0]]
+        parts += [text[2:-1]] if text else []
+        texts.append(f"{arm} ({', '.join(parts)})" if parts else arm)
+    return f"Arms: {'; '.join(texts)}."
+
+
+def scores(table: pd.DataFrame, roles: dict[str, str]) -> list[str]:
+    """The rows of one script and noise: ours by arm, the paper's in brackets; the best of ours in bold; wins below."""
+    arms = order(list(table.arm.unique()), roles)
+    rows = []
+    for env, row in table.groupby("env"):
+        texts = dict.fromkeys(arms, "")
+        for cell in row.itertuples():
+            text = with_error(cell.mean, cell.stderr)
+            text = f"**{text}**" if cell.mean == row["mean"].max() and len(row) > 1 else text
+            papers = "" if np.isnan(cell.paper_mean) else f" [{number(cell.paper_mean)} ± {number(cell.paper_stderr)}]"
+            texts[cell.arm] = f"{text} ({cell.seeds}){papers}"
+        rows.append([env, *texts.values()])
+    ours, papers = wins(table), wins(table, "paper_mean")
+    for other in [arm for arm in arms if is_reference(roles[arm])]:
+        pairs = [(arm, other) for arm in arms]
+        texts = ["{} of {}".format(*ours[pair]) if pair in ours else "" for pair in pairs]
+        texts = [f"{text} [{papers[p][0]} of {papers[p][1]}]" if p in papers else text for text, p in zip(texts, pairs)]  # noqa: B905
+        rows.append([f"above {other}", *texts])
+    return table_of(["", *arms], rows)
+
+
+def equal_curves(runs: pd.DataFrame, curves: pd.DataFrame) -> list[str]:
+    """Of one script's runs with PPO: the last step up to which a symmetric run logs, to six digits, what its control does,
+    which has its gradient (docs/loss.md, fact 2), and what the baseline does, which has not; each alike in all else."""
+    points = {run_id: {} for run_id in runs.run_id}
+    for point in curves[curves.run_id.isin(set(runs.run_id)) & curves.tag.isin((*RETURNS, SIGNS))].itertuples():
+        points[point.run_id][point.step, point.tag] = f"{point.value:.6g}"
+    runs = runs[[len(points[run_id]) > 0 for run_id in runs.run_id]]
+    free = {"alpha", "beta", "Z", "literal_signs", "reverse_prob", *FREE} - {"total_timesteps", "iterations"}
+    names = ["env", "seed", *sorted((defaults(runs.run_script.iloc[0]).keys() if len(runs) else set()) & set(runs) - free)]
+    alike = runs[names].map(shown).agg(" ".join, axis=1)
+
+    def last_equal(run: pd.Series, alpha: float) -> str:
+        others = runs[(alike == alike[run.name]) & (runs.beta == 0) & np.isclose(runs.alpha, alpha)]
+        if others.empty:
+            return f"{run.seed:g}: ?"
+        one, two = points[run.run_id], points[others.run_id.iloc[0]]
+        parted = min((point[0] for point in one.keys() | two.keys() if one.get(point) != two.get(point)), default=None)
+        last = max((step for step, _ in one if parted is None or step < parted), default=0)
+        return f"{run.seed:g}: {last:,}{' (end)' if parted is None else ''}"
+
+    rows = []
+    # other gradients, and raw advantages, which change no signs: without returns nothing would tell two runs apart
+    symmetric = runs[(runs.beta > 0) & ~runs.method.str.contains("literal|factored|raw|control")].sort_values("seed")
+    for env, arm in itertools.product(sorted(symmetric.env.unique()), order(list(symmetric.arm.unique()), roles_of(symmetric))):
+        same = [run for _, run in symmetric[(symmetric.env == env) & (symmetric.arm == arm)].iterrows()]
+        control = [last_equal(run, run.alpha + run.beta * abs(run.Z)) for run in same]
+        if not all(text.endswith("?") for text in control):
+            rows.append([f"{arm} on {env}", "; ".join(control), "; ".join(last_equal(run, 1) for run in same)])
+    head = (
+        "Last step (RLHF: episode) up to which two runs log one return and one share of changed signs, to six digits, by seed "
+        "(?: no such run). Rounding ends it where the gradient is one, sooner where a run was resumed in new environments."
+    )
+    return [head, "", *table_of(["", "with the control, of one gradient", "with the baseline"], rows), ""] if rows else []
+
+
+def measures(runs: pd.DataFrame) -> list[str]:
+    """Of one script's runs that tell more than a score (RLHF): each measure before training, all runs, and after it by arm."""
+    names = [name.removeprefix("after.") for name in runs if name.startswith("after.") and not name.endswith("_stderr")]
+    roles, rows = roles_of(runs), []
+    arms = order(list(roles), roles)
+    for name in [name for name in names if runs[f"after.{name}"].notna().any()]:
+        before = runs.get(f"before.{name}", pd.Series(dtype=float)).groupby(runs.seed).mean()  # the arms of a seed start as one
+        columns = [before, *(runs[runs.arm == arm][f"after.{name}"] for arm in arms)]
+        rows.append([name, *(with_error(x.mean(), x.sem()) if x.count() else "" for x in columns)])
+    return ["Measured after training, by arm:", "", *table_of(["", "before", *arms], rows), ""] if rows else []
+
+
+def training(runs: pd.DataFrame, curves: pd.DataFrame) -> list[str]:
+    """Of one script's runs: what they reached while they learned, a steadier number than one evaluation at the end."""
+    merged = curves[curves.tag.isin(RETURNS)].merge(runs[["run_id", "env", "arm"]], on="run_id")
+    if merged.empty:
+        return []
+    late = merged[merged.step > 0.9 * merged.groupby("run_id").step.transform("max")]
+    values = late.groupby(["env", "arm", "run_id"]).value.mean()
+    arms, rows = order(list(merged.arm.unique()), roles_of(runs)), []
+    for env in sorted(merged.env.unique()):
+        columns = [values[env].get(arm, pd.Series(dtype=float)) for arm in arms]
+        rows.append([env, *(f"{with_error(x.mean(), x.sem())} ({len(x)})" if len(x) else "" for x in columns)])
+    return ["While training, mean over the last tenth of it:", "", *table_of(["", *arms], rows), ""]
+
+
+def gradient(runs: pd.DataFrame, curves: pd.DataFrame) -> list[str]:
+    """Of one script's runs: each part's share of the gradient's squared norm, and of the steps that the clip cuts."""
+    merged = curves[curves.tag.isin(GRADIENT.values())].merge(runs[["run_id", "env", "arm"]], on="run_id")
+    if not merged.tag.eq(GRADIENT["policy"]).any():
+        return []
+    values = merged.groupby(["env", "arm", "run_id", "tag"]).value.mean().unstack()
+    told, roles, rows = {name: tag for name, tag in GRADIENT.items() if tag in values}, roles_of(runs), []
+    for env in sorted(merged.env.unique()):
+        for arm in order(list(values.loc[env].index.unique("arm")), roles):
+            columns = [values.loc[env, arm][tag].dropna() for tag in told.values()]
+            means = [with_error(x.mean(), x.sem()) if len(x) > 1 else f"{x.mean():.2g}" for x in columns]
+            rows.append([env, arm, *(f"{mean} ({len(x)})" if len(x) else "" for mean, x in zip(means, columns, strict=True))])
+    head = "Shares of the gradient's squared norm before the clip, mean over training, and of how many runs:"
+    return [head, "", *table_of(["", "", *told], rows), ""]
+
+
+def signs(shares: pd.DataFrame) -> list[str]:
+    rows = []
+    for (env, noise), group in shares.groupby(["env", "noise"]):
+        values = group.value * 100
+        rows.append([f"{env}, noise {noise}", f"{values.mean():.1f} % ({values.min():.1f} to {values.max():.1f})"])
+    head = "### Advantages whose sign normalisation changes"
+    return [head, "", *table_of(["", "share (range of the runs)"], rows)] if rows else []
+
+
+def aggregates(runs: pd.DataFrame, several: pd.DataFrame, baseline: str, found: pd.DataFrame) -> list[str]:
+    """What `found` says, as a table; `several` are those of the runs whose cell has two seeds or more."""
+    roles = roles_of(several)
+    arms = order(list(roles), roles)
+    others = [arm for arm in arms if len(arms) <= 6 or is_reference(roles[arm])]
+    counts = several.groupby(["arm", "env"]).size()
+    few = f", from {counts.min()} seeds and thus too narrow, as the bootstrap sees no others" if counts.min() < 10 else ""
+    text = (
+        f"Interquartile mean in units of {baseline}'s (each score divided by {baseline}'s mean in its environment), and chance "
+        f"that a run is better than one of another arm, each over the environments that both arms have; 95 % intervals{few}."
+    )
+    if unclear := sorted(set(several[several.arm == baseline].env) - set(clear(several, baseline))):
+        text += f" No interquartile mean over {', '.join(unclear)}, where {baseline}'s is not clearly above 0."
+    if counts.groupby(level="arm").sum().min() < 4:
+        text += " Of fewer than four scores it is their mean."
+    if counts.min() < counts.max():
+        text += " Where environments have different numbers of seeds, the first ones of each arm, as many as in its poorest."
+    if single := [f"{run.arm} on {run.env}" for run in runs[~runs.index.isin(several.index)].itertuples()]:
+        text += f" With one seed and left out: {', '.join(single)}."
+    values = {(x.what, x.arm, x.other): f"{x.value:.2f} ({x.low:.2f} to {x.high:.2f})" for x in found.itertuples()}
+    if clear(several, baseline):
+        values["IQM", baseline, baseline] = "1"
+    rows = []
+    for arm in arms:
+        least, most = counts[arm].min(), counts[arm].max()
+        chances = [values.get(("P(arm > other)", arm, other), "") for other in others]
+        seeds = least if least == most else f"{least} to {most}"
+        rows.append([arm, values.get(("IQM", arm, baseline), ""), seeds, *chances])
+    head = ["", f"interquartile mean / {baseline}'s", "seeds", *(f"P(better than {arm})" for arm in others)]
+    return [text, "", *table_of(head, rows), ""]
