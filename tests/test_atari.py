@@ -1,5 +1,6 @@
 """The Atari environments, the noise and the evaluation, against the emulator itself."""
 
+import inspect
 import math
 import tomllib
 from pathlib import Path
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from sppo_atari import Agent, Args, act, bsc_noise, evaluate, games_over, make_envs, resolve_game
+import sppo_atari
+from sppo_atari import Agent, Args, act, bsc_noise, evaluate, games_over, make_envs, resolve_env
 
 pytestmark = pytest.mark.quick
 
@@ -23,27 +25,23 @@ pytestmark = pytest.mark.quick
         ("AlienNoFrameskip-v4", ("Alien", "alien")),
         ("ALE/Alien-v5", ("Alien", "alien")),
         ("UpNDown", ("UpNDown", "up_n_down")),
-        ("MsPacmanNoFrameskip-v4", ("MsPacman", "ms_pacman")),
-        ("ms_pacman", ("MsPacman", "ms_pacman")),
+        ("MsPacmanDeterministic-v0", ("MsPacman", "ms_pacman")),
         ("ALE/TicTacToe3D-v5", ("TicTacToe3D", "tic_tac_toe_3d")),
     ],
 )
-def test_resolve_game(env_id, game):
-    assert resolve_game(env_id) == game
+def test_resolve_env(env_id, game):
+    assert resolve_env(env_id) == game
 
 
-def test_every_game_of_the_paper_resolves():
+def test_every_game_of_the_paper_resolves_and_others_are_gymnasiums_errors():
     settings = tomllib.loads((Path(__file__).parents[1] / "benchmark/paper/hyperparameters.toml").read_text())
     games = settings["atari"]["games"]
-    assert len(games) == 22 and [resolve_game(game)[0] for game in games] == games
-
-
-def test_unknown_game_lists_close_matches():
+    assert len(games) == 22 and [resolve_env(game)[0] for game in games] == games
     with pytest.raises(gymnasium.error.NameNotFound, match="Did you mean: `Alien`"):
-        resolve_game("Alien2")
-    for env_id in ("xyzzy", "Combat"):  # Combat needs two players
-        with pytest.raises(gymnasium.error.NameNotFound):
-            resolve_game(env_id)
+        resolve_env("Alien2")
+    for env_id in ("xyzzy", "Combat", "PongNoFrameskip-v5"):  # Combat needs two players
+        with pytest.raises(gymnasium.error.Error):
+            resolve_env(env_id)
 
 
 class Emulator:
@@ -63,31 +61,35 @@ class Emulator:
             self.ale.act(0)
 
     def step(self, action):
-        reward = 0
+        """Four frames: the sum of the rewards, and the larger of each of the last two frames' pixels."""
+        reward, frames = 0, []
         for _ in range(4):
             reward += self.ale.act(self.actions[action])
+            frames.append(self.ale.getScreenGrayscale())
             if self.ale.game_over():
                 break
-        return reward
+        return reward, np.maximum(*frames[-2:]) if len(frames) == 4 else None
 
 
-def test_rewards_lives_and_game_overs_match_the_bare_emulator():
-    """Ten games of four environments at once: raw rewards, lost lives, ends of games, nothing lost, nothing twice."""
-    envs = make_envs("space_invaders", 4, Args(), use_fire_reset=False)
+def test_rewards_frames_lives_and_game_overs_match_the_bare_emulator():
+    """Five games of four environments at once: raw rewards, frames, lost lives, ends of games, nothing lost, nothing twice."""
+    envs = make_envs("space_invaders", 4, Args(), use_fire_reset=False, img_height=210, img_width=160, stack_num=1)
     _, info = envs.reset(seed=7)
     emulators = [Emulator("space_invaders") for _ in range(4)]
     for i, emulator in enumerate(emulators):
         emulator.reset(int(info["episode_frame_number"][i]))  # as many noops as the environment drew
     rng, games, lives_lost, ours, theirs = np.random.default_rng(0), 0, 0, np.zeros(4), np.zeros(4)
-    while games < 10:
+    flickers = 0
+    while games < 5:
         actions = rng.integers(6, size=4)
         last_info = info
-        _, rewards, terminated, truncated, info = envs.step(actions)
+        obs, rewards, terminated, truncated, info = envs.step(actions)
         over = games_over(terminated | truncated, info, last_info)
         ours += rewards
         for i, emulator in enumerate(emulators):
             lives = emulator.ale.lives()
-            theirs[i] += emulator.step(actions[i])
+            reward, frame = emulator.step(actions[i])
+            theirs[i] += reward
             assert terminated[i] == (emulator.ale.lives() < lives or emulator.ale.game_over())
             assert over[i] == emulator.ale.game_over()
             if over[i]:
@@ -96,9 +98,29 @@ def test_rewards_lives_and_game_overs_match_the_bare_emulator():
                 emulator.reset(int(info["episode_frame_number"][i]))
             else:
                 lives_lost += terminated[i]
-                assert info["lives"][i] == emulator.ale.lives()
+                assert info["lives"][i] == emulator.ale.lives() and (obs[i, 0] == frame).all()
+                flickers += (frame != emulator.ale.getScreenGrayscale()).any()
         assert not truncated.any()
-    assert lives_lost >= 10
+    assert lives_lost >= 5 and flickers > 100  # the maximum of two frames is not the last one
+
+
+def test_games_start_with_fire_keep_sticky_actions_and_last_108_000_frames():
+    envs = make_envs("breakout", 1, Args())
+    _, info = envs.reset(seed=1)
+    for _ in range(40):  # doing nothing loses the ball: FIRE has put it into play
+        _, _, _, _, info = envs.step(np.array([0]))
+    assert info["lives"][0] < 5
+    for probability in (0.0, 1.0):  # with 1 no action ever follows another, and two games stay the same
+        envs = make_envs("breakout", 2, Args(repeat_action_probability=probability))
+        envs.reset(seed=np.array([3, 3]))
+        played = [envs.step(np.array([2, 3]))[0] for _ in range(20)]
+        assert all((obs[0] == obs[1]).all() for obs in played) == (probability == 1.0)
+    given = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sppo_atari, "AtariVectorEnv", lambda rom, num_envs, **kwargs: given.update(kwargs))
+        make_envs("alien", 1, Args())
+    limit = inspect.signature(ale_py.vector_env.AtariVectorEnv).parameters["max_num_frames_per_episode"].default
+    assert given.get("max_num_frames_per_episode", limit) == 108_000
 
 
 def test_a_lost_life_does_not_reset_the_game_and_the_next_game_starts_in_the_same_step():
@@ -179,25 +201,24 @@ def test_act_samples_the_policy_and_reports_its_logprobs():
 def test_evaluate_plays_whole_games_and_films_the_first(tmp_path):
     """The returns of evaluate() against the sum of rewards that the filmed emulator and fresh environments give."""
     torch.manual_seed(0)
-    agent, args = Agent(6), Args(env_id="SpaceInvaders", eval_episodes=3, seed=5)
+    agent, args = Agent(6), Args(env_id="SpaceInvaders", eval_episodes=2, seed=5)
     rng_state = torch.get_rng_state()
     returns = evaluate(agent, args, torch.device("cpu"), tmp_path / "0.mp4")
     assert torch.equal(rng_state, torch.get_rng_state())  # the training's generator is left alone
-    assert len(returns) == 3 and all(score >= 0 and score % 5 == 0 for score in returns)
-    assert returns == evaluate(agent, args, torch.device("cpu"))
+    assert len(returns) == 2 and all(score >= 0 and score % 5 == 0 for score in returns)
 
     # an independent replay: the same seeds and generator, one frame of video a step
-    seeds = np.random.default_rng([5, 1]).integers(2**31, size=3)
+    seeds = np.random.default_rng([5, 1]).integers(2**31, size=2)
     generator = torch.Generator().manual_seed(int(seeds[0]))
-    envs = make_envs("space_invaders", 3, args)
+    envs = make_envs("space_invaders", 2, args)
     obs, info = envs.reset(seed=seeds)
-    colour = make_envs("space_invaders", 3, args, grayscale=False, img_height=210, img_width=160, stack_num=1)
+    colour = make_envs("space_invaders", 2, args, grayscale=False, img_height=210, img_width=160, stack_num=1)
     pictures = [colour.reset(seed=seeds)[0][:, 0]]
-    totals, playing, steps = np.zeros(3), [0, 1, 2], 0
+    totals, playing, steps = np.zeros(2), [0, 1], 0
     while playing:
         with torch.no_grad():
             chosen, _, _ = act(agent, torch.from_numpy(obs[playing]), generator)
-        actions = np.zeros(3, dtype=np.int64)
+        actions = np.zeros(2, dtype=np.int64)
         actions[playing] = chosen.numpy()
         last_lives = info["lives"]
         obs, rewards, _, _, info = envs.step(actions)
@@ -213,4 +234,4 @@ def test_evaluate_plays_whole_games_and_films_the_first(tmp_path):
     for step in (0, steps // 2, steps - 1):  # the first game's pictures but for the compression, and not the second's
         errors = [np.abs(reader.get_data(step).astype(float) - picture).mean() for picture in pictures[step][:2]]
         assert errors[0] < 4 and (step == 0 or errors[0] < errors[1] / 2)
-    assert evaluate(agent, args, torch.device("cpu"), stop=[2]) == []
+    assert evaluate(agent, args, torch.device("cpu"), stop=[2]) == [0.0, 0.0]  # nothing is played after a signal
