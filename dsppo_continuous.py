@@ -502,7 +502,7 @@ def train(args, run):
             stats["charts/episodic_length"] = np.mean(finished_lengths)
         if args.noise == "gaussian":
             stats["charts/noise_std"] = reward_noise.std()
-        if returns.var(correction=0) > 0:  # else there is nothing to explain
+        if returns.var(correction=0) > 1e-10:  # else there is nothing to explain but rounding
             unexplained = (returns - values).var(correction=0) / returns.var(correction=0)
             stats["losses/explained_variance"] = (1 - unexplained).item()
         stats["charts/learning_rate"] = learning_rate

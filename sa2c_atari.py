@@ -389,7 +389,7 @@ def train(args, run):
             if symbols:
                 stats["charts/noise_rate"] = flips / symbols
             all_returns, all_values = torch.stack(fits).unbind(1)
-            if all_returns.var(correction=0) > 0:  # else there is nothing to explain
+            if all_returns.var(correction=0) > 1e-10:  # else there is nothing to explain but rounding
                 unexplained = (all_returns - all_values).var(correction=0) / all_returns.var(correction=0)
                 stats["losses/explained_variance"] = (1 - unexplained).item()
             stats["charts/learning_rate"] = learning_rate

@@ -391,7 +391,7 @@ def train(args, run):
             stats["charts/episodic_length"] = np.mean(finished_lengths)
         if symbols:
             stats["charts/noise_rate"] = flips / symbols
-        if returns.var(correction=0) > 0:  # else there is nothing to explain
+        if returns.var(correction=0) > 1e-10:  # else there is nothing to explain but rounding
             unexplained = (returns - values).var(correction=0) / returns.var(correction=0)
             stats["losses/explained_variance"] = (1 - unexplained).item()
         stats["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
