@@ -1,12 +1,12 @@
 """The rollout loops of the continuous scripts' main(), on scripted environments: what reaches the learner and the log."""
 
-import signal
+import itertools
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from helpers import only, scalars, unchanged_process
 
 import dsa2c_continuous
 import dsppo_continuous
@@ -15,7 +15,8 @@ pytestmark = pytest.mark.quick
 
 STEPS, GAMMA = 6, 0.9
 RAW = np.array([[3, -2], [0, 5], [1, 0], [0, 4], [-7, 1], [2, 0]], dtype=float)  # rewards of steps 0 to 5, two environments
-TERMINATED, TRUNCATED = {(1, 0), (3, 0), (3, 1)}, {(2, 1)}  # (step, environment); nothing on step 5
+# (step, environment); nothing on step 5; at step 3 environment 0 is at the limit, and over all the same
+TERMINATED, TRUNCATED = {(1, 0), (3, 0), (3, 1)}, {(2, 1), (3, 0)}
 
 
 class Scripted(gym.Env):
@@ -42,6 +43,13 @@ class Scripted(gym.Env):
         ends = key in TERMINATED | TRUNCATED
         obs = np.array([99.0, 10 * self.number]) if ends else self.observe()
         return obs, RAW[key[0], self.number], key in TERMINATED, key in TRUNCATED, {}
+
+
+class Still(dsppo_continuous.RunningMeanStd):
+    """Statistics with a variance of 2 that learn nothing."""
+
+    def update(self, rows):
+        self.var = np.full_like(self.var, 2.0)
 
 
 def history():
@@ -85,37 +93,35 @@ def history():
 def loop(request, monkeypatch, tmp_path):
     """Runs main() for two iterations; returns what it gave to compute_gae and update, the environments' log, the scalars."""
     script, log, seen = request.param, [], {"gae": [], "update": [], "critic": None}
-    plain_gae, numbers = script.compute_gae, iter(range(2))
+    plain_gae, numbers = script.compute_gae, itertools.cycle(range(2))
 
     def compute_gae(*args):
         seen["gae"].append([arg.clone() if torch.is_tensor(arg) else arg for arg in args])
         return plain_gae(*args)
 
-    def update(agent, weights, optimizer, loss_fn, args, batch):
+    def update(agent, weights, optimizer, loss_fn, args, batch, generator=None):
         seen["agent"] = agent
         seen["update"].append((optimizer, [tensor.clone() for tensor in batch]))
         stats = {"losses/policy_loss": torch.tensor(0.5)}
         return stats if script is dsa2c_continuous else {name: value.item() for name, value in stats.items()}
 
-    monkeypatch.setattr(script, "make_env", lambda args: Scripted(next(numbers), log))
+    monkeypatch.setattr(script, "make_env", lambda *_, **__: script.PlainEnv(Scripted(next(numbers), log)))
+    monkeypatch.setattr(script, "check", lambda args: None)  # it plays a step
     monkeypatch.setattr(script, "compute_gae", compute_gae)
     monkeypatch.setattr(script, "update", update)
-    handlers = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
 
-    def run(own=None, **changed):
-        settings = {"num_envs": 2, "num_steps": STEPS, "total_timesteps": 4 * STEPS, "eval_episodes": 0, "gamma": GAMMA}
-        settings |= {"log_interval": 1, "gae_lambda": 0.8} if script is dsa2c_continuous else {"gae_lambda": 0.8}
-        changed |= own[script.__name__] if own else {}
-        script.main(script.Args(**settings, run_dir=str(tmp_path), **changed))
-        (folder,) = tmp_path.glob("*/")
-        events = EventAccumulator(str(folder))
-        events.Reload()
-        scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-        return script, seen, log, scalars
+    def run(own=None, total_timesteps=4 * STEPS, resume=None, **changed):
+        settings = {"num_envs": 2, "num_steps": STEPS, "total_timesteps": total_timesteps, "eval_episodes": 0, "gamma": GAMMA}
+        settings |= {"gae_lambda": 0.8} | ({"log_interval": 1} if script is dsa2c_continuous else {})
+        args = script.Args(run_dir=str(tmp_path), **(settings | changed | (own or {}).get(script.__name__, {})))
+        if resume:
+            args = script.parse_args(["--resume", str(resume), "--total-timesteps", str(total_timesteps)])
+        with unchanged_process():
+            script.main(args)
+        return script, seen, log, scalars(only(tmp_path))
 
-    yield run
-    for signum, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
-        signal.signal(signum, handler)
+    run.folder, run.script = tmp_path, script
+    return run
 
 
 @pytest.mark.parametrize("noise", ["none", "gaussian"])
@@ -124,7 +130,7 @@ def test_what_the_advantages_and_the_update_see(loop, noise, num_bins):
     script, seen, log, scalars = loop(noise=noise, noise_std=0.5, num_bins=num_bins, beta=0.0)
     obs, final, rewards, dones = history()
     noises = []
-    rng = np.random.default_rng([1, script.NOISE])
+    rng = np.random.default_rng([1, 2, 0])  # purpose 2 is noise, from step 0
     for iteration in range(2):
         part = slice(iteration * STEPS, (iteration + 1) * STEPS)
         critic = lambda raw: seen["agent"].critic(torch.as_tensor(raw, dtype=torch.float32))[..., 0].detach().numpy()  # noqa: E731
@@ -152,6 +158,8 @@ def test_what_the_advantages_and_the_update_see(loop, noise, num_bins):
             with torch.no_grad():
                 torch.testing.assert_close(batch[2], seen["agent"](batch[0], batch[1])[0])
         torch.testing.assert_close(batch[-1] - batch[-2], values.flatten())
+        explained = 1 - np.var((batch[-1] - values.flatten()).numpy()) / np.var(batch[-1].numpy())
+        assert scalars["losses/explained_variance"][iteration][1] == pytest.approx(explained, rel=1e-3)
     if noise == "gaussian":
         measured = [value for _, value in scalars["charts/noise_std"]]
         assert measured == pytest.approx([each.std() for each in noises])
@@ -172,6 +180,40 @@ def test_logged_returns_are_raw_whole_episodes_and_seeds_are_given_once(loop):
     seeds = [entry[3] for entry in log if entry[0] == "reset" and entry[2] == 0]
     assert len(set(seeds)) == 2 and None not in seeds
     assert all(entry[3] is None for entry in log if entry[0] == "reset" and entry[2] > 0)
+
+
+def test_a_resumed_run_draws_environments_noise_and_actions_from_its_step(loop):
+    loop(total_timesteps=2 * STEPS, noise="gaussian", noise_std=1e3, num_bins=0, beta=0.0)
+    script, seen, log, _ = loop(resume=only(loop.folder))
+    resets = [entry[3] for entry in log if entry[0] == "reset" and entry[2] == 0]
+    assert resets == [int(s) for step in (0, 12) for s in np.random.default_rng([1, 3, step]).integers(2**31, size=2)]
+    for iteration, step in enumerate((0, 12)):
+        noise = 1e3 * np.random.default_rng([1, 2, step]).standard_normal((STEPS, 2))
+        np.testing.assert_allclose(seen["gae"][iteration][0].numpy(), noise, atol=20)  # rewards are within +-10
+        _, (obs, actions, *_) = seen["update"][iteration]
+        drawn = np.random.default_rng([1, 4, step]).standard_normal((STEPS, 2, 2))
+        with torch.no_grad():  # the agent has not learned: `update` is a stand-in
+            np.testing.assert_allclose((actions - seen["agent"].actor(obs)).numpy(), drawn.reshape(-1, 2), atol=1e-4)
+    assert len({script.EVALUATION, script.NOISE, script.ENVS, script.ACTIONS}) == 4
+
+
+def test_normalised_rewards_are_cut_at_ten(loop, monkeypatch):
+    """One reward among 200 returns of 0 is sqrt(201) standard deviations."""
+    raw = np.zeros((STEPS * 40, 2))
+    raw[100] = [1e3, -1e3]
+    monkeypatch.setitem(globals(), "RAW", raw)
+    monkeypatch.setitem(globals(), "STEPS", len(raw))
+    _, seen, _, _ = loop({"dsppo_continuous": {"minibatch_size": 240}}, total_timesteps=2 * len(raw))
+    assert seen["gae"][0][0][100].tolist() == [10.0, -10.0]
+
+
+def test_explained_variance_is_left_out_where_returns_are_constant(loop, monkeypatch):
+    """With gamma 0 they are the rewards but for rounding: (r - V) + V."""
+    monkeypatch.setitem(globals(), "RAW", np.ones((STEPS, 2)))
+    monkeypatch.setattr(loop.script, "RunningMeanStd", lambda mean, var: Still(mean, var))
+    _, seen, _, logged = loop(gamma=0.0)
+    assert 0 < seen["update"][0][1][-1].var() < 1e-11
+    assert "losses/policy_loss" in logged and "losses/explained_variance" not in logged
 
 
 def test_optimiser_and_learning_rate(loop):
