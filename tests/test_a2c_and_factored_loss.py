@@ -11,7 +11,7 @@ import dsppo_continuous
 import sa2c_atari
 import sppo_atari
 from dsa2c_continuous import factored_a2c_reverse
-from dsppo_continuous import factored_ppo_reverse, symmetric_ppo_loss
+from dsppo_continuous import factored_ppo_reverse
 from sa2c_atari import symmetric_a2c_loss
 
 pytestmark = pytest.mark.quick
@@ -37,22 +37,6 @@ def dims(count, samples=200, bins=11, spread=0.1):
     actions = torch.randint(bins, (samples, count, 1), generator=generator)
     logprobs = torch.log_softmax(logits, -1).gather(-1, actions).squeeze(-1)
     return logits, actions, logprobs, logprobs.detach() + spread * random(samples, count), random(samples)
-
-
-@pytest.mark.parametrize("literal_signs", [False, True])
-def test_for_one_dimension_factored_is_joint(literal_signs):
-    logits, _, logprobs, old_logprobs, advantages = dims(1)
-    joint = symmetric_ppo_loss(logprobs.sum(-1), old_logprobs.sum(-1), advantages, 0.1, -0.7, literal_signs)[1]
-    factored = factored_ppo_reverse(logprobs, old_logprobs, advantages, 0.1, -0.7, literal_signs)
-    torch.testing.assert_close(factored, joint)
-    grads = [torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (joint, factored)]
-    torch.testing.assert_close(*grads)
-    assert 0.1 < (grads[0] == 0).all(-1).double().mean() < 0.9  # the mask was met on both sides
-
-    joint = symmetric_a2c_loss(logprobs.sum(-1), advantages, -0.7, literal_signs)[1]
-    factored = factored_a2c_reverse(logprobs, advantages, -0.7, literal_signs)
-    torch.testing.assert_close(factored, joint)
-    torch.testing.assert_close(*(torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (joint, factored)))
 
 
 @pytest.mark.parametrize("count", [3, 17])

@@ -123,26 +123,6 @@ def test_games_start_with_fire_keep_sticky_actions_and_last_108_000_frames():
     assert given.get("max_num_frames_per_episode", limit) == 108_000
 
 
-def test_a_lost_life_does_not_reset_the_game_and_the_next_game_starts_in_the_same_step():
-    envs = make_envs("breakout", 2, Args())
-    obs, info = envs.reset(seed=3)
-    rng, life_lost, game_ended = np.random.default_rng(0), False, False
-    while not (life_lost and game_ended):
-        last_info = info
-        obs, _, terminated, truncated, info = envs.step(rng.integers(4, size=2))
-        over = games_over(terminated | truncated, info, last_info)
-        for i in np.flatnonzero(terminated):
-            if over[i]:  # the observation is already the new game's: its stack holds one frame, repeated or blank
-                game_ended = True
-                assert info["lives"][i] == 5
-                assert info["episode_frame_number"][i] <= 31
-                assert not (obs[i] == info["final_obs"][i]).all()
-            else:
-                life_lost = True
-                assert info["lives"][i] == last_info["lives"][i] - 1
-                assert info["episode_frame_number"][i] == last_info["episode_frame_number"][i] + 4
-
-
 def test_a_truncated_game_gives_the_observation_on_which_it_was_cut():
     """The same game without a limit shows what comes at that step; with one, that is `final_obs`.
 
@@ -162,13 +142,6 @@ def test_a_truncated_game_gives_the_observation_on_which_it_was_cut():
     assert (info["final_obs"][:, :3] == expected[:, :3]).all()
     assert ((info["final_obs"] == expected).mean(axis=(1, 2, 3)) > 0.98).all()
     assert ((obs == expected).mean(axis=(1, 2, 3)) < 0.5).all()  # while the observation is the next game's
-
-
-def test_games_over_ignores_bonus_lives():
-    before = {"lives": np.array([3, 3, 1, 0]), "episode_frame_number": np.array([400, 400, 400, 400])}
-    after = {"lives": np.array([4, 2, 3, 0]), "episode_frame_number": np.array([404, 404, 10, 12])}
-    dones = np.array([False, True, True, True])  # bonus life, lost life, game over, game over in a game without lives
-    assert games_over(dones, after, before).tolist() == [False, False, True, True]
 
 
 def within_binomial_bounds(count, trials, probability):

@@ -7,22 +7,20 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
-from torch.distributions import Categorical, Independent, Normal
+from torch.distributions import Categorical
 
 import dsa2c_continuous
 import dsppo_continuous
+import sppo_atari
 from dsppo_continuous import (
     Agent,
     Args,
-    PlainEnv,
     RunningMeanStd,
     act,
     evaluate,
     flatten_parameters,
     make_bins,
     make_env,
-    normalise_obs,
     numpy_actor,
     resolve_env,
     step_envs,
@@ -42,79 +40,6 @@ def random_policy(bins):
     agent = Agent(OBS, bins)
     torch.nn.init.orthogonal_(agent.actor[4].weight, 1.0)
     return agent, torch.randn(64, OBS)
-
-
-def test_normalisers_match_vecnormalize_on_a_recorded_sequence():
-    """300 steps of 3 environments with terminations and truncations: observations, last observations, statistics."""
-    rng = np.random.default_rng(0)
-
-    class Recorded(gym.Env):
-        observation_space = gym.spaces.Box(-np.inf, np.inf, (OBS,), np.float64)
-        action_space = SPACE
-
-        def __init__(self):
-            self.rng = np.random.default_rng(rng.integers(1000))
-
-        def observe(self):
-            return 30 * self.rng.standard_normal(OBS) ** 3 + np.arange(OBS)
-
-        def reset(self, seed=None, options=None):
-            return self.observe(), {}
-
-        def step(self, action):
-            terminated, truncated = self.rng.random(2) < 0.05
-            return self.observe(), 5 * self.rng.standard_normal() ** 3, bool(terminated), bool(truncated), {}
-
-    rng = np.random.default_rng(7)
-    theirs = VecNormalize(DummyVecEnv([Recorded] * 3), gamma=0.9, norm_reward=False)  # the rewards: test_loop_continuous.py
-    rng = np.random.default_rng(7)
-    envs = [PlainEnv(Recorded()) for _ in range(3)]
-    obs_stats = RunningMeanStd(np.zeros(OBS), np.ones(OBS))
-    raw_obs = np.array([env.reset()[0] for env in envs])
-    obs_stats.update(raw_obs)
-    np.testing.assert_allclose(normalise_obs(raw_obs, obs_stats), theirs.reset(), rtol=1e-5)
-    ended = 0
-    for _ in range(300):
-        their_obs, their_rewards, their_dones, infos = theirs.step(np.zeros((3, D)))
-        raw_obs, raw_rewards, terminated, truncated, final_obs = step_envs(envs, np.zeros((3, D)))
-        obs_stats.update(raw_obs)
-        np.testing.assert_allclose(normalise_obs(raw_obs, obs_stats), their_obs, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(raw_rewards, their_rewards, rtol=1e-6)
-        np.testing.assert_array_equal(terminated | truncated, their_dones)
-        assert sorted(final_obs) == np.flatnonzero(their_dones).tolist()
-        for i, last_obs in final_obs.items():
-            expected = infos[i]["terminal_observation"]
-            np.testing.assert_allclose(normalise_obs(last_obs, obs_stats), expected, rtol=1e-5, atol=1e-6)
-            ended += 1
-    assert ended > 30
-    np.testing.assert_allclose(obs_stats.var, theirs.obs_rms.var, rtol=1e-9)
-    assert obs_stats.count == pytest.approx(theirs.obs_rms.count)
-
-
-def test_running_statistics_are_those_of_all_rows():
-    rows = np.random.default_rng(0).standard_normal((500, 4)) * [1, 10, 0.1, 0] + [0, 5, -3, 2]
-    stats = RunningMeanStd(np.zeros(4), np.ones(4))
-    for part in np.split(rows, [1, 4, 100]):
-        stats.update(part)
-    np.testing.assert_allclose(stats.mean, rows.mean(0), rtol=1e-5)
-    np.testing.assert_allclose(stats.var, rows.var(0), rtol=1e-4, atol=1e-5)
-
-
-# --- bins and policies ------------------------------------------------------------------------------------------------
-
-
-def test_bins_are_linspace_of_each_dimension():
-    for num_bins in (2, 5, 11):
-        counts, bins = make_bins(SPACE, num_bins)
-        assert counts == [num_bins] * D and bins.dtype == np.float32 and bins.shape == (D, num_bins)
-        for d in range(D):
-            low, high = float(SPACE.low[d]), float(SPACE.high[d])
-            np.testing.assert_allclose(bins[d], [low + (high - low) * k / (num_bins - 1) for k in range(num_bins)], atol=1e-6)
-        chosen = np.random.default_rng(0).integers(0, num_bins, (50, D))
-        env_actions = to_env(chosen, SPACE, bins)
-        assert all(SPACE.contains(action) for action in env_actions)
-        for row in range(50):
-            assert env_actions[row].tolist() == [bins[d, chosen[row, d]] for d in range(D)]
 
 
 @pytest.mark.parametrize(
@@ -144,27 +69,6 @@ def test_bins_that_a_dimension_lacks_are_never_drawn_and_count_for_nothing():
     expected = [each.log_prob(torch.from_numpy(drawn[:, d])) for d, each in enumerate(alone)]
     torch.testing.assert_close(logprobs, torch.stack(expected, -1))
     torch.testing.assert_close(entropies, sum(each.entropy() for each in alone))
-
-
-def test_gaussian_actions_are_cut_to_the_box():
-    assert make_bins(SPACE, 0) == ([0] * D, None)
-    actions = np.array([[-3.0, 0.25, 9.0], [0.5, 7.0, 0.6]], dtype=np.float32)
-    np.testing.assert_array_equal(to_env(actions, SPACE, None), np.array([[-1, 0.25, 0.75], [0.5, 6, 0.6]], np.float32))
-
-
-@pytest.mark.parametrize("num_bins", [0, 11])
-def test_logprobs_and_entropy_equal_torch_distributions(num_bins):
-    agent, obs = random_policy([num_bins] * D)
-    if num_bins:
-        actions = torch.randint(num_bins, (64, D))
-        distribution = Independent(Categorical(logits=agent.actor(obs).view(-1, D, num_bins)), 1)
-    else:
-        actions, agent.log_std.data = torch.randn(64, D), torch.tensor([0.3, -1.0, 0.0])
-        distribution = Independent(Normal(agent.actor(obs), agent.log_std.exp()), 1)
-    logprobs, entropies, values = agent(obs, actions)
-    torch.testing.assert_close(logprobs.sum(-1), distribution.log_prob(actions))
-    torch.testing.assert_close(entropies, distribution.entropy())
-    torch.testing.assert_close(values, agent.critic(obs)[:, 0])
 
 
 def test_actions_are_distributed_as_the_policy_says():
@@ -201,18 +105,14 @@ def test_flat_parameters_are_the_layers_own():
 
 
 def test_initialisation_is_orthogonal_with_the_usual_gains():
-    agent = Agent(OBS, [11] * D)
-    for network, last_gain in ((agent.actor, 0.01), (agent.critic, 1.0)):
-        assert [type(layer).__name__ for layer in network] == ["Linear", "Tanh", "Linear", "Tanh", "Linear"]
-        for layer, gain in ((network[0], 2**0.5), (network[2], 2**0.5), (network[4], last_gain)):
-            weight = layer.weight.detach()
-            weight = weight if len(weight) <= weight.shape[1] else weight.T
-            torch.testing.assert_close(weight @ weight.T, gain**2 * torch.eye(len(weight)), rtol=0, atol=1e-5)
-            assert not layer.bias.any()
-    assert network[0].out_features == network[2].out_features == 64
-
-
-# --- environments -----------------------------------------------------------------------------------------------------
+    agent, atari, hidden = Agent(OBS, [11] * D), sppo_atari.Agent(6), 2**0.5
+    layers = [(network[i], hidden) for network in (agent.actor, agent.critic) for i in (0, 2)]
+    layers += [(agent.actor[4], 0.01), (agent.critic[4], 1.0), (atari.actor, 0.01), (atari.critic, 1.0)]
+    for layer, gain in [*layers, *((atari.network[i], hidden) for i in (0, 2, 4, 7))]:
+        weight = layer.weight.detach().flatten(1)
+        weight = weight if len(weight) <= weight.shape[1] else weight.T
+        torch.testing.assert_close(weight @ weight.T, gain**2 * torch.eye(len(weight)), rtol=0, atol=1e-5)
+        assert not layer.bias.any()
 
 
 @pytest.mark.parametrize("task", tomllib.loads(SETTINGS.read_text())["continuous"]["tasks"])

@@ -17,8 +17,6 @@ import torch
 from gymnasium.spaces import Box
 from helpers import ENV, ROOT, no_process_outlives_its_test, only, scalars, start, unchanged_process, wait_for  # noqa: F401
 
-import dsppo_continuous
-
 pytestmark = pytest.mark.quick
 
 NAN, INF = float("nan"), float("inf")
@@ -161,15 +159,17 @@ def curves(folder):
     return {tag: values for tag, values in scalars(folder).items() if tag != "charts/SPS"}
 
 
-def test_odd_environments_learn_and_score_as_their_plain_twin(call):
-    names = list(ODD)
-    plain = {}
+def test_odd_environments_learn_and_score_as_their_plain_twin(call, monkeypatch):
+    names, orders, randperm = list(ODD), [], torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda *args, **kwargs: orders.append(randperm(*args, **kwargs)) or orders[-1])
     for name in names[: names.index("DrawsFromNumpy")]:
+        orders.clear()
         weights, result = outcome(call(name, "--eval-episodes", "2"))
         if name in ("Plain", "OneNumber"):
             plain = (weights, result["returns"])
         assert result["returns"] == plain[1] and len(plain[1]) == 2, name
         torch.testing.assert_close(weights, plain[0], rtol=0, atol=0, msg=name)
+        assert len({tuple(order.tolist()) for order in orders}) == len(orders)  # no two epochs shuffle alike
         torch.set_default_dtype(torch.float32)
         torch.set_grad_enabled(True)
 
@@ -185,15 +185,6 @@ def test_the_seed_covers_what_an_environment_draws_from(call, name, capsys):
     with unchanged_process():
         call.script.main(call.script.parse_args(["--evaluate", str(folders[0])]))
     assert f"returns {returns}" in capsys.readouterr().out
-
-
-def test_minibatches_differ_between_updates_of_an_environment_that_seeds_torch(monkeypatch, tmp_path):
-    orders, randperm = [], torch.randperm
-    monkeypatch.setattr(torch, "randperm", lambda *args, **kwargs: orders.append(randperm(*args, **kwargs)) or orders[-1])
-    args = {"env_id": "SeedsGenerators-v0", "num_steps": 64, "minibatch_size": 32, "total_timesteps": 128, "eval_episodes": 0}
-    with unchanged_process():
-        dsppo_continuous.main(dsppo_continuous.Args(**args, run_dir=str(tmp_path)))
-    assert len({tuple(order.tolist()) for order in orders}) == len(orders) == 20
 
 
 @pytest.mark.parametrize(
