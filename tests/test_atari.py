@@ -72,16 +72,16 @@ class Emulator:
 
 
 def test_rewards_frames_lives_and_game_overs_match_the_bare_emulator():
-    """Five games of four environments at once: raw rewards, frames, lost lives, ends of games, nothing lost, nothing twice."""
-    envs = make_envs("space_invaders", 4, Args(), use_fire_reset=False, img_height=210, img_width=160, stack_num=1)
+    """Three games of two environments at once: raw rewards, frames, lost lives, ends of games, nothing lost, nothing twice."""
+    envs = make_envs("space_invaders", 2, Args(), use_fire_reset=False, img_height=210, img_width=160, stack_num=1)
     _, info = envs.reset(seed=7)
-    emulators = [Emulator("space_invaders") for _ in range(4)]
+    emulators = [Emulator("space_invaders") for _ in range(2)]
     for i, emulator in enumerate(emulators):
         emulator.reset(int(info["episode_frame_number"][i]))  # as many noops as the environment drew
-    rng, games, lives_lost, ours, theirs = np.random.default_rng(0), 0, 0, np.zeros(4), np.zeros(4)
+    rng, games, lives_lost, ours, theirs = np.random.default_rng(0), 0, 0, np.zeros(2), np.zeros(2)
     flickers = 0
-    while games < 5:
-        actions = rng.integers(6, size=4)
+    while games < 3:
+        actions = rng.integers(6, size=2)
         last_info = info
         obs, rewards, terminated, truncated, info = envs.step(actions)
         over = games_over(terminated | truncated, info, last_info)
@@ -101,7 +101,7 @@ def test_rewards_frames_lives_and_game_overs_match_the_bare_emulator():
                 assert info["lives"][i] == emulator.ale.lives() and (obs[i, 0] == frame).all()
                 flickers += (frame != emulator.ale.getScreenGrayscale()).any()
         assert not truncated.any()
-    assert lives_lost >= 5 and flickers > 100  # the maximum of two frames is not the last one
+    assert lives_lost >= 4 and flickers > 100  # the maximum of two frames is not the last one
 
 
 def test_games_start_with_fire_keep_sticky_actions_and_last_108_000_frames():
