@@ -99,7 +99,8 @@ def loop(request, monkeypatch, tmp_path):
         seen["gae"].append([arg.clone() if torch.is_tensor(arg) else arg for arg in args])
         return plain_gae(*args)
 
-    def update(agent, weights, optimizer, loss_fn, args, batch, generator=None):
+    def update(agent, weights, optimizer, *step_fn_and_args):
+        (batch,) = (each for each in step_fn_and_args if isinstance(each, list))
         seen["agent"] = agent
         seen["update"].append((optimizer, [tensor.clone() for tensor in batch]))
         stats = {"losses/policy_loss": torch.tensor(0.5)}
@@ -197,14 +198,18 @@ def test_a_resumed_run_draws_environments_noise_and_actions_from_its_step(loop):
     assert len({script.EVALUATION, script.NOISE, script.ENVS, script.ACTIONS}) == 4
 
 
-def test_normalised_rewards_are_cut_at_ten(loop, monkeypatch):
+def test_normalised_rewards_are_cut_at_ten_and_noise_comes_in_blocks_of_one_stream(loop, monkeypatch):
     """One reward among 200 returns of 0 is sqrt(201) standard deviations."""
     raw = np.zeros((STEPS * 40, 2))
     raw[100] = [1e3, -1e3]
     monkeypatch.setitem(globals(), "RAW", raw)
     monkeypatch.setitem(globals(), "STEPS", len(raw))
-    _, seen, _, _ = loop({"dsppo_continuous": {"minibatch_size": 240}}, total_timesteps=2 * len(raw))
+    settings = {"total_timesteps": 2 * len(raw), "num_bins": 0, "beta": 0.0}
+    _, seen, _, _ = loop({"dsppo_continuous": {"minibatch_size": 240}}, **settings)
     assert seen["gae"][0][0][100].tolist() == [10.0, -10.0]
+    _, (obs, actions, *_) = seen["update"][0]
+    drawn = np.random.default_rng([1, 4, 0]).standard_normal((len(raw), 2, 2)).reshape(-1, 2)
+    np.testing.assert_allclose((actions - seen["agent"].actor(obs)).detach().numpy(), drawn, atol=1e-4)
 
 
 def test_explained_variance_is_left_out_where_returns_are_constant(loop, monkeypatch):

@@ -125,9 +125,9 @@ def updater(script, agent, args):
     weights = script.flatten_parameters(agent)
     if script is dsppo_continuous:
         optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=args.adam_eps, fused=True)
-        return lambda batch: script.update(agent, weights, optimizer, script.minibatch_loss, args, batch, generator)
+        return lambda batch: script.update(agent, weights, optimizer, script.gradient_step, args, batch, generator)
     optimizer = torch.optim.RMSprop([weights], lr=args.learning_rate, alpha=args.rmsprop_alpha, eps=args.rmsprop_eps)
-    return lambda batch: script.update(agent, weights, optimizer, script.rollout_loss, args, batch)
+    return lambda batch: script.update(agent, weights, optimizer, args, batch)
 
 
 @pytest.mark.parametrize("norm_adv", [True, False])
