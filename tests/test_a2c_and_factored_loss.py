@@ -24,8 +24,7 @@ def test_a2c_finite_in_float32(logprob, advantage):
     policy_loss, reverse_loss = symmetric_a2c_loss(logprobs, torch.tensor([advantage]))
     factored = factored_a2c_reverse(logprobs.unsqueeze(-1).expand(1, 17), torch.tensor([advantage]))
     (grad,) = torch.autograd.grad(policy_loss + reverse_loss + factored, logprobs)
-    for value in (policy_loss, reverse_loss, factored, grad):
-        assert torch.isfinite(value).all()
+    assert all(torch.isfinite(value).all() for value in (policy_loss, reverse_loss, factored, grad))
     assert reverse_loss.item() == pytest.approx(-advantage * math.expm1(logprob), rel=1e-6)
 
 
@@ -126,17 +125,10 @@ def test_each_argument_reaches_the_loss(script, reverse_prob, literal_signs, nor
 @pytest.mark.parametrize("script", [sa2c_atari, dsa2c_continuous], ids=lambda module: module.__name__)
 def test_mean_weight_is_sa2c_with_one_weight_for_all_samples(script):
     """Its gradient is (alpha + beta |Z| mean pi) grad L_a2c, with the mean of SA2C's own weights (fact 3)."""
-    torch.manual_seed(0)
-    logits = torch.randn(64, 3, 5, dtype=torch.float64, requires_grad=True)
-    actions = torch.randint(5, (64, 3))
-    all_logprobs = torch.log_softmax(logits, -1)
-    logprobs = all_logprobs.gather(-1, actions[..., None]).squeeze(-1)
-    advantages, zeros = torch.randn(64).double(), torch.zeros(64).double()
-    if script is sa2c_atari:
-        actions, logprobs = actions[:, 0], logprobs[:, :1]
-        agent = lambda obs: (all_logprobs[:, 0], zeros)  # noqa: E731
-    else:
-        agent = lambda obs, actions: (logprobs, zeros, zeros)  # noqa: E731
+    atari = script is sa2c_atari
+    logits, actions, logprobs, _, advantages = dims(1 if atari else 3, samples=64, bins=5)
+    all_logprobs, zeros, actions = torch.log_softmax(logits, -1)[:, 0], torch.zeros(64).double(), actions[:, 0, 0]
+    agent = (lambda obs: (all_logprobs, zeros)) if atari else (lambda obs, actions: (logprobs, zeros, zeros))
     args = script.Args(alpha=0.5, beta=3.0, Z=-0.4, ent_coef=0.0, mean_weight=True)
     loss, _ = script.rollout_loss(agent, args, None, actions, advantages, zeros)
     joint = logprobs.sum(-1)

@@ -150,7 +150,7 @@ def test_batch_and_schedules_that_the_update_sees(loop):
                 expected = agent(obs)[0].gather(-1, actions[:, None])[:, 0]
             torch.testing.assert_close(logprobs[0], expected, rtol=0, atol=1e-5)
             assert clip_coef == pytest.approx(0.2 * (1 - iteration / 2))
-    assert len(seen["update"]) == 2 and not seen["update"][0][0].bf16
+    assert not seen["update"][0][0].bf16
     assert [value for _, value in logged["charts/learning_rate"]] == pytest.approx([first_rate, first_rate / 2])
 
 

@@ -122,9 +122,7 @@ odd("TellsNan", told=lambda self: self.x * (NAN if 2 <= self.number < 6 and self
 odd("TellsInfinity", told=lambda self: self.x + (INF if 2 <= self.number < 6 and self.steps == 20 else 0))
 odd("TellsNanLater", told=lambda self: self.x * (NAN if self.number >= 6 else 1))  # in evaluation
 odd("PaysNan", paid=lambda self, reward: NAN if self.number == 2 and self.steps == 20 else reward)
-odd("Breaks", paid=lambda self, reward: sys.exit(7) if self.steps == 20 else reward)  # what a second Ctrl-C does
 odd("Endless", limit=None)
-odd("ShowsNothing", render=lambda self: None)
 odd("ShowsFloats", render=lambda self: np.zeros((32, 48, 3)))
 odd("PaysTwice", paid=lambda self, reward: np.array([reward, reward]))
 
@@ -211,7 +209,6 @@ def test_numbers_that_are_none_end_the_run_and_are_named(call, name, message):
     ("name", "args", "reason"),
     [
         ("PaysTwice", [], "can only convert an array of size 1"),
-        ("ShowsNothing", ["--capture-video"], "--capture-video: ShowsNothing-v0 renders no frames of uint8"),
         ("ShowsFloats", ["--capture-video"], "--capture-video: ShowsFloats-v0 renders no frames of uint8"),
         ("Endless", [], "--env-id Endless-v0: .*no time limit, set --max-episode-steps"),
     ],
@@ -229,12 +226,6 @@ def test_a_task_without_time_limit_trains_unscored_or_with_a_limit(call):
     assert imageio.get_reader(folder / "videos" / "128.mp4").count_frames() <= 9
 
 
-def test_environments_are_closed_when_the_training_ends_at_once(call):
-    with pytest.raises(SystemExit) as stopped:
-        call("Breaks")
-    assert stopped.value.code == 7 and Plain.made > 1
-
-
 def test_load_policy_plays_in_five_lines_what_the_result_says(call):
     folder = call("Plain", "--eval-episodes", "1")
     policy, env = call.script.load_policy(folder)
@@ -248,11 +239,10 @@ def test_load_policy_plays_in_five_lines_what_the_result_says(call):
 
 
 def test_a_log_of_one_sample_is_finite(call):
-    one, steps = ["--num-envs", "1", "--num-steps", "1"], 129  # the last log has one iteration
     if "ppo" in call.script.__name__:
-        one, steps = ["--num-envs", "1", "--num-steps", "2", "--minibatch-size", "2"], 128
-    args = [*one, "--no-norm-adv", "--total-timesteps", str(steps), "--eval-episodes", "0"]
-    assert outcome(call("Plain", *args))[1]["global_step"] == steps
+        pytest.skip("a minibatch has two")
+    args = ["--num-envs", "1", "--num-steps", "1", "--total-timesteps", "129", "--eval-episodes", "0"]
+    assert outcome(call("Plain", *args))[1]["global_step"] == 129
 
 
 def test_a_signal_during_an_evaluation_while_training_saves_at_once(call, monkeypatch):

@@ -33,9 +33,6 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-every = pytest.mark.parametrize("folder", [path.name for path in FOLDERS], indirect=True)
-
-
 def test_two_or_three_small_policies_with_all_that_identifies_them():
     assert 2 <= len(FOLDERS) <= 3 and LANDER in FOLDERS
     for folder in FOLDERS:
@@ -68,7 +65,7 @@ def command(*words):
         dsppo_continuous.main(dsppo_continuous.parse_args(list(map(str, words))))
 
 
-@every
+@pytest.mark.parametrize("folder", [path.name for path in FOLDERS], indirect=True)
 def test_a_committed_policy_solves_its_task_and_has_finished(folder, capsys):
     """By Gymnasium's threshold, in other episodes than result.json's. No exact numbers: another CPU may round otherwise."""
     before = contents(folder)

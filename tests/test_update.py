@@ -193,7 +193,10 @@ def frames():
     return agent, tuple(tensor.flatten(0, 1) for tensor in (obs, actions, logprobs, advantages, returns))
 
 
-@pytest.mark.parametrize(("script", "make"), [(sppo_atari, frames), (dsppo_continuous, many_bins)], ids=["sppo", "dsppo"])
+both = pytest.mark.parametrize(("script", "make"), [(sppo_atari, frames), (dsppo_continuous, many_bins)], ids=["sppo", "dsppo"])
+
+
+@both
 def test_an_update_matches_its_control(script, make):
     """Fact 2 in float32: alpha 0.5, beta 10 and alpha 10.5, beta 0 end at the same weights, and PPO elsewhere."""
     ends = []
@@ -205,7 +208,7 @@ def test_an_update_matches_its_control(script, make):
     assert (ends[0] - ends[2]).abs().max() > 3e-4
 
 
-@pytest.mark.parametrize(("script", "make"), [(sppo_atari, frames), (dsppo_continuous, many_bins)], ids=["sppo", "dsppo"])
+@both
 def test_target_kl_ends_the_update_after_an_epoch(script, make, monkeypatch):
     """With log r = -s throughout old_approx_kl is s, and approx_kl is about s^2 / 2."""
     agent, (obs, actions, _, *rest) = make()
@@ -228,8 +231,7 @@ def test_a_compiled_update_equals_the_plain_one(device, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     agent, batch = frames()
     batch, clip_coef = [tensor.to(device) for tensor in batch], torch.tensor(0.1, device=device)
-    epochs = 3 if device == "cuda" else 1
-    args = sppo_atari.Args(beta=10.0, update_epochs=epochs, minibatch_size=STEPS * ENVS // 2)
+    args = sppo_atari.Args(beta=10.0, update_epochs=3 if device == "cuda" else 1, minibatch_size=STEPS * ENVS // 2)
     results, loss_fn = [], sppo_atari.minibatch_loss
     for function in (loss_fn, torch.compile(loss_fn, mode="reduce-overhead")):
         learner = copy.deepcopy(agent).to(device)
