@@ -37,7 +37,7 @@ class Shared(nn.Module):
         self.double()
 
     def forward(self, obs):
-        hidden = torch.tanh(self.trunk(obs))
+        hidden = torch.tanh(self.trunk(obs.flatten(1)))
         return F.log_softmax(self.actor(hidden), dim=-1), self.critic(hidden).squeeze(-1)
 
 
@@ -81,7 +81,7 @@ def train(args, make_optimizer, update=sppo_atari.update):
         obs, actions, advantages, returns = rollout(seed)
         with torch.no_grad():
             logprobs = agent(obs)[0].gather(-1, actions[:, None]).squeeze(-1)
-        batch = (obs, actions, logprobs, advantages, returns)
+        batch = (obs[..., None, None], actions, logprobs, advantages, returns)  # `update` takes frames
         clip_coef = torch.tensor(args.clip_coef, dtype=torch.float64)
         update(agent, optimizer, sppo_atari.minibatch_loss, args, clip_coef, batch)
     return torch.cat([parameter.detach().flatten() for parameter in agent.parameters()]) - first
@@ -262,6 +262,7 @@ def test_norm_and_share_of_the_clip(script):
     """The norm before the clip, worked out on a copy, and whether it is above the limit."""
     obs, actions, advantages, returns = rollout(0)
     ratio, atari = "ppo" in script.__name__, "atari" in script.__name__
+    obs = obs[..., None, None] if atari else obs
     torch.manual_seed(0)
     first = Shared() if atari else script.Agent(6, [4]).double()
     actions = actions if atari else actions[:, None]
@@ -280,7 +281,8 @@ def test_norm_and_share_of_the_clip(script):
         else:
             optimizer = [torch.optim.SGD(weights or agent.parameters(), lr=0.0)]
         generator = (torch.Generator(),) if script is dsppo_continuous else ()
-        stats = script.update(agent, *weights, *optimizer, loss_fn, args, *clip_coef, batch, *generator)
+        step_fn = {dsppo_continuous: (dsppo_continuous.gradient_step,), dsa2c_continuous: ()}.get(script, (loss_fn,))
+        stats = script.update(agent, *weights, *optimizer, *step_fn, args, *clip_coef, batch, *generator)
         assert float(stats["losses/grad_norm"]) == pytest.approx(norm) and float(stats["losses/grad_clipped"]) == clipped
 
 
@@ -297,7 +299,7 @@ def dsppo_weights(alpha, beta, max_grad_norm, eps):
         with torch.no_grad():
             logprobs = agent(obs, actions)[0]
         batch = (obs, actions, logprobs, advantages, returns)
-        dsppo_continuous.update(agent, weights, optimizer, dsppo_continuous.minibatch_loss, args, batch, generator)
+        dsppo_continuous.update(agent, weights, optimizer, dsppo_continuous.gradient_step, args, batch, generator)
     return weights.detach().clone()
 
 
