@@ -19,8 +19,6 @@ from helpers import ENV, ROOT, no_process_outlives_its_test, only, scalars, star
 
 pytestmark = pytest.mark.quick
 
-NAN, INF = float("nan"), float("inf")
-
 
 class Plain(gymnasium.Env):
     """A drifting point that leaves |x| < 3 or is cut off; the rewards are its steps. `opened` counts what nobody closed."""
@@ -118,10 +116,10 @@ odd("DrawsFromRandom", drawn=lambda self: np.array([random.gauss(0, 1), random.g
 odd("DrawsFromTorch", drawn=lambda self: torch.randn(2).numpy())
 odd("DrawsFromItsSpaces", drawn=drawn_from_spaces)
 # that end a run, or do not start it
-odd("TellsNan", told=lambda self: self.x * (NAN if 2 <= self.number < 6 and self.steps == 20 else 1))
-odd("TellsInfinity", told=lambda self: self.x + (INF if 2 <= self.number < 6 and self.steps == 20 else 0))
-odd("TellsNanLater", told=lambda self: self.x * (NAN if self.number >= 6 else 1))  # in evaluation
-odd("PaysNan", paid=lambda self, reward: NAN if self.number == 2 and self.steps == 20 else reward)
+odd("TellsNan", told=lambda self: self.x * (np.nan if 2 <= self.number < 6 and self.steps == 20 else 1))
+odd("TellsInfinity", told=lambda self: self.x + (np.inf if 2 <= self.number < 6 and self.steps == 20 else 0))
+odd("TellsNanLater", told=lambda self: self.x * (np.nan if self.number >= 6 else 1))  # in evaluation
+odd("PaysNan", paid=lambda self, reward: np.nan if self.number == 2 and self.steps == 20 else reward)
 odd("Endless", limit=None)
 odd("ShowsFloats", render=lambda self: np.zeros((32, 48, 3)))
 odd("PaysTwice", paid=lambda self, reward: np.array([reward, reward]))
