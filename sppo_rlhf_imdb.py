@@ -1,70 +1,34 @@
-"""PPO and SPPO that teach a language model to write positive movie reviews: RLHF with the symmetric RL loss, in one file.
+"""SPPO, PPO with the symmetric RL loss, teaches a language model to write positive movie reviews: RLHF in one file.
 
-Byun and Perrault, "Symmetric Reinforcement Learning Loss for Robust Learning on Diverse Tasks and Model Scales"
-(ICML 2025, arXiv:2405.17618). The policy is a causal language model, an action is a token, and the k actions are the whole
-vocabulary. Token i has probability pi_i, r = pi_i / pi_old_i, and A is its advantage:
+Paper: https://arxiv.org/abs/2405.17618, Byun and Perrault, ICML 2025. The policy is a causal language model; an action is a
+token. Token i has probability pi_i; r = pi_i / pi_old_i; A is the advantage:
 
     Eq. 3   L_ppo  = -min(A r, A clip(r, 1 - eps, 1 + eps))
-    Eq. 8   L_rppo = -A Z sum_{j != i} pi_j / pi_old_i = -A Z (1 - pi_i) / pi_old_i     where the clip does not cut
-    Eq. 9   L      = alpha L_ppo + beta L_rppo                                          Z < 0, -1 in the paper
-
-A prompt is the first half of a review, and the policy continues it. A classifier's probability that the whole text is
-positive is the score, and the last token gets it as its reward. Every token costs kl_coef (log pi - log pi_ref); pi_ref is
-the policy before training. The algorithm ends at the line "Operations".
-
-Examples:
+    Eq. 8   L_rppo = -A Z sum_{j != i} pi_j / pi_old_i      where A r <= A clip(r), else 0; Z < 0, -1 in the paper
+    Eq. 9   L      = alpha L_ppo + beta L_rppo
 
     python sppo_rlhf_imdb.py --offline                              # SPPO on small models from benchmark/assets
-    python sppo_rlhf_imdb.py --offline --alpha 1 --beta 0           # PPO, the baseline
-    python sppo_rlhf_imdb.py                                        # the paper's models and data, from the Hub
-    accelerate launch --num_processes 4 sppo_rlhf_imdb.py           # the same on four GPUs
+    python sppo_rlhf_imdb.py --offline --alpha 1 --beta 0           # PPO; --alpha 0.9 --beta 0 is the control, SPPO's gradient
+    accelerate launch --num_processes 4 sppo_rlhf_imdb.py           # the paper's models and data; or without, on one GPU
     python sppo_rlhf_imdb.py --evaluate RUN_FOLDER --prompts FILE   # continuations of a finished run, as JSON lines
 
-How this compares with the paper and its released code:
-
-* The signs of Eq. 8 for A < 0: docs/loss.md, fact 1. `--alpha 0.9 --beta 0` is the control of `--alpha 0.5 --beta 0.4`: both
-  have one gradient, fact 2.
-* Tokens are sampled from the `top_k` likeliest (without EOS before `min_response_length`), as there, but log pi is that of
-  the whole vocabulary. So r is not an exact importance weight: the mean of grad log pi under the sampling is grad log m,
-  where m is the probability of these k tokens. An advantage that all tokens share moves probability to them or away.
-  Whitened advantages have mean 0, which removes most of this. `--top-k 0 --min-response-length 0` samples from the whole
-  vocabulary and is exact.
-* The value is a linear head on the policy's last hidden states. One forward pass serves both, and the head begins at 0. The
-  released critic is a language model of its own with a random head. So the value loss trains the policy's layers here, and
-  does not there.
-* `reference_nll_coef` trains on how the review really goes on after the prompt. The released target is the whole review: the
-  first half of a review is followed by the same review from its beginning.
-* Advantages are whitened over all real tokens of the rollout. The released code whitens each part of a minibatch, padding
-  included.
-* Dropout is off. Every token counts the same in every mean, EOS included.
+The policy goes on with the first half of a review. The score is a classifier's probability that the text is positive; the last
+token gets it, and every token costs kl_coef (log pi - log pi_ref). docs/differences.md lists what differs from the paper and
+its released code. The algorithm ends at the line "Operations".
 """
 
 # /// script
 # requires-python = ">=3.11,<3.14"
 # dependencies = [
-#     "torch==2.13.0",
-#     "transformers==5.23.0",
-#     "datasets==5.2.0",
-#     "accelerate==1.15.0",
-#     "peft==0.21.2",
-#     "huggingface_hub==2.4.0",
-#     "numpy==2.4.6",
-#     "tyro==1.0.17",
-#     "pydantic==2.14.4",
-#     "safetensors==0.8.0",
-#     "filelock==4.2.12",
-#     "tensorboard==2.21.0",
-#     "wandb==0.31.0",
-#     "tqdm==4.70.1",
+#     "torch==2.13.0", "transformers==5.23.0", "datasets==5.2.0", "accelerate==1.15.0", "peft==0.21.2",
+#     "huggingface_hub==2.4.0", "numpy==2.4.6", "tyro==1.0.17", "pydantic==2.14.4",
+#     "filelock==4.2.12", "tensorboard==2.21.0", "wandb==0.31.0", "tqdm==4.70.1",
 # ]
 # ///
 
 import contextlib
 import copy
 import ctypes
-import difflib
-import errno
-import io
 import itertools
 import json
 import math
@@ -74,11 +38,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass, fields, make_dataclass, replace
+from dataclasses import asdict, fields, replace
 from http.client import HTTPException
 from importlib.metadata import version
 from pathlib import Path
@@ -86,196 +51,120 @@ from typing import Annotated
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-import datasets
-import huggingface_hub
-import numpy as np
-import pydantic
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-import transformers
-import tyro
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
-from filelock import FileLock, Timeout
-from peft import LoraConfig, PeftModel, get_peft_model
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from safetensors import SafetensorError
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
-from transformers.utils.peft_utils import find_adapter_config_file
+try:
+    import datasets
+    import filelock
+    import huggingface_hub
+    import numpy as np
+    import torch
+    import torch.nn as nn
+    import torch.nn.functional as F
+    import transformers
+    import tyro
+    from accelerate import Accelerator
+    from accelerate.utils import broadcast_object_list
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft.tuners.lora import LoraLayer
+    from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+    from pydantic.dataclasses import dataclass
+    from torch.utils.tensorboard import SummaryWriter
+    from tqdm import tqdm
+    from transformers.utils.peft_utils import find_adapter_config_file
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}; the RLHF scripts need what `pip install -r requirements.txt` installs")
 
-Probability, Name = Annotated[float, Field(ge=0, le=1)], Annotated[str, Field(min_length=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
 
 
-@pydantic.with_config(allow_inf_nan=False, use_attribute_docstrings=True)
-@dataclass
+@dataclass(config={"allow_inf_nan": False})
 class Args:
     """PPO and SPPO on positive movie reviews. The defaults are the paper's SPPO; `--alpha 1 --beta 0` is PPO."""
 
     # symmetric loss
-    alpha: NonNegativeFloat = 0.5
-    """weight of the PPO loss (Eq. 9)"""
-    beta: NonNegativeFloat = 0.4
-    """weight of the reverse loss (Eq. 9)"""
-    Z: Annotated[float, Field(lt=0)] = -1.0
-    """the constant that stands for log 0 in the reverse loss (Eq. 8)"""
-    literal_signs: bool = False
-    """use the sign that Eq. 8 prints for A < 0; its gradient opposes PPO's"""
+    alpha: NonNegativeFloat = 0.5  # weight of the PPO loss (Eq. 9)
+    beta: NonNegativeFloat = 0.4  # weight of the reverse loss (Eq. 9)
+    Z: Annotated[float, Field(lt=0)] = -1.0  # the constant that stands for log 0 in the reverse loss (Eq. 8)
+    literal_signs: bool = False  # use the sign that Eq. 8 prints for A < 0; its gradient opposes PPO's
 
-    # models and data
-    offline: bool = False
-    """small models and reviews from assets/, made by benchmark/assets/make_rlhf_assets.py, with defaults for a CPU"""
-    policy: str = "rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews"
-    """causal language model to train, and the reference: Hub id or folder"""
-    tokenizer: str = "lvwerra/gpt2-imdb"
-    """the policy's tokenizer: Hub id or folder; no BOS is put before a prompt"""
-    reward_model: str = "lvwerra/distilbert-imdb"
-    """text classifier, with its tokenizer: Hub id or folder; its probability of `reward_label` is the score"""
-    reward_label: str = "1"
-    """label of the classifier, by name or number"""
-    dataset: str = "stanfordnlp/imdb"
-    """reviews, in a column `text`: Hub id (its train split), folder, or file of JSON lines"""
-    judge: str | None = None
-    """a second classifier, for evaluation only: JSON file of a TF-IDF logistic regression"""
-    allow_pickle: bool = False
-    """load pickled weights (.bin) where a repository has no safetensors, by torch.load with weights_only"""
+    # models and data: each is a Hub id or a folder
+    offline: bool = False  # small models and reviews from assets/, made by make_rlhf_assets.py, with defaults for a CPU
+    policy: str = "rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews"  # causal language model to train, and the reference
+    tokenizer: str = "lvwerra/gpt2-imdb"  # the policy's tokenizer; no BOS is put before a prompt
+    reward_model: str = "lvwerra/distilbert-imdb"  # text classifier, with its tokenizer; the probability of reward_label scores
+    reward_label: str = "1"  # label of the classifier, by name or number
+    dataset: str = "stanfordnlp/imdb"  # reviews in a column `text`, of the train split; or a file of JSON lines
+    judge: str | None = None  # a second classifier, for evaluation only: JSON file of a TF-IDF logistic regression
+    allow_pickle: bool = False  # load pickled weights (.bin) where there are no safetensors, by torch.load with weights_only
 
     # algorithm
-    iterations: PositiveInt = 60
-    """rollouts, each followed by one update"""
-    trajectories_per_update: PositiveInt = 112
-    """prompts of a rollout, one continuation each, over all processes"""
-    max_prompt_length: PositiveInt = 64
-    """maximum number of prompt tokens; a prompt is the first half of a review's words, and its last tokens are kept"""
-    response_length: PositiveInt = 48
-    """maximum number of new tokens"""
-    min_response_length: NonNegativeInt = 48
-    """EOS is not sampled before this many new tokens; if it equals response_length, EOS is never sampled"""
-    temperature: PositiveFloat = 1.0
-    """temperature of sampling, and of log pi everywhere"""
-    top_k: NonNegativeInt = 50
-    """sample from this many of the likeliest tokens; 0: from all"""
-    gamma: Probability = 0.99
-    """discount factor per token"""
-    gae_lambda: Probability = 0.95
-    """lambda of generalised advantage estimation"""
-    kl_coef: NonNegativeFloat = 0.001
-    """weight of log pi - log pi_ref in a token's reward"""
-    learning_rate: PositiveFloat = 5e-6
-    """learning rate of AdamW, constant"""
-    weight_decay: NonNegativeFloat = 1e-6
-    """weight decay of AdamW"""
-    update_epochs: PositiveInt = 5
-    """passes over each rollout"""
-    minibatch_size: PositiveInt = 28
-    """trajectories per gradient step, over all processes; divides trajectories_per_update"""
-    gradient_accumulation: PositiveInt = 1
-    """number of micro-batches into which a process splits its minibatch, to save memory"""
-    norm_adv: bool = True
-    """whiten the advantages over all tokens of a rollout"""
-    clip_coef: PositiveFloat = 0.2
-    """eps of PPO: the ratio's clip range is [1 - eps, 1 + eps]"""
-    clip_coef_value: PositiveFloat = 0.2
-    """clip range of the value: a value that has moved further towards its return has no gradient"""
-    vf_coef: NonNegativeFloat = 0.5
-    """weight of the value loss (half a mean squared error); it trains the policy's layers, too"""
-    ent_coef: NonNegativeFloat = 0.0
-    """weight of the entropy bonus, over the whole vocabulary"""
-    max_grad_norm: PositiveFloat = 1.0
-    """maximum norm of the gradient"""
-    reference_nll_coef: NonNegativeFloat = 0.1
-    """weight of the next-token loss on the review's own second half; 0 switches it off, which halves the time of an update"""
-    lora_r: NonNegativeInt = 0
-    """rank of LoRA adapters, trained in place of the weights; 0: train the weights"""
-    lora_target_modules: str | None = None
-    """layers that get adapters, names separated by commas; default: all linear layers"""
+    iterations: PositiveInt = 60  # rollouts, each with one update
+    trajectories_per_update: PositiveInt = 112  # prompts of a rollout, one continuation each, over all processes
+    max_prompt_length: PositiveInt = 64  # maximum number of prompt tokens: of the first half of a review's words, the last
+    response_length: PositiveInt = 48  # maximum number of new tokens
+    min_response_length: NonNegativeInt = 48  # EOS is not sampled before this many new tokens; response_length: never
+    temperature: PositiveFloat = 1.0  # temperature of sampling, and of log pi everywhere
+    top_k: NonNegativeInt = 50  # sample from this many of the likeliest tokens; 0: from all
+    gamma: Probability = 0.99  # discount factor per token
+    gae_lambda: Probability = 0.95  # lambda of generalised advantage estimation
+    kl_coef: NonNegativeFloat = 0.001  # weight of log pi - log pi_ref in a token's reward
+    learning_rate: PositiveFloat = 5e-6  # learning rate of AdamW, constant
+    weight_decay: NonNegativeFloat = 1e-6  # weight decay of AdamW
+    update_epochs: PositiveInt = 5  # passes over each rollout
+    minibatch_size: PositiveInt = 28  # trajectories per gradient step, over all processes; divides trajectories_per_update
+    gradient_accumulation: PositiveInt = 1  # parts into which a process splits its minibatch, to save memory
+    norm_adv: bool = True  # whiten the advantages over all tokens of a rollout
+    clip_coef: PositiveFloat = 0.2  # eps of PPO: the ratio's clip range is [1 - eps, 1 + eps]
+    clip_coef_value: PositiveFloat = 0.2  # a value that has moved further than this towards its return has no gradient
+    vf_coef: NonNegativeFloat = 0.5  # weight of the value loss (half a mean squared error); it trains the policy's layers, too
+    ent_coef: NonNegativeFloat = 0.0  # weight of the entropy bonus, over the whole vocabulary
+    max_grad_norm: PositiveFloat = 1.0  # maximum norm of the gradient
+    reference_nll_coef: NonNegativeFloat = (
+        0.1  # weight of the next-token loss on the review's second half; 0 saves half an update
+    )
+    lora_r: NonNegativeInt = 0  # rank of LoRA adapters, trained in place of the weights; 0: train the weights
+    lora_target_modules: str | None = None  # layers with adapters, separated by commas; default: all linear layers
 
-    # evaluation
-    eval_episodes: NonNegativeInt = 256
-    """held-out prompts that are continued and scored in an evaluation; 0: no evaluation"""
-    eval_interval: NonNegativeInt = 10
-    """evaluate every this many iterations; 0: only before and after training"""
-    perplexity_tokens: PositiveInt = 65_536
-    """tokens of the held-out reviews on which perplexity is measured"""
-
-    # logging
-    track: bool = False
-    """log to Weights & Biases (WANDB_MODE=offline works without an account)"""
-    wandb_project_name: Annotated[str, Field(pattern=r"^[^/\\#?%:]{1,128}$")] = "symmetric-rl"
-    """project in W&B"""
-    wandb_entity: str | None = None
-    """user or team in W&B"""
-    wandb_group: str | None = None
-    """group of the run in W&B"""
-    wandb_tags: Annotated[str, Field(pattern=r"^[^,]{1,64}(,[^,]{1,64})*$")] | None = None
-    """tags of the run in W&B, separated by commas"""
-
-    # run and machine
-    exp_name: Annotated[str, Field(pattern=r"^[\w.-]{1,100}$")] = "sppo_rlhf_imdb"
-    """name of the experiment, part of the run folder's name"""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
-    """seed of everything random, the split of the reviews included"""
-    run_dir: str = "runs"
-    """folder in which the run folder is made"""
-    resume: Name | None = None
-    """continue the run in this folder with its own arguments"""
-    evaluate: Name | None = None
-    """print what the policy of the run in this folder writes, as JSON lines, and exit"""
-    prompts: Name | None = None
-    """with --evaluate: continue these prompts, one a line (.jsonl: the column `prompt`); default: the held-out ones"""
-    checkpoint_interval: PositiveInt = 10
-    """save a checkpoint every this many iterations"""
-    save_model: bool = False
-    """write the policy to model/ of the run folder, for from_pretrained, LoRA merged in; with --evaluate: the checkpoint's"""
-    cuda: bool = True
-    """use a GPU if there is one"""
-    bf16: bool = True
-    """run the layers in bfloat16 on a GPU that has it; weights, logits and log-probabilities stay float32"""
-    reward_batch_size: PositiveInt = 64
-    """texts that the classifier scores at a time"""
-    num_threads: Annotated[int, Field(ge=0, le=1024)] = 0
-    """CPU threads of torch; 0: all cores"""
+    # evaluation, logging, machine
+    eval_episodes: NonNegativeInt = 256  # held-out prompts that an evaluation continues and scores; 0: no evaluation
+    eval_interval: NonNegativeInt = 10  # evaluate every this many iterations; 0: only before and after training
+    perplexity_tokens: PositiveInt = 65_536  # tokens of the held-out reviews on which perplexity is measured
+    track: bool = False  # log to Weights & Biases; WANDB_MODE=offline, WANDB_RUN_GROUP, WANDB_TAGS and WANDB_DIR work
+    wandb_project_name: str | None = None  # project in W&B; by default WANDB_PROJECT
+    wandb_entity: str | None = None  # user or team in W&B; by default WANDB_ENTITY
+    exp_name: Annotated[str, Field(pattern=r"^[\w.+-]{1,100}$")] | None = None  # name in the run folder's; by default the arm
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1  # seed of everything random, the split of the reviews included
+    run_dir: str = "runs"  # folder in which the run folder is made
+    resume: str | None = None  # continue the run in this folder with its own arguments
+    evaluate: str | None = None  # print what the policy of the run in this folder writes, as JSON lines, and exit
+    prompts: str | None = None  # with --evaluate: prompts, one a line (.jsonl: the column `prompt`); default: the held-out ones
+    checkpoint_interval: PositiveInt = 10  # save a checkpoint every this many iterations
+    save_model: bool = False  # write the policy to model/ of the run folder, for from_pretrained; also with --evaluate
+    cuda: bool = True  # use a GPU if there is one
+    bf16: bool = True  # run the layers in bfloat16 on a GPU that has it; weights, logits and log-probabilities stay float32
+    reward_batch_size: PositiveInt = 64  # texts that the classifier scores at a time
+    num_threads: NonNegativeInt = 0  # CPU threads of torch; 0: all cores
 
 
 OFFLINE = Args(
-    offline=True,
-    policy="assets/imdb/policy",
-    tokenizer="assets/imdb/policy",
-    reward_model="assets/imdb/reward",
-    reward_label="positive",
-    dataset="assets/imdb/reviews.jsonl",
-    judge="assets/imdb/judge.json",
-    iterations=24,
-    trajectories_per_update=32,
-    minibatch_size=8,
-    update_epochs=2,
-    max_prompt_length=12,
-    response_length=20,
-    min_response_length=20,
-    learning_rate=2e-5,
-    reference_nll_coef=0.0,
-    eval_episodes=64,
-    eval_interval=0,
+    offline=True, policy="assets/imdb/policy", tokenizer="assets/imdb/policy", reward_model="assets/imdb/reward",
+    reward_label="positive", dataset="assets/imdb/reviews.jsonl", judge="assets/imdb/judge.json", iterations=24,
+    trajectories_per_update=32, minibatch_size=8, update_epochs=2, max_prompt_length=12, response_length=20,
+    min_response_length=20, learning_rate=2e-5, reference_nll_coef=0.0, eval_episodes=64, eval_interval=0,
     perplexity_tokens=2048,
-)
-TASK = "imdb"  # in the names of assets and run folders
-EPISODES = "eval_episodes"  # the argument for the number of texts that are scored before and after training
-# Generators beside torch's own, so that none disturbs another: each is seeded with [seed, its number, ...]
+)  # fmt: skip
+# Each random generator beside torch's is seeded with [seed, its number, ...], so that none disturbs another
 EVALUATION, SPLIT, ORDER, SAMPLES, MINIBATCHES = 1, 2, 3, 4, 5
 PAD = -1  # fills batches of token ids: no vocabulary has it, so it is never taken for EOS, nor sampled
-STRIDE = 512  # tokens by which the window of the perplexity moves
 
 
 # --- loss -------------------------------------------------------------------------------------------------------------
 
 
 def symmetric_ppo_loss(logprobs, old_logprobs, advantages, clip_coef, Z=-1.0, literal_signs=False):
-    """L_ppo and L_rppo of the actions taken (Eq. 3 and 8): means over the batch. The caller weights them (Eq. 9).
+    """L_ppo and L_rppo (Eq. 3 and 8), means over the batch, and statistics. All inputs are [B].
 
-    Inputs are [B]. sum_{j != i} pi_j / pi_old_i = 1 / pi_old_i - r in Eq. 8. The first term is left out: it has no
-    gradient and overflows float32. With Z = -1 both losses have the same gradient, sample by sample; with literal_signs
-    they have opposite ones where A < 0. Returns policy_loss, reverse_loss and statistics, all scalars.
+    In Eq. 8 sum_{j != i} pi_j / pi_old_i = 1 / pi_old_i - r. The first term is left out: it has no gradient and overflows
+    float32. With Z = -1 both losses have one gradient, sample by sample; with literal_signs opposite ones where A < 0.
     """
     logratio = logprobs - old_logprobs
     ratio = logratio.clamp(-20, 20).exp()  # finite; changes no gradient while |log r| < 20
@@ -393,9 +282,16 @@ def sample(logits: torch.Tensor, uniforms: torch.Tensor, top_k: int) -> torch.Te
     return tokens.gather(-1, choice).squeeze(-1)
 
 
+def end_tokens(lm: transformers.PreTrainedModel, tokenizer) -> list[int]:
+    """The ids that end a text: the tokenizer's EOS, and what the model's generation configuration names."""
+    named = getattr(lm.generation_config, "eos_token_id", None)
+    named = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+    return sorted(token for token in named if token < lm.get_input_embeddings().num_embeddings)
+
+
 @torch.no_grad()
-def generate(agent: Agent, prompts: torch.Tensor, uniforms: torch.Tensor, eos: int, args: Args) -> torch.Tensor:
-    """Continuations [B, response_length] of prompts [B, P], each with its EOS, then PAD.
+def generate(agent: Agent, prompts: torch.Tensor, uniforms: torch.Tensor, ends: list[int], args: Args) -> torch.Tensor:
+    """Continuations [B, response_length] of prompts [B, P], each with the token that ends it, then PAD.
 
     uniforms: [B, response_length], one number in [0, 1) for each token. Each step reads the newest token alone: the cache
     holds the keys and values of the others.
@@ -408,10 +304,11 @@ def generate(agent: Agent, prompts: torch.Tensor, uniforms: torch.Tensor, eos: i
         hidden = agent.backbone(tokens, real, past_key_values=cache).last_hidden_state[:, -1]
         logits = agent.logits(hidden, args.temperature)
         if t < args.min_response_length:
-            logits[:, eos] = -torch.inf
+            logits[:, ends] = -torch.inf
         chosen = sample(logits, uniforms[:, t], args.top_k)
         responses[:, t] = torch.where(running, chosen, PAD)
-        running &= chosen != eos
+        for end in ends:
+            running &= chosen != end
         if may_end and not running.any():
             break
         tokens = chosen.unsqueeze(-1)
@@ -422,36 +319,40 @@ def generate(agent: Agent, prompts: torch.Tensor, uniforms: torch.Tensor, eos: i
 # --- environment ------------------------------------------------------------------------------------------------------
 
 
+def tokenize(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text. What looks like a special token in it is text."""
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids
+
+
 def tokenize_after(tokenizer, before: str, text: str) -> tuple[list[int], list[int]]:
     """Tokens of `before`, and of `text` after it. Together they are the tokens of the joint text.
 
     Llama's tokenizer and its like would put a space before `text` alone.
     """
-    joint, alone = tokenizer([before + text, before], add_special_tokens=False).input_ids
+    joint, alone = tokenize(tokenizer, [before + text, before])
     shared = sum(itertools.takewhile(bool, (a == b for a, b in zip(joint, alone, strict=False))))
     return joint[:shared], joint[shared:]
-
-
-def pad_left(ids: list[int], length: int) -> torch.Tensor:
-    """[length]: the ids, PAD before them."""
-    return F.pad(torch.tensor(ids, dtype=torch.long), (length - len(ids), 0), value=PAD)
 
 
 def encode(texts: list[str], tokenizer, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts [B, max_prompt_length], PAD on the left, and how the reviews go on [B, response_length], PAD on the right.
 
-    A prompt is the first half of a review's words, cut to its last tokens. The review goes on with the other half.
+    A prompt is the first half of a review's words, or of its characters if it has no spaces, cut to its last tokens; with
+    --prompts it is the whole text.
     """
-    prompts, references = [], torch.full((len(texts), args.response_length), PAD)
+    prompts = torch.full((len(texts), args.max_prompt_length), PAD)
+    references = torch.full((len(texts), args.response_length), PAD)
     for row, text in enumerate(texts):
         words = text.split()
-        half = len(words) // 2
-        ids, rest = tokenize_after(tokenizer, " ".join(words[:half]), " " + " ".join(words[half:]))
-        ids = ids[-args.max_prompt_length :] or [tokenizer.eos_token_id]  # a review of one word
-        prompts.append(pad_left(ids, args.max_prompt_length))
+        before, after = " ".join(words[: len(words) // 2]), " " + " ".join(words[len(words) // 2 :])
+        if len(words) == 1:
+            before, after = words[0][: len(words[0]) // 2], words[0][len(words[0]) // 2 :]
+        ids, rest = tokenize_after(tokenizer, *((text, "") if args.prompts else (before, after)))
+        ids = ids[-args.max_prompt_length :] or [tokenizer.eos_token_id]
+        prompts[row, -len(ids) :] = torch.tensor(ids)
         ids = [*rest, tokenizer.eos_token_id][: args.response_length]
         references[row, : len(ids)] = torch.tensor(ids)
-    return torch.stack(prompts), references
+    return prompts, references
 
 
 def decode(tokens: torch.Tensor, tokenizer) -> list[str]:
@@ -461,14 +362,14 @@ def decode(tokens: torch.Tensor, tokenizer) -> list[str]:
 
 @torch.no_grad()
 def score(texts: list[str], reward_model, reward_tokenizer, label: int, args: Args) -> torch.Tensor:
-    """[B]: the classifier's softmax probability of `label` for each text."""
-    scores = []
+    """[B]: the classifier's probability of `label` for each text, as its own pipeline gives it. Special tokens are text."""
+    scores, several = [], reward_model.config.problem_type == "multi_label_classification"
+    length = min(reward_tokenizer.model_max_length, reward_positions(reward_model))
+    options = {"padding": True, "truncation": True, "max_length": length, "split_special_tokens": True, "return_tensors": "pt"}
     for start in range(0, len(texts), args.reward_batch_size):
-        batch = texts[start : start + args.reward_batch_size]
-        length = min(reward_tokenizer.model_max_length, reward_positions(reward_model))
-        inputs = reward_tokenizer(batch, padding=True, truncation=True, max_length=length, return_tensors="pt")
-        logits = reward_model(**inputs.to(reward_model.device)).logits
-        scores.append(logits.float().softmax(-1)[:, label])
+        inputs = reward_tokenizer(texts[start : start + args.reward_batch_size], **options)
+        logits = reward_model(**inputs.to(reward_model.device)).logits.float()
+        scores.append((logits.sigmoid() if several else logits.softmax(-1))[:, label])
     return torch.cat(scores)
 
 
@@ -511,8 +412,8 @@ def rollout(agent, reference, reward, tokenizer, prompts, uniforms, args, accele
     """Continues the prompts, scores the texts, and takes log-probabilities, values and the reference's log-probabilities.
 
     prompts: [B, P]; uniforms: [B, R]. Every process works on its share of the rows and gets all of them back: tokens
-    [B, P + R]; logprobs, ref_logprobs, values [B, R], 0 where a token is PAD; scores, empty (0 or 1) [B]. Also returns the
-    seconds that each phase took.
+    [B, P + R]; logprobs, ref_logprobs, values [B, R], 0 where a token is PAD; scores, empty, unfinished (0 or 1) [B]. Also
+    returns the seconds that each phase took.
     """
     clock, marks = {}, time.perf_counter()
 
@@ -525,7 +426,8 @@ def rollout(agent, reference, reward, tokenizer, prompts, uniforms, args, accele
     share = len(prompts) // accelerator.num_processes
     mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
     prompts, uniforms = prompts[mine].to(accelerator.device), uniforms[mine].to(accelerator.device)
-    responses = generate(agent, prompts, uniforms, tokenizer.eos_token_id, args)
+    ends = end_tokens(agent.lm, tokenizer)
+    responses = generate(agent, prompts, uniforms, ends, args)
     tokens = torch.cat([prompts, responses], dim=1)
     lap("generate")
     scores = score(decode(tokens, tokenizer), *reward, args)
@@ -542,6 +444,7 @@ def rollout(agent, reference, reward, tokenizer, prompts, uniforms, args, accele
                 ref_logprobs[rows][into] = reference(tokens[rows], prompts.shape[1], args.temperature)[0]
     batch = {"tokens": tokens, "logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values, "scores": scores}
     batch["empty"] = torch.tensor([float(not text.strip()) for text in decode(responses, tokenizer)], device=tokens.device)
+    batch["unfinished"] = 1.0 - torch.isin(responses, torch.tensor(ends, device=tokens.device)).any(-1).float()
     batch = {name: accelerator.gather(tensor) for name, tensor in batch.items()}
     lap("forward")
     return batch, clock
@@ -581,7 +484,7 @@ def update(agent, optimizer, accelerator, args, batch: tuple[torch.Tensor, ...],
                 reference_share = reference_real[rows].sum() / reference_real[minibatch].sum()
                 part = (share, reference_share, *(x[rows] for x in batch))
                 if iteration % 10 == 0 and not shares:  # of this process's first part; in all under 1 % of the time
-                    shares = grad_shares(agent, args, minibatch_loss, part)
+                    shares = grad_shares(agent, args, part)
                 loss, stats = minibatch_loss(agent, args, *part)
                 loss.backward()
                 for name, value in stats.items():
@@ -597,31 +500,31 @@ def update(agent, optimizer, accelerator, args, batch: tuple[torch.Tensor, ...],
     return shares | dict(zip(names, torch.stack(collected).mean(dim=0).tolist(), strict=True))
 
 
-def train(args, run, texts, tokenizer, agent, reference, reward):
+def train(args, run, reviews, models):
     """Writes, scores and learns `iterations` times. `run` keeps the curves, checkpoints and scores (see Operations)."""
-    reviews, eval_reviews, judge = texts
-    accelerator = run.accelerator
+    accelerator, agent, tokenizer = run.accelerator, models[0], models[-1]
     trained = trained_parameters(agent)
     optimizer = torch.optim.AdamW(trained.values(), lr=args.learning_rate, eps=1e-5, weight_decay=args.weight_decay, fused=True)
-    run.load(trained, optimizer, agent)
-    run.say(describe_models(args, run, agent, trained, reward, len(reviews)))
-    evaluation = (agent, reference, reward, tokenizer, eval_reviews, judge)
+    if run.checkpoint:
+        load_weights(agent, run.checkpoint)
+        optimizer.load_state_dict(run.checkpoint["optimizer"])
+        run.checkpoint = None  # it takes as much memory as weights and optimiser
     if run.before is None:
-        run.before = run.evaluate("eval", 0, args.eval_episodes, evaluation)
-    per_epoch = len(reviews) // args.trajectories_per_update  # iterations until all reviews have been prompts
+        run.before = run.evaluate("eval", models, reviews["test"])
+    per_epoch = len(reviews["train"]) // args.trajectories_per_update  # iterations until all reviews have been prompts
 
     for iteration in range(run.start, args.iterations):
         start = time.perf_counter()
         # every random number follows from the seed and the iteration: a resumed run goes on as if it had not stopped
         epoch, place = divmod(iteration, per_epoch)
-        order = np.random.default_rng([args.seed, ORDER, epoch]).permutation(len(reviews))
+        order = np.random.default_rng([args.seed, ORDER, epoch]).permutation(len(reviews["train"]))
         chosen = order[place * args.trajectories_per_update : (place + 1) * args.trajectories_per_update]
         rng = np.random.default_rng([args.seed, SAMPLES, iteration])
         uniforms = torch.from_numpy(rng.random((args.trajectories_per_update, args.response_length)))
 
         # write
-        prompts, references = encode([reviews[i] for i in chosen], tokenizer, args)
-        batch, stats = rollout(agent, reference, reward, tokenizer, prompts, uniforms, args, accelerator)
+        prompts, references = encode([reviews["train"][i] for i in chosen], tokenizer, args)
+        batch, stats = rollout(*models, prompts, uniforms, args, accelerator)
 
         # learn
         learning = time.perf_counter()
@@ -630,49 +533,45 @@ def train(args, run, texts, tokenizer, agent, reference, reward):
         advantages = whiten(raw_advantages, real) if args.norm_adv else raw_advantages
         data = (batch["tokens"], batch["logprobs"], batch["values"], advantages, returns, references.to(run.device))
         stats |= update(agent, optimizer, accelerator, args, data, iteration)
-        run.exit_if_not_finite(iteration, stats)
         seconds = time.perf_counter() - start
 
         # log
         stats["time/update"] = time.perf_counter() - learning
-        stats |= {f"objective/{name}": value for name, value in describe(batch, tokenizer.eos_token_id, args).items()}
+        stats |= {f"objective/{name}": value for name, value in describe(batch, args).items()}
         stats["losses/explained_variance"] = (1 - (returns - batch["values"])[real].var() / returns[real].var()).item()
         stats["charts/adv_sign_change"] = (raw_advantages.sign() != advantages.sign())[real].float().mean().item()
         stats["charts/learning_rate"] = args.learning_rate
         stats["charts/SPS"] = real.sum().item() / seconds  # a step is a token
-        run.log(iteration, stats, seconds)
-        done, stopping = iteration + 1, run.stopping()
+        done = iteration + 1
+        run.log(done, stats, seconds)
+        stopping = run.stopping()
         if args.eval_interval and done % args.eval_interval == 0 and done < args.iterations and not stopping:
-            run.evaluate("eval", done, args.eval_episodes, evaluation)
+            run.evaluate("eval", models, reviews["test"])
         if done % args.checkpoint_interval == 0 or stopping or done == args.iterations:
-            run.save(done, trained, optimizer)
-        if stopping:
-            run.exit_stopped(done)
-    after = run.evaluate("eval", args.iterations, args.eval_episodes, evaluation)
-    run.finish(after, agent, tokenizer)
+            run.save(trained, optimizer, stopping)
+    run.finish(run.evaluate("eval", models, reviews["test"]), agent, tokenizer)
 
 
-# === Operations: loading of models and texts, evaluation, run folder, command line ====================================
+# === Operations: nothing below changes what is learned ================================================================
 
-# Specific to this task: packages that decide the numbers, sources, the gradient's shares, evaluation, loading, saving, checks
-PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "peft", "datasets", "numpy")
-SOURCES = ("policy", "tokenizer", "reward_model", "dataset", "judge")
-# Parts of the loss, each with the arguments that weight it
+TASK = "imdb"  # in the names of assets and run folders
+PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "peft", "datasets", "numpy")  # decide numbers
+SOURCES = ("policy", "tokenizer", "reward_model", "dataset", "judge")  # Hub ids or paths
+# Parts of the loss, each with the arguments that weight it, for `grad_shares`
 PARTS = {"policy": ("alpha", "beta"), "value": ("vf_coef",), "entropy": ("ent_coef",), "reference": ("reference_nll_coef",)}
 
 
-def grad_shares(agent, args, loss_fn, batch):
-    """The share of each of the PARTS of the loss in its gradient.
+def grad_shares(agent, args, batch):
+    """The share <g_i, g> / |g|^2 of each of the PARTS of the loss in its gradient g = sum g_i. The shares sum to 1.
 
-    g_i is the gradient of part i, g their sum. The share is <g_i, g> / |g|^2. The shares sum to 1; a part that opposes g
-    has a negative one. batch: the inputs of `loss_fn` after `args`.
+    batch: the inputs of `minibatch_loss` after `args`.
     """
     parameters = [parameter for parameter in agent.parameters() if parameter.requires_grad]
     weights = {weight for own in PARTS.values() for weight in own}
     grads = {}
     for name, own in PARTS.items():
-        if any(getattr(args, weight) for weight in own):  # else the part has no gradient
-            loss, _ = loss_fn(agent, replace(args, **dict.fromkeys(weights - set(own), 0.0)), *batch)
+        if any(getattr(args, weight) for weight in own):  # else it has no gradient
+            loss, _ = minibatch_loss(agent, replace(args, **dict.fromkeys(weights - set(own), 0.0)), *batch)
             grads[name] = torch.autograd.grad(loss, parameters)
     total = [sum(parts) for parts in zip(*grads.values(), strict=True)]
 
@@ -681,30 +580,6 @@ def grad_shares(agent, args, loss_fn, batch):
 
     square = max(float(dot_total(total)), 1e-300)
     return {f"losses/grad_share_{name}": float(dot_total(grads[name])) / square if name in grads else 0.0 for name in PARTS}
-
-
-def describe(batch: dict, eos: int, args: Args) -> dict[str, float]:
-    """What a rollout was like. KL and entropy are sums over a response, then means, as TRL logs them."""
-    responses = batch["tokens"][:, -args.response_length :]
-    real = responses != PAD
-    logratio = batch["logprobs"] - batch["ref_logprobs"]
-    kl = logratio.sum(-1).mean()
-    empty = batch["empty"] > 0
-    unfinished = ~(responses == eos).any(-1)
-    stats = {
-        "scores": batch["scores"].mean(),
-        "kl": kl,  # k1
-        "kl_k3": (((-logratio).clamp(-20, 20).expm1() + logratio) * real).sum(-1).mean(),
-        "entropy": -batch["logprobs"].sum(-1).mean(),
-        "rlhf_reward": batch["scores"].mean() - args.kl_coef * kl,
-        "response_length": real.sum(-1).float().mean(),
-        "empty_share": empty.float().mean(),
-        "unfinished_share": unfinished.float().mean(),
-    }
-    for name, rows in (("empty", empty), ("unfinished", unfinished)):
-        if rows.any():
-            stats[f"{name}_score"] = batch["scores"][rows].mean()
-    return {name: value.item() for name, value in stats.items()}
 
 
 def judge_score(text: str, judge: dict) -> float:
@@ -722,439 +597,355 @@ def judge_score(text: str, judge: dict) -> float:
 
 
 @torch.no_grad()
-def perplexity(agent: Agent, texts: list[str], tokenizer, num_tokens: int) -> float:
-    """exp of the mean next-token loss on the first `num_tokens` tokens of the texts, one after another, EOS between them.
+def evaluate(agent, reference, reward, tokenizer, reviews, args, accelerator) -> tuple[dict[str, float], list[dict]]:
+    """Continues the prompts of the first `eval_episodes` reviews, or all of --prompts, with the same random numbers each time.
 
-    Windows of 1,024 tokens (or the model's context) move by STRIDE = 512: all but the first STRIDE tokens have that many
-    or more before them.
+    Returns means of what `describe` and the judge say of them, and perplexities on the reviews; and every sample.
     """
-    ids = []
-    for text in texts:
-        ids += [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-        if len(ids) > num_tokens:
-            break
-    ids = torch.tensor([ids[: num_tokens + 1]], device=agent.value_head.weight.device)
-    window = min(2 * STRIDE, agent.lm.config.max_position_embeddings)
-    stride = min(STRIDE, window // 2)
-    total, done = 0.0, 1
-    while done < ids.shape[1]:
-        new = min(stride, ids.shape[1] - done)
-        start = max(0, done + new - window)
-        tokens = ids[:, start : done + new]
-        total -= agent(tokens, tokens.shape[1] - new, 1.0)[0].sum().item()
-        done += new
-    return torch.tensor(total / (ids.shape[1] - 1), dtype=torch.float64).exp().item()  # inf where math.exp would raise
-
-
-def continue_prompts(agent, reference, reward, tokenizer, prompts, args, accelerator):
-    """Continues prompts [N, P], with the same random numbers each time.
-
-    Returns `rollout`'s batch of them all, and of each its texts and score.
-    """
-    rng = np.random.default_rng([args.seed, EVALUATION])
+    prompts, _ = encode(reviews if args.prompts else reviews[: args.eval_episodes], tokenizer, args)
+    rng, size, parts = np.random.default_rng([args.seed, EVALUATION]), args.trajectories_per_update, []
     uniforms = torch.from_numpy(rng.random((len(prompts), args.response_length)))
-    parts = []
-    size = args.trajectories_per_update
-    for start in range(0, len(prompts), size):
-        rows = slice(start, start + size)
-        parts.append(rollout(agent, reference, reward, tokenizer, prompts[rows], uniforms[rows], args, accelerator)[0])
+    for rows in zip(prompts.split(size), uniforms.split(size), strict=True):
+        parts.append(rollout(agent, reference, reward, tokenizer, *rows, args, accelerator)[0])
     batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    texts = decode(batch["tokens"], tokenizer)
-    responses = decode(batch["tokens"][:, -args.response_length :], tokenizer)
+    texts, responses = (decode(tokens, tokenizer) for tokens in (batch["tokens"], batch["tokens"][:, -args.response_length :]))
     samples = [
         {"prompt": text.removesuffix(response), "response": response, "score": value}
         for text, response, value in zip(texts, responses, batch["scores"].tolist(), strict=True)
     ]
-    return batch, samples
-
-
-def evaluate(agent, reference, reward, tokenizer, reviews, judge, args, accelerator) -> tuple[dict[str, float], list[dict]]:
-    """Scores the continuations of the first `eval_episodes` held-out prompts.
-
-    Returns the score, its standard error, KL, shares, perplexity on the reviews and the judge's score; and every sample.
-    """
-    prompts, _ = encode(reviews[: args.eval_episodes], tokenizer, args)
-    batch, samples = continue_prompts(agent, reference, reward, tokenizer, prompts, args, accelerator)
-    stats, scores = describe(batch, tokenizer.eos_token_id, args), batch["scores"]
+    stats, scores = describe(batch, args), batch["scores"]
     result = {"score": stats.pop("scores"), "score_stderr": scores.std().item() / math.sqrt(len(scores)), **stats}
-    result["perplexity"] = perplexity(agent, reviews, tokenizer, args.perplexity_tokens)
-    if judge:
+    if args.prompts:
+        result["too_long"] = sum(
+            len(ids) > args.max_prompt_length for ids in tokenize(tokenizer, reviews)
+        )  # read from their end
+        return result, [sample | {"prompt": prompt} for sample, prompt in zip(samples, reviews, strict=True)]
+    ids, read, count = [], [], args.perplexity_tokens + 1
+    for text in reviews:
+        if len(ids) < count:
+            ids += [*tokenize(tokenizer, [text])[0], tokenizer.eos_token_id]
+            read.append(text)
+    result["perplexity"] = perplexity(agent, ids[:count])
+    result["perplexity_released"] = perplexity(agent, tokenize(tokenizer, ["\n\n".join(read)])[0][:count])  # Table 3's
+    if judge := load_judge(args):
         for row in samples:
             row["judge_score"] = judge_score(row["prompt"] + row["response"], judge)
         result["judge_score"] = float(np.mean([row["judge_score"] for row in samples]))
     return result, samples
 
 
-def evaluate_texts(prompts, texts, models, args, accelerator):
-    """--evaluate: `evaluate` on the held-out reviews, or the mean score and the samples of the user's prompts."""
-    tokenizer, agent, reference, reward = models
-    if prompts is None:
-        _, reviews, judge = texts
-        return evaluate(agent, reference, reward, tokenizer, reviews, judge, args, accelerator)
-    rows = [ids or [tokenizer.eos_token_id] for ids in tokenizer(prompts, add_special_tokens=False).input_ids]
-    ids = torch.stack([pad_left(row[-args.max_prompt_length :], args.max_prompt_length) for row in rows])
-    batch, samples = continue_prompts(agent, reference, reward, tokenizer, ids, args, accelerator)
-    for sample, prompt in zip(samples, prompts, strict=True):
-        sample["prompt"] = prompt
-    too_long = sum(len(row) > args.max_prompt_length for row in rows)  # of these the policy has read the end
-    return {"score": batch["scores"].mean().item(), "too_long": too_long}, samples
-
-
-def from_pretrained(args: Args, name: str, loader):
-    """Loads the argument `name`, a Hub id or a folder, with `loader`: safetensors with all weights, without remote code."""
-    source = getattr(args, name)
-    options = {"local_files_only": args.offline, "trust_remote_code": False}
-    try:
-        if loader is transformers.AutoTokenizer:
-            return loader.from_pretrained(source, **options)
-        if is_adapter(args, name):
-            raise ValueError("an adapter; merge it into its base first, with peft's merge_and_unload")
-        options |= {"dtype": torch.float32, "use_safetensors": None if args.allow_pickle else True}
-        model, info = loader.from_pretrained(source, **options, output_loading_info=True, ignore_mismatched_sizes=True)
-    except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, ...
-        cannot_load(args, name, error, "a Hub id or a folder that can be loaded", loader)
-    check_weights(args, name, info)
-    return model.eval()
-
-
-def load_models(args: Args, device: torch.device):
-    """The policy's tokenizer, the agent, the frozen reference and (reward model, its tokenizer, label number).
-
-    With LoRA the reference is the agent itself, whose adapters are switched off for it; without, a copy.
-    """
-    tokenizer = from_pretrained(args, "tokenizer", transformers.AutoTokenizer)
-    lm = from_pretrained(args, "policy", transformers.AutoModelForCausalLM)
-    context = getattr(lm.config, "max_position_embeddings", None)
-    require(args, "policy", context, "a model with a number of positions")
-    fits = args.max_prompt_length + args.response_length <= context
-    require(
-        args, "max_prompt_length", fits, f"{context - args.response_length} or less, the policy's context - response_length"
-    )
-    vocabulary = lm.config.vocab_size
-    matches = tokenizer.eos_token_id is not None and len(tokenizer) <= vocabulary and tokenizer("a film").input_ids
-    require(args, "tokenizer", matches, f"one with an EOS token, and tokens at all, at most the policy's {vocabulary}")
-    require(args, "top_k", args.top_k <= vocabulary, f"the policy's vocabulary, {vocabulary}, or less")
-    check_lm(args, "policy", lm, Agent(lm).backbone)
-    torch.manual_seed(args.seed)  # LoRA's first weights
-    bf16 = args.bf16 and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    check_targets(args, lm)
-    targets = args.lora_target_modules.split(",") if args.lora_target_modules else "all-linear"
-    try:
-        agent = Agent(lm, args.lora_r, bf16, targets).to(device)
-    except ValueError as error:  # peft's
-        require(args, "lora_target_modules", False, f"layers of the policy ({one_line(error)})")
-    reference = agent if args.lora_r else copy.deepcopy(agent).requires_grad_(False)
-
-    reward_model = from_pretrained(args, "reward_model", transformers.AutoModelForSequenceClassification).to(device)
-    config = reward_model.config
-    labels = {str(number): number for number in range(config.num_labels)}
-    labels |= {str(label): int(number) for number, label in (config.id2label or {}).items()}
-    labels |= {str(label): int(number) for label, number in (config.label2id or {}).items()}
-    require(args, "reward_model", not config.is_encoder_decoder, "an encoder or a causal model, not both in one")
-    require(args, "reward_model", len(set(labels.values())) > 1, "a classifier with two labels or more")
-    require(args, "reward_label", args.reward_label in labels, f"one of the reward model's {', '.join(labels)}")
-    reward_tokenizer = from_pretrained(args, "reward_model", transformers.AutoTokenizer)
-    # without its files transformers makes a tokenizer to which every word is the unknown one
-    tells = len({tuple(reward_tokenizer(text).input_ids) for text in ("a film", "b film", "the one", "2 10")}) > 1
-    require(args, "reward_model", tells, "a classifier with its tokenizer's files; this tokenizer tells no words apart")
-    reward_tokenizer.truncation_side = "left"  # of a text that is too long the response stays
-    # classifiers on causal models look for the last token before the padding, and count positions from the left
-    reward_tokenizer.padding_side, reward_model.config.pad_token_id = "right", reward_tokenizer.pad_token_id
-    reward = (reward_model, reward_tokenizer, labels[args.reward_label])
-    texts = ["a film", "a film that is longer than the other one", "a film " * reward_positions(reward_model)]
-    try:
-        together, alone = score(texts, *reward, args), torch.cat([score([text], *reward, args) for text in texts])
-    except Exception as error:  # no token to pad with, not a classifier of texts, ...
-        cannot_load(args, "reward_model", error, "a classifier with a tokenizer that pads")
-    same = torch.allclose(together, alone, atol=1e-2, rtol=0)
-    require(args, "reward_model", same, "a classifier whose scores do not depend on what else is in the batch")
-    return tokenizer, agent, reference, reward
-
-
-def load_texts(args):
-    """Training and held-out reviews, 80 % and 20 % of the train split, shuffled by the seed; and the judge, or None."""
-    try:
-        if Path(args.dataset).is_file():
-            reviews = read_json_lines(args.dataset)
-        else:
-            reviews = datasets.load_dataset(args.dataset, split="train")
-        columns = reviews.column_names
-        texts = reviews["text"][:] if "text" in columns else []
-    except Exception as error:  # datasets names no common type
-        error = unreadable_file(args.dataset) or error.__cause__ or error  # what it was while "generating the dataset"
-        cannot_load(args, "dataset", error, "a Hub id, a folder or a file of JSON lines that can be loaded")
-    require(args, "dataset", "text" in columns, f"a column named text; its columns are {', '.join(columns)}")
-    require(args, "dataset", all(isinstance(text, str) for text in texts), "a column text that holds texts alone")
-    order = np.random.default_rng([args.seed, SPLIT]).permutation(len(texts))
-    texts = [texts[i] for i in order.tolist()]
-    split = len(texts) * 4 // 5
-    enough = split >= args.trajectories_per_update and len(texts) - split >= args.eval_episodes
-    wanted = f"{args.trajectories_per_update} training and {args.eval_episodes} validation reviews or more"
-    require(args, "dataset", enough, f"{wanted}; it has {split} and {len(texts) - split}")
-    return texts[:split], texts[split:], load_judge(args)
-
-
 def load_judge(args: Args) -> dict | None:
     """The judge for `judge_score`, or None."""
     if args.judge is None:
         return None
-    try:
+    with refusing(args, "judge"):
         judge = json.loads(Path(args.judge).read_text())
         terms = {term: (float(idf), float(weight)) for term, (idf, weight) in judge["terms"].items()}
         return {"intercept": float(judge["intercept"]), "terms": terms}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        require(args, "judge", False, 'a JSON file {"intercept": b, "terms": {term: [idf, weight]}}')
 
 
-def save_samples(run_folder: Path, before: list[dict], after: list[dict]) -> list[list]:
-    """samples.json, what followed each prompt before and after training; returns the first 20 as a table with its header."""
-    given = ("post", "prompt", "reference")
-    samples = [
-        {**new, **{f"{name}_before": value for name, value in old.items() if name not in given}}
-        for old, new in zip(before, after, strict=True)
-    ]
-    write_json(run_folder / "samples.json", samples)
-    return [list(samples[0]), *(list(sample.values()) for sample in samples[:20])]
+def load_reward(args: Args, device: torch.device):
+    """The classifier, its tokenizer and the number of the label that scores."""
+    name, loader = "reward_model", transformers.AutoModelForSequenceClassification
+    model, tokenizer = from_pretrained(args, name, loader).to(device).eval(), None
+    config = model.config
+    labels = {str(number): number for number in range(config.num_labels)}
+    labels |= {str(label): int(number) for number, label in (config.id2label or {}).items()}  # whatever label2id says
+    if config.is_encoder_decoder or config.num_labels < 2 or config.problem_type == "regression":
+        raise bad(args, name, "expected a classifier with two labels or more, an encoder or a causal model, not both in one")
+    if args.reward_label not in labels:
+        raise bad(args, "reward_label", f"expected one of the reward model's {', '.join(labels)}")
+    with refusing(args, name):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.reward_model, trust_remote_code=False)
+        # without its files transformers makes a tokenizer to which every word is the unknown one
+        if len({tuple(tokenizer(text).input_ids) for text in ("a film", "b film", "the one", "2 10")}) < 2:
+            raise bad(args, name, "expected a classifier with its tokenizer's files; this tokenizer tells no words apart")
+        check_tokenizer(args, name, model, tokenizer)
+        tokenizer.truncation_side = "left"  # of a text that is too long the response stays
+        # classifiers on causal models look for the last token before the padding, and count positions from the left
+        tokenizer.padding_side, config.pad_token_id = "right", tokenizer.pad_token_id
+        reward = (model, tokenizer, labels[args.reward_label])
+        texts = ["a film", "a film that is longer than the other one", "a film " * reward_positions(model)]
+        together, alone = score(texts, *reward, args), torch.cat([score([text], *reward, args) for text in texts])
+    if not torch.allclose(together, alone, atol=1e-2, rtol=0):
+        raise bad(args, name, "expected a classifier whose scores do not depend on what else is in the batch")
+    return reward
 
 
-def save_model(folder: Path, agent: Agent, tokenizer) -> None:
-    """The language model as a folder for from_pretrained, with LoRA merged into it; ends the agent's training."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a killed run
-    lm = agent.lm.merge_and_unload() if isinstance(agent.lm, PeftModel) else agent.lm
-    lm.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+def load_models(args: Args, device: torch.device):
+    """The agent, the frozen reference, what `load_reward` gives, and the policy's tokenizer.
+
+    With LoRA the reference is the agent itself, whose adapters are switched off for it; without, a copy.
+    """
+    load_judge(args)
+    tokenizer = from_pretrained(args, "tokenizer", transformers.AutoTokenizer)
+    lm = from_pretrained(args, "policy", transformers.AutoModelForCausalLM).eval()
+    check_policy(args, lm, tokenizer)
+    check_lm(args, "policy", lm, Agent(lm).backbone, args.max_prompt_length + args.response_length)
+    torch.manual_seed(args.seed)  # LoRA's first weights
+    bf16 = args.bf16 and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    targets = args.lora_target_modules.split(",") if args.lora_target_modules else "all-linear"
+    with refusing(args, "lora_target_modules"):
+        agent = Agent(lm, args.lora_r, bf16, targets).to(device)
+    tokens = torch.arange(8, device=device).view(2, 4)
+    check_gradients(args, agent, lm, lambda: sum(output.sum() for output in agent(tokens, 2, 1.0)[:2]))
+    reference = agent if args.lora_r else copy.deepcopy(agent).requires_grad_(False)
+    return agent, reference, load_reward(args, device), tokenizer
 
 
-def save_policy(run_folder, agent, tokenizer, args):
-    save_model(run_folder / "model", agent, tokenizer)
+def load_texts(args: Args) -> dict[str, list[str]]:
+    """Reviews to train on and held-out ones, 80 % and 20 % of the train split, shuffled by the seed."""
+    if args.prompts:
+        return {"test": read_prompts(args)}
+    with refusing(args, "dataset"):
+        local = Path(args.dataset).is_file()
+        texts = column(read_json_lines(args.dataset) if local else datasets.load_dataset(args.dataset, split="train"), "text")
+        order = np.random.default_rng([args.seed, SPLIT]).permutation(len(texts))
+        texts, split = [texts[i] for i in order.tolist()], len(texts) * 4 // 5
+        if split < args.trajectories_per_update or len(texts) - split < args.eval_episodes:
+            wanted = f"{args.trajectories_per_update} training and {args.eval_episodes} validation reviews or more"
+            raise ValueError(f"expected {wanted}; it has {split} and {len(texts) - split}")
+    return {"train": texts[:split], "test": texts[split:] if args.eval_episodes else []}
 
 
-def describe_models(args, run, agent, trained, reward, count):
-    """A run's first line."""
-    millions = [sum(p.numel() for p in parameters) / 1e6 for parameters in (agent.parameters(), trained.values())]
-    return (
-        f"{args.policy}, {millions[0]:.1f}M parameters, {millions[1]:.1f}M trained; {count:,} reviews; "
-        f"{run.accelerator.num_processes} x {run.device.type}, {torch.get_num_threads()} threads; {run.folder}"
-    )
+def save_policy(run_folder: Path, agent: Agent, tokenizer, args: Args) -> None:
+    """model/ for from_pretrained, with LoRA merged into it, which ends the agent's training."""
+    with atomically(run_folder / "model") as temporary:
+        lm = agent.lm.merge_and_unload() if isinstance(agent.lm, PeftModel) else agent.lm
+        lm.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
 
 
-def check_task(args):
-    """Refuses combinations of arguments that this script cannot learn with."""
-    require(args, "lora_target_modules", args.lora_r or args.lora_target_modules is None, "--lora-r 1 or more with it")
+# what may differ from the run's own arguments; files may have moved
+EVALUABLE = [*SOURCES, "prompts", "eval_episodes", "save_model", "reward_batch_size", "num_threads", "cuda"]
 
 
-# --- run: one text in the RLHF scripts from here on -------------------------------------------------------------------
+def check_task(args, processes):
+    """What only this script can refuse."""
+    if args.eval_episodes % processes or args.eval_episodes == 1:
+        raise bad(args, "eval_episodes", f"expected a multiple of {processes} processes, but not 1, without a standard error")
+    if args.evaluate and not args.prompts and not args.eval_episodes:
+        raise bad(args, "eval_episodes", "expected 2 or more, or --prompts")
+    if args.lora_target_modules and not args.lora_r:
+        raise bad(args, "lora_target_modules", "expected --lora-r 1 or more with it")
+
+
+# --- run folder (the same in both RLHF scripts) -----------------------------------------------------------------------
 
 SCRIPT = Path(__file__).name
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+
+if sys.platform == "linux":  # glibc keeps freed memory: PPO takes a sixth less time on two cores
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
+    mallopt(-4, 0)  # M_MMAP_MAX
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+class BadInput(ValueError):
+    """Arguments that do not fit. The command line ends with status 2, as with tyro's own errors."""
+
+
+def bad(args, name, message):
+    return BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: {message}")
+
+
+def describe(batch: dict, args: Args) -> dict[str, float]:
+    """What a rollout was like. KL and entropy are sums over a response, then means, as TRL logs them."""
+    real = batch["tokens"][:, -args.response_length :] != PAD
+    logratio = batch["logprobs"] - batch["ref_logprobs"]
+    kl = logratio.sum(-1).mean()
+    stats = {
+        "scores": batch["scores"].mean(),
+        "kl": kl,  # k1
+        "kl_k3": (((-logratio).clamp(-20, 20).expm1() + logratio) * real).sum(-1).mean(),
+        "entropy": -batch["logprobs"].sum(-1).mean(),
+        "rlhf_reward": batch["scores"].mean() - args.kl_coef * kl,
+        "response_length": real.sum(-1).float().mean(),
+    }
+    for name in ("empty", "unfinished"):
+        stats[f"{name}_share"] = batch[name].mean()
+        if batch[name].any():
+            stats[f"{name}_score"] = batch["scores"][batch[name] > 0].mean()
+    return {name: value.item() for name, value in stats.items()}
+
+
+@torch.no_grad()
+def perplexity(agent: Agent, ids: list[int]) -> float:
+    """exp of the mean next-token loss on `ids`. Windows of 1,024 tokens, or the model's context, move by half of that."""
+    window = min(1024, agent.lm.config.max_position_embeddings)
+    ids, total, done = torch.tensor([ids], device=next(agent.parameters()).device), 0.0, 1
+    while done < ids.shape[1]:
+        new = min(window // 2, ids.shape[1] - done)
+        tokens = ids[:, max(0, done + new - window) : done + new]
+        total -= agent(tokens, tokens.shape[1] - new, 1.0)[0].sum().item()
+        done += new
+    return torch.tensor(total / max(1, done - 1), dtype=torch.float64).exp().item()  # inf where math.exp would raise
+
+
+@contextlib.contextmanager
+def atomically(path):
+    """A path to write to, which then takes the place of `path`: a kill leaves the old file or folder, or the new one, whole."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed run
+    yield temporary
+    if temporary.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path, content):
+    with atomically(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def lock_run(folder):
+    """Only one process may write to a run. The operating system releases the lock of a process that is killed."""
+    try:
+        return filelock.FileLock(folder / ".lock").acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise BadInput(f"{folder}: another process is training this run") from error
 
 
 class Run:
-    """A run's folder: arguments, curves, checkpoint, samples and result. Resumes a run. Saves and exits on a signal.
+    """A run's folder: args.json, curves, checkpoint.pt, samples.json, result.json. One process, the leader, writes and talks.
 
-    It differs from the control scripts' Run where accelerate asks for it: every process calls it, and one, the leader,
-    writes and talks. And it counts iterations of whole texts; the curves' x axis is the number of texts.
+    The curves' x axis counts the texts that were written in training.
     """
 
-    def __init__(self, args, accelerator):
-        self.args, self.accelerator, self.checkpoint, self.signals = args, accelerator, None, []
-        self.device, self.leads, self.cleanup = accelerator.device, accelerator.is_main_process, contextlib.ExitStack()
-        self.folder = None
+    def __init__(self, args, accelerator, about):
+        self.args, self.accelerator, self.signals, self.cleanup = args, accelerator, [], contextlib.ExitStack()
+        self.device, self.leads, self.say = accelerator.device, accelerator.is_main_process, accelerator.print
+        commit = "git -c safe.directory='*' describe --always --dirty --abbrev=40 --exclude='*' 2>&-"
         self.record = {
             "script": SCRIPT,
             "run_id": (args.track and os.environ.get("WANDB_RUN_ID")) or uuid.uuid4().hex[:8],  # a sweep's agent names the run
             "env_id": TASK,
             "args": asdict(args) | {"resume": None},
             "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
-            "commit": git_commit(),
+            "commit": subprocess.getoutput(f"cd '{Path(__file__).parent}' && {commit}") or None,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
         }
+        name = f"{TASK}__{args.exp_name}__{args.seed}__{int(1000 * time.time())}"
+        self.folder = Path(args.resume or Path(args.run_dir, name)).resolve()
         if self.leads:
             self.open_folder()
         (self.folder,) = broadcast_object_list([self.folder])
-        if not self.leads and args.resume and (self.folder / "checkpoint.pt").exists():
-            self.checkpoint = load_checkpoint(self.folder, "--resume")
-        known = self.checkpoint or {"iteration": 0, "seconds": 0.0, "before": None, "samples_before": []}
-        self.start, self.saved = known["iteration"], self.checkpoint is not None
+        self.checkpoint = load_checkpoint(self.folder) if (self.folder / "checkpoint.pt").exists() else None
+        known = self.checkpoint or {"iteration": 0, "seconds": 0.0, "before": None, "samples_before": None}
+        self.iteration = self.start = known["iteration"]
         self.seconds = self.start_seconds = known["seconds"]
         self.before = (known["before"], known["samples_before"]) if self.checkpoint else None
+        if threading.current_thread() is threading.main_thread():  # no other may handle signals
+            for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+                if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                    self.cleanup.callback(signal.signal, number, signal.signal(number, self.on_signal))
+        self.say(f"{about}; {accelerator.num_processes} x {self.record['device']}; run folder {self.folder}", flush=True)
         if self.leads:
             # purge_step hides what was logged after the checkpoint, so that no step shows twice
-            self.writer = SummaryWriter(self.folder, purge_step=self.texts(self.start) + 1 if self.saved else 0)
-            self.cleanup.callback(self.writer.close)
+            purge = self.start * args.trajectories_per_update + 1 if self.checkpoint else 0
+            self.writer = self.cleanup.enter_context(SummaryWriter(self.folder, purge_step=purge))
             rows = "\n".join(f"|{name}|{value}|" for name, value in self.record["args"].items())
             self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
-            self.last_line = time.monotonic()
-            self.progress = tqdm(total=args.iterations, initial=self.start, unit="iteration", disable=None)
-            self.cleanup.callback(self.progress.close)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
+            progress = tqdm(total=args.iterations, initial=self.start, unit="iteration", disable=None)
+            self.progress, self.next_line = self.cleanup.enter_context(progress), time.monotonic() + 60
 
     def open_folder(self):
-        """Makes the run's folder, or opens the one to resume, and writes args.json."""
+        """Makes the run's folder, or opens the one to resume. Starts the W&B run, or continues it."""
         args = self.args
-        try:
-            if args.resume:
-                self.open(Path(args.resume).resolve())
-            else:
-                self.make_folder()
-            if args.track:
-                self.track()
-            (self.folder / "result.json").unlink(missing_ok=True)
-            write_json(self.folder / "args.json", self.record)
-        except OSError as error:
-            fail(f"{f'--resume {args.resume}' if args.resume else f'--run-dir {args.run_dir}'}: {error.strerror}")
+        self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
+        self.cleanup.enter_context(lock_run(self.folder))
+        if args.resume:
+            before = json.loads((self.folder / "args.json").read_text())
+            changed = {key: before.get(key) for key in ("versions", "commit", "device") if before.get(key) != self.record[key]}
+            self.record |= {"run_id": before["run_id"], "earlier": before.get("earlier", []) + [changed] * bool(changed)}
+        if args.track:
+            import wandb  # a second that only a tracked run pays
 
-    def make_folder(self):
-        """runs/{task}__{exp_name}__{seed}__{unix time}/"""
-        while True:
-            self.folder = Path(self.args.run_dir) / f"{TASK}__{self.args.exp_name}__{self.args.seed}__{int(time.time())}"
-            try:
-                self.folder.mkdir(parents=True)
-                break
-            except FileExistsError:
-                if not self.folder.is_dir():
-                    raise
-                time.sleep(1)  # a run of the same name began in this second
-        self.lock()
-
-    def open(self, folder):
-        """The run to resume: its checkpoint, its id, and the versions, commit and device it had before, if they changed."""
-        self.folder = folder
-        self.lock()
-        before = json.loads((folder / "args.json").read_text())
-        changed = {key: before.get(key) for key in ("versions", "commit", "device") if before.get(key) != self.record[key]}
-        self.record |= {"run_id": before["run_id"], "earlier": before.get("earlier", []) + [changed] * bool(changed)}
-        if (folder / "checkpoint.pt").exists():
-            self.checkpoint = load_checkpoint(folder, "--resume")
-
-    def lock(self):
-        self.cleanup.callback(lock_run(self.folder, f"--resume {self.args.resume}").release)
-
-    def track(self):
-        """Starts the W&B run, or continues it. W&B logs what TensorBoard gets."""
-        import wandb  # a second and 20 MB that only a tracked run pays
-
-        self.wandb = wandb
-        try:
-            wandb.init(
-                project=self.args.wandb_project_name,
-                entity=self.args.wandb_entity,
-                group=self.args.wandb_group,
-                tags=self.args.wandb_tags.split(",") if self.args.wandb_tags else None,
-                id=self.record["run_id"],
-                name=self.folder.name,
-                resume="allow",
-                dir=self.folder.parent,  # in the run folder W&B would find its own copies of the event files
-                config=self.record["args"] | {key: value for key, value in self.record.items() if key != "args"},
-                sync_tensorboard=True,  # with global_step as the x axis
-                save_code=True,
-            )
-        except (wandb.errors.Error, ValueError) as error:
-            if not self.args.resume:
-                shutil.rmtree(self.folder)
-            fail(f"--track: {one_line(error)}")
+            self.wandb = wandb
+            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": self.folder.name}
+            config = self.record["args"] | {key: value for key, value in self.record.items() if key != "args"}
+            wandb.init(**names, id=self.record["run_id"], resume="allow", config=config, sync_tensorboard=True, save_code=True)
+            self.cleanup.push(lambda kind, *_: wandb.finish(exit_code=int(kind not in (None, SystemExit))))
+            wandb.define_metric("*", step_metric="global_step")
+            for name in ("eval/score", "test/score"):
+                wandb.define_metric(name, step_metric="global_step", summary="max,last")
+        (self.folder / "result.json").unlink(missing_ok=True)  # of the shorter run that this one continues
+        write_json(self.folder / "args.json", self.record)
 
     def on_signal(self, number, frame):
         """The first signal ends the run after this iteration, the second one at once."""
         self.signals.append(number)
         if len(self.signals) > 1:
             sys.exit(128 + number)
-        if self.leads:
-            with contextlib.suppress(OSError):  # not print, which may be what the signal has interrupted
-                os.write(2, b"\nfinishing this iteration, then saving; Ctrl-C again quits now\n")
-
-    def say(self, line):
-        if self.leads:
-            say(line)
-
-    def texts(self, iterations):
-        """The x axis: texts written in training."""
-        return iterations * self.args.trajectories_per_update
-
-    def load(self, trained, optimizer, agent):
-        """Puts the checkpoint's weights and optimiser in place, and frees it: as much memory as these take."""
-        if self.checkpoint:
-            load_weights(agent, trained, self.checkpoint, self.args, "--resume")
-            optimizer.load_state_dict(self.checkpoint["optimizer"])
-        self.checkpoint = None
-
-    def exit_if_not_finite(self, iteration, values):
-        for name, value in values.items():
-            if not math.isfinite(value):
-                kept = f"{self.folder / 'checkpoint.pt'} is from before" if self.saved else "there is no checkpoint yet"
-                sys.exit(f"{SCRIPT}: {name} is {value} in iteration {iteration + 1}; the run ends, {kept}")
-
-    def log(self, iteration, stats, seconds):
-        """The curves of one iteration, which took `seconds`."""
-        self.seconds += seconds
-        if not self.leads:
-            return
-        for name, value in stats.items():
-            self.writer.add_scalar(name, value, self.texts(iteration + 1))
-        status = f"score {stats['objective/scores']:.3f}, {stats['charts/SPS']:,.0f} tokens/s"
-        self.progress.set_postfix_str(status, refresh=False)
-        self.progress.update()
-        now = time.monotonic()
-        if self.progress.disable and now > self.last_line + 60:  # no terminal: one line a minute
-            self.last_line = now
-            speed = (iteration + 1 - self.start) / (self.seconds - self.start_seconds)
-            left = tqdm.format_interval((self.args.iterations - iteration - 1) / speed)
-            say(f"iteration {iteration + 1} of {self.args.iterations}, {status}, {left} left")
+        with contextlib.suppress(OSError):  # the terminal may be gone; not print, which may be what the signal interrupted
+            os.write(2, b"\nfinishing this iteration, then saving; once more quits now\n" * self.leads)
 
     def stopping(self):
         """Whether any process has got a signal."""
         return bool(self.accelerator.reduce(torch.tensor(float(bool(self.signals)), device=self.device)).item())
 
-    def save(self, iterations, trained, optimizer):
-        # the last gradient step can break the policy after its losses were finite
+    def end_if_not_finite(self, values):
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{name} is {value}")
+
+    def log(self, iteration, stats, seconds):
+        """The curves of an iteration, which took `seconds`. Without a terminal prints one line a minute."""
+        self.iteration, self.seconds = iteration, self.seconds + seconds
+        self.end_if_not_finite(stats)
+        if not self.leads:
+            return
+        for name, value in stats.items():
+            self.writer.add_scalar(name, value, iteration * self.args.trajectories_per_update)
+        status = f"score {stats['objective/scores']:.3f}, {stats['charts/SPS']:,.0f} tokens/s"
+        self.progress.set_postfix_str(status, refresh=False)
+        self.progress.update()
+        if self.progress.disable and time.monotonic() > self.next_line:
+            self.next_line = time.monotonic() + 60
+            pace = (self.seconds - self.start_seconds) / (iteration - self.start)
+            left = tqdm.format_interval((self.args.iterations - iteration) * pace)
+            self.say(f"iteration {iteration} of {self.args.iterations}, {status}, {left} left", flush=True)
+
+    def save(self, trained, optimizer, stopping):
+        """Writes checkpoint.pt. After a signal the run ends here."""
         weights = sum(parameter.detach().sum() for parameter in trained.values()).item()
-        self.exit_if_not_finite(iterations - 1, {"the sum of the weights": weights})
+        self.end_if_not_finite({"the sum of the weights": weights})  # the last step can break them after a finite loss
         if self.leads:
             self.writer.flush()
-            state = {
-                "agent": {name: parameter.detach() for name, parameter in trained.items()},
-                "optimizer": optimizer.state_dict(),
-                "iteration": iterations,
-                "seconds": self.seconds,
-                "before": self.before[0],
-                "samples_before": self.before[1],
-            }
-            save_checkpoint_atomically(self.folder / "checkpoint.pt", state)
-        self.saved = True
+            state = {"agent": {name: parameter.detach() for name, parameter in trained.items()}}
+            state |= {"optimizer": optimizer.state_dict(), "iteration": self.iteration, "seconds": self.seconds}
+            with atomically(self.folder / "checkpoint.pt") as temporary:
+                torch.save({**state, "before": self.before[0], "samples_before": self.before[1]}, temporary)
         self.accelerator.wait_for_everyone()  # a process that exits before it is written would end the others
+        if stopping:
+            number = self.signals[0] if self.signals else signal.SIGTERM  # another process may have got it
+            what = f"{signal.Signals(number).name} after iteration {self.iteration}, saved"
+            self.say(f"{what}; continue with --resume {self.folder}", flush=True)
+            sys.exit(128 + number)
 
-    def evaluate(self, name, iterations, episodes, inputs):
-        """What `evaluate` measures of `episodes` texts, logged as name/..., and its samples; (None, []) of none."""
-        if not episodes:
+    def evaluate(self, name, models, texts):
+        """What `evaluate` measures of the texts, logged as name/..., and its samples; (None, []) of none."""
+        if not texts:
             return None, []
-        result, samples = evaluate(*inputs, self.args, self.accelerator)
-        self.exit_if_not_finite(iterations - 1, {"the mean score of the evaluation": result["score"]})
+        result, samples = evaluate(*models, texts, self.args, self.accelerator)
+        self.end_if_not_finite({"the mean score of the evaluation": result["score"]})
         if self.leads:
             for key, value in result.items():
-                self.writer.add_scalar(f"{name}/{key}", value, self.texts(iterations))
-            self.show(f"{name}/samples", [list(samples[0]), *(list(sample.values()) for sample in samples[:20])], iterations)
+                self.writer.add_scalar(f"{name}/{key}", value, self.iteration * self.args.trajectories_per_update)
+            self.show(f"{name}/samples", samples[:20])
         # JSON has no infinity, which a perplexity can be
         return {key: value if math.isfinite(value) else None for key, value in result.items()}, samples
 
-    def show(self, name, table, iterations):
-        """A table, its header first, as a text in TensorBoard and as a table in W&B."""
-        rows = ["| " + " | ".join(re.sub(r"[\n|]", " ", str(cell)) for cell in row) + " |" for row in table]
-        text = "\n".join([rows[0], "|---" * len(table[0]) + "|", *rows[1:]])
-        self.writer.add_text(name, text, self.texts(iterations))
+    def show(self, name, samples):
+        """Samples as a table, in TensorBoard and in W&B."""
+        step, rows = self.iteration * self.args.trajectories_per_update, [list(row.values()) for row in samples]
+        table = [list(samples[0]), ["---"] * len(samples[0]), *rows]
+        lines = ["| " + " | ".join(re.sub(r"[\n|]", " ", str(cell)) for cell in row) + " |" for row in table]
+        self.writer.add_text(name, "\n".join(lines), step)
         if self.args.track:
-            self.wandb.log({name: self.wandb.Table(columns=table[0], data=table[1:]), "global_step": self.texts(iterations)})
-
-    def exit_stopped(self, iterations):
-        """After a signal: prints how to resume."""
-        number = self.signals[0] if self.signals else signal.SIGTERM  # another process may have got it
-        if self.leads:
-            self.close()
-        self.say(f"{signal.Signals(number).name} after iteration {iterations}, saved; continue with --resume {self.folder}")
-        sys.exit(128 + number)
+            self.wandb.log({name: self.wandb.Table(columns=table[0], data=rows), "global_step": step})
 
     def finish(self, after, agent, tokenizer):
         """Writes samples, models and result.json. after: what `evaluate` has returned for the trained policy."""
@@ -1162,516 +953,328 @@ class Run:
             return
         (before, samples_before), (after, samples) = self.before, after
         if samples:
-            self.show("samples", save_samples(self.folder, samples_before, samples), self.args.iterations)
+            for new, old in zip(samples, samples_before, strict=True):
+                new |= {f"{key}_before": old[key] for key in old if key not in ("post", "prompt", "reference")}
+            write_json(self.folder / "samples.json", samples)
+            self.show("samples", samples[:20])
         if self.args.save_model:
             save_policy(self.folder, agent, tokenizer, self.args)
-        result = {
-            "score": after["score"] if after else None,
-            "score_stderr": after["score_stderr"] if after else None,
-            "before": before,
-            "after": after,
-            "global_step": self.texts(self.args.iterations),
-            "seconds": self.seconds,
-            **self.record,
-        }
-        write_json(self.folder / "result.json", result)
+        result = {name: after[name] if after else None for name in ("score", "score_stderr")}
+        result |= {"before": before, "after": after, "seconds": self.seconds}
+        result["global_step"] = self.args.iterations * self.args.trajectories_per_update
+        write_json(self.folder / "result.json", result | self.record)
         if self.args.track:
             self.wandb.summary.update({name: result[name] for name in ("score", "score_stderr", "seconds")})
-        self.close()
-        score = f"score {before['score']:.3f} before, {after['score']:.3f} after" if after else "not evaluated"
-        self.say(f"{self.args.iterations} iterations in {self.seconds:.0f} s, {score}; {self.folder / 'result.json'}")
-        if self.signals:  # one during the last evaluation
-            sys.exit(128 + self.signals[0])
-
-    def close(self):
         self.progress.close()
-        self.writer.close()
-        if self.args.track:
-            self.wandb.finish()
+        score = f"score {before['score']:.3f} before, {after['score']:.3f} after" if after else "not evaluated"
+        self.say(
+            f"{self.args.iterations} iterations in {self.seconds:.0f} s, {score}; {self.folder / 'result.json'}", flush=True
+        )
 
 
-# --- loading ----------------------------------------------------------------------------------------------------------
+# --- loading: refuses what would give wrong numbers without a word; elsewhere the libraries' own errors speak -----------
 
 
-def prepare_hub(args: Args, *names: str) -> None:
-    """Asks the Hub for an answer. Without one within five seconds, and with --offline, only the local cache is used.
+@contextlib.contextmanager
+def refusing(args, name):
+    """An error of the libraries, which have no type in common, becomes BadInput that names the argument."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as error:
+        hint = "; --allow-pickle takes pickled weights" if "safetensors" in str(error) and not args.allow_pickle else ""
+        hint += f"; python benchmark/assets/make_rlhf_assets.py {TASK} builds what --offline takes" if args.offline else ""
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
+        raise bad(args, name, f"{type(error).__name__}: {error}{cause}{hint}") from error
 
-    names: the arguments that may be Hub ids, or paths.
-    """
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")  # between peft and transformers
-    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # else transformers asks a conversion service to open a pull request
+
+def prepare_hub(args):
+    """Uses the local cache alone with --offline, and where the Hub does not answer: each request would be tried for 23 s."""
     offline = args.offline or huggingface_hub.constants.HF_HUB_OFFLINE
-    sources = [getattr(args, name) for name in names if getattr(args, name) is not None]
-    if not offline and not all(Path(source).exists() for source in sources):
+    if not offline and not all(Path(getattr(args, name) or ".").exists() for name in SOURCES):
         try:
             urlopen(Request(huggingface_hub.constants.ENDPOINT, method="HEAD"), timeout=5).close()
-        except HTTPError:
-            pass  # an answer
-        except (OSError, ValueError, HTTPException):  # ValueError: an HF_ENDPOINT without https://
-            offline = True
+        except (OSError, ValueError, HTTPException) as error:  # ValueError: an HF_ENDPOINT without https://
+            offline = not isinstance(error, HTTPError)  # which is an answer
     if offline:
         huggingface_hub.constants.HF_HUB_OFFLINE = True
         datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # else transformers asks a conversion service to open a pull request
+    transformers.utils.logging.set_verbosity_error()  # of texts too long for the tokenizer, which encode and score cut
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")  # between peft and transformers
 
 
-def check_targets(args: Args, lm) -> None:
-    """Refuses LoRA on the embedding and on the vocabulary head: they may share one weight, and the head is called by itself."""
-    ends = (lm.get_input_embeddings(), lm.get_output_embeddings())
-    names = [f".{name}" for name, module in lm.named_modules() if module in ends]
-    for target in (args.lora_target_modules or "").split(","):
-        ours = not target or not any(name.endswith(f".{target}") for name in names)
-        require(args, "lora_target_modules", ours, f"layers between the embedding and the head, which {target} is not")
+def refuse_adapter(args, name):
+    """transformers would load it onto its base without a word, and freeze it."""
+    if find_adapter_config_file(getattr(args, name), local_files_only=huggingface_hub.constants.HF_HUB_OFFLINE) is not None:
+        raise bad(args, name, "an adapter; merge it into its base first, with peft's merge_and_unload")
 
 
-def cannot_load(args, name, error, expected, loader=None):
-    """Fails in one line: the argument `name`, its value, why it could not be loaded, and what to do.
+def from_pretrained(args, name, loader, **options):
+    """Loads the argument `name`, a Hub id or a folder: safetensors with all weights, without remote code."""
+    source = getattr(args, name)
+    with refusing(args, name):
+        if loader is transformers.AutoTokenizer:
+            return loader.from_pretrained(source, trust_remote_code=False)
+        refuse_adapter(args, name)
+        options |= {"trust_remote_code": False, "use_safetensors": None if args.allow_pickle else True}
+        model, info = loader.from_pretrained(source, **options, output_loading_info=True)
+    if info["missing_keys"]:  # transformers has put random numbers there
+        raise bad(args, name, f"expected a model with all its weights; {', '.join(sorted(info['missing_keys']))} are missing")
+    return model
 
-    loader: the class of transformers that could save the model as safetensors.
+
+def check_tokenizer(args, name, model, tokenizer):
+    """Refuses a tokenizer with ids that the model lacks, or with other ids than the model's own tokenizer, if it has one."""
+    largest, tokens = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
+    texts = ["I loved it: 10/10!", "\nTL;DR: a film, naïve at best", "the 2 worst"]
+    own = []
+    with contextlib.suppress(Exception):  # of a model that comes without one
+        own = tokenize(transformers.AutoTokenizer.from_pretrained(getattr(args, name), trust_remote_code=False), texts)
+    if len({tuple(ids) for ids in own}) < 3:  # without its files transformers makes one that tells no words apart
+        own = None
+    if largest >= tokens:
+        raise bad(args, name, f"expected a model of the tokenizer's; it has {tokens} tokens, and the largest id is {largest}")
+    if own and own != tokenize(tokenizer, texts):
+        raise bad(args, name, "expected a model of the tokenizer's; its own one gives words other ids")
+
+
+def check_policy(args, lm, tokenizer):
+    """Refuses a tokenizer or lengths that do not fit the policy."""
+    check_tokenizer(args, "policy", lm, tokenizer)
+    if tokenizer.eos_token_id is None:
+        raise bad(args, "tokenizer", "expected one with an EOS token")
+    context = getattr(lm.config, "max_position_embeddings", 0)
+    if args.max_prompt_length + args.response_length > context:
+        raise bad(args, "max_prompt_length", f"expected {context}, the policy's context, less response_length, or less")
+    if args.top_k > lm.config.vocab_size:
+        raise bad(args, "top_k", f"expected the policy's vocabulary, {lm.config.vocab_size}, or less")
+
+
+@torch.no_grad()
+def check_lm(args, name, lm, backbone, length):
+    """Refuses a model whose logits differ from its own for a text alone: padded on the left, or token by token with a cache.
+
+    `length` is that of the longest text in use: some models switch their positions with it. backbone: `Agent.backbone`.
     """
-    source, reason, hint = getattr(args, name), one_line(error), ""
-    if re.search(r"file named model\.safetensors|no adapter_model\.safetensors", str(error)) and not args.allow_pickle:
-        reason, hint = "it has no safetensors", "; --allow-pickle takes its pickled weights"
-        if loader:
-            # a tokenizer that is missing would come up as one that knows no word; the variable keeps transformers from asking
-            # a conversion service to open a pull request
-            hint += "; or, with DISABLE_SAFETENSORS_CONVERSION=1 in the environment: from transformers import "
-            hint += f"AutoTokenizer, {loader.__name__} as Auto; "
-            hint += f"[kind.from_pretrained({source!r}).save_pretrained('FOLDER') for kind in (Auto, AutoTokenizer)]"
-    elif args.offline:
-        hint = f"; python benchmark/assets/make_rlhf_assets.py {TASK} builds what --offline takes"
-    elif huggingface_hub.constants.HF_HUB_OFFLINE and not Path(source).exists():
-        reason = f"not in the cache, and {huggingface_hub.constants.ENDPOINT} does not answer or HF_HUB_OFFLINE is set"
-    require(args, name, False, f"{expected} ({reason}){hint}")
+    short, long = (torch.arange(n, device=lm.device) * 7919 % lm.config.vocab_size for n in (5, max(9, length)))
+    batch = torch.stack([F.pad(short, (len(long) - 5, 0), value=PAD), long])
+    real, cache, head = batch != PAD, transformers.DynamicCache(config=lm.config), lm.get_output_embeddings()
+    with refusing(args, name):
+        padded = backbone(batch, real).last_hidden_state
+        steps = [0, *range(len(long) - 3, len(long) + 1)]
+        pieces = [backbone(batch[:, a:b], real[:, :b], past_key_values=cache) for a, b in itertools.pairwise(steps)]
+        cached = torch.cat([piece.last_hidden_state for piece in pieces], dim=1)
+        plain_short, plain_long = (lm(ids[None]).logits[0, -9:].float() for ids in (short, long))
+    # Room for rounding: TF32, in which GPUs multiply float32, keeps 11 bits, bfloat16 8. In bfloat16 a right model of 30
+    # layers is off by 0.2 of the logits' spread, one with its positions off by one by 0.8.
+    tolerance = plain_long.std() * (0.02 if lm.dtype == torch.float32 else 0.4)
+    for hidden, plain, reason in (
+        (padded[1, -9:], plain_long, "its logits are not its head applied to its last hidden states"),
+        (padded[0, -5:], plain_short, "padding on the left changes its numbers"),
+        (cached[1, -9:], plain_long, "a cache of keys and values changes its numbers"),
+        (cached[0, -5:], plain_short, "a cache after left padding changes its numbers"),
+    ):
+        if not (head(hidden).float() - plain).abs().max() <= tolerance:  # also if it is not a number
+            raise bad(args, name, f"expected a causal model that takes padding, positions and a cache ({reason})")
 
 
-def check_weights(args: Args, name: str, info: dict) -> None:
-    """Refuses a model whose files lack some of its weights, or have them in another shape."""
-    missing = ", ".join(sorted(info["missing_keys"]))
-    require(args, name, not missing, f"a model with all its weights; {missing} are missing")
-    wrong = ", ".join(f"{key} {tuple(found)}, not {tuple(wanted)}" for key, found, wanted in sorted(info["mismatched_keys"]))
-    require(args, name, not wrong, f"weights of its configuration's shapes; {wrong}")
+def check_gradients(args, agent, lm, *losses):
+    """Refuses adapters on the embedding and the head, which may share a weight, and names layers that no gradient comes to."""
+    layers = {name: layer for name, layer in agent.named_modules() if isinstance(layer, LoraLayer)}
+    ends, kinds = (lm.get_input_embeddings(), lm.get_output_embeddings()), {}
+    hook = nn.modules.module.register_module_forward_hook(lambda module, _, output: kinds.update({module: type(output)}))
+    with hook, contextlib.suppress(TypeError, AttributeError, ValueError):  # of adapters on a layer that returns a tuple
+        for loss in losses:
+            loss().backward()
+    wrong = [name for name, layer in layers.items() if layer in ends or kinds.get(layer.get_base_layer()) is tuple]
+    wrong = wrong or [name for name, layer in layers.items() if layer.get_base_layer() not in kinds]  # read, but not called
+    wrong = wrong or [name for name, parameter in trained_parameters(agent).items() if parameter.grad is None]
+    if wrong:
+        raise bad(args, "lora_target_modules", f"expected layers that adapters can train, unlike {', '.join(wrong)}")
+    agent.zero_grad()
 
 
-def is_adapter(args: Args, name: str) -> bool:
-    """Whether the argument names an adapter. transformers would load it onto its base without a word, and freeze it."""
-    return find_adapter_config_file(getattr(args, name), local_files_only=huggingface_hub.constants.HF_HUB_OFFLINE) is not None
-
-
-def check_lm(args: Args, name: str, lm: transformers.PreTrainedModel, backbone) -> None:
-    """Refuses a model that would compute wrong numbers in this script.
-
-    Two texts of different length go through `backbone` and the model's head: padded on the left, and token by token with
-    the cache. The logits must be those of the plain model, which reads each text alone and in one pass. backbone:
-    `Agent.backbone` without adapters.
-    """
-    short, long = (torch.arange(length, device=lm.device) * 7919 % lm.config.vocab_size for length in (5, 9))
-    batch = torch.stack([F.pad(short, (4, 0), value=PAD), long])
-    real = batch != PAD
-    head, reason = lm.get_output_embeddings(), ""
-    with torch.no_grad():
-        plain = [lm(ids[None]).logits[0].float() for ids in (short, long)]
-        # Room for rounding: TF32, in which GPUs multiply float32, keeps 11 bits, bfloat16 8. In bfloat16 a right model of 30
-        # layers is off by 0.2 of the logits' spread, one with its positions off by one by 0.8.
-        tolerance = plain[1].std() * (0.02 if lm.dtype == torch.float32 else 0.4)
-
-        def differs(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-            return not bool(((head(found).float() - wanted).abs() <= tolerance).all())
-
-        try:
-            alone = backbone(long[None], real[1:]).last_hidden_state[0]
-            padded = backbone(batch, real).last_hidden_state
-            cache = transformers.DynamicCache(config=lm.config)
-            first = backbone(batch[:, :6], real[:, :6], past_key_values=cache).last_hidden_state
-            rest = [backbone(batch[:, t : t + 1], real[:, : t + 1], past_key_values=cache).last_hidden_state for t in (6, 7, 8)]
-            cached = torch.cat([first, *rest], dim=1)
-            for hidden, wanted, what in (
-                (alone, plain[1], "its logits are not its head applied to its last hidden states"),
-                (padded[0, 4:], plain[0], "padding on the left changes its numbers"),
-                (cached[1], plain[1], "a cache of keys and values changes its numbers"),
-                (cached[0, 4:], plain[0], "a cache after left padding changes its numbers"),
-            ):
-                if not reason and differs(hidden, wanted):
-                    reason = what
-        except Exception as error:  # arguments or a cache that it does not take, shapes, ...
-            reason = one_line(error)
-    require(args, name, not reason, f"a causal model that takes padding, positions and a cache ({reason})")
-
-
-def unreadable_file(folder: str) -> str | None:
-    """The first text file of a folder that is not UTF-8, with the reason: `datasets` says neither its name nor its line."""
-    for path in sorted(Path(folder).rglob("*")):
-        if path.suffix in (".csv", ".txt", ".json", ".jsonl"):
-            try:
-                path.read_bytes().decode()
-            except (OSError, UnicodeDecodeError) as error:
-                return f"{path.name}: {error}"
-    return None
-
-
-def read_json_lines(path: str) -> datasets.Dataset:
-    """Reads a file of JSON objects, one a line, in UTF-8. An error names the line."""
+def read_json_lines(path):
+    """The objects of a file of JSON lines in UTF-8. An error names the line."""
     rows = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                rows += [json.loads(line.decode("utf-8-sig"))] if line.strip() else []
-                if rows and not isinstance(rows[-1], dict):
-                    raise ValueError("expected an object in braces")
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from None
-    return datasets.Dataset.from_list(rows)
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+        try:
+            rows += [dict(json.loads(line.decode("utf-8-sig")))] if line.strip() else []
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"line {number}: {error}") from None
+    return rows
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+def column(rows, name):
+    """The texts of a column. Other columns may hold anything."""
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get(name), str):
+            raise ValueError(f"row {number} has no text in a column {name}; its columns are {', '.join(row)}")
+    return [row[name] for row in rows]
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """A kill at any moment leaves the old file or the new one, whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def save_checkpoint_atomically(path, state):
-    """As `write_atomically`, for a state too large to be in memory twice."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_json(path, content):
-    """`content` as indented JSON, atomically."""
-    write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
-
-
-def git_commit() -> str | None:
-    """The commit of this script's checkout, followed by "-dirty" if files differ; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def lock_run(folder, argument):
-    """Only one job may write to a run. The operating system releases the lock of a process that is killed."""
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        fail(f"{argument}: another process is training this run")
-    return lock
-
-
-def load_checkpoint(folder, argument):
-    """Loads a run's checkpoint, or fails in one line."""
-    try:
-        checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-        checkpoint["seconds"], checkpoint["agent"]  # KeyError if it is of something else
-        return checkpoint
-    except Exception as error:  # torch has no common type for them
-        fail(f"{argument} {folder}: cannot load its checkpoint.pt ({type(error).__name__})")
-
-
-def load_weights(agent, trained, checkpoint, args, argument):
+def load_weights(agent, checkpoint):
     """Puts the trained weights of a checkpoint into the agent; all others are as they were loaded."""
-    shapes = [{name: tensor.shape for name, tensor in weights.items()} for weights in (checkpoint["agent"], trained)]
-    if shapes[0] != shapes[1]:
-        folder = args.resume or args.evaluate
-        fail(f"{argument} {folder}: its checkpoint.pt has other weights than {args.policy} has with these versions")
+    shapes = [
+        {name: tensor.shape for name, tensor in part.items()} for part in (checkpoint["agent"], trained_parameters(agent))
+    ]
+    if shapes[0] != shapes[1]:  # strict=False would pass over missing ones
+        raise BadInput("checkpoint.pt has other weights than --policy has with these versions")
     agent.load_state_dict(checkpoint["agent"], strict=False)
-
-
-def read_prompts(args):
-    """The texts of --prompts: the column `prompt` of a file of JSON lines, or the lines of another file."""
-    try:
-        if args.prompts.endswith(".jsonl"):
-            prompts = read_json_lines(args.prompts)["prompt"][:]
-        else:
-            prompts = [line for line in Path(args.prompts).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        require(args, "prompts", False, f"a file of lines, or of JSON lines with a column prompt ({one_line(error)})")
-    texts = all(isinstance(prompt, str) and prompt.strip() for prompt in prompts)
-    require(args, "prompts", prompts and texts, "a file of prompts, all of them texts")
-    return prompts
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
 
-# the groups of --help, by their first argument
-GROUPS = {
-    "alpha": "symmetric loss",
-    "offline": "models and data",
-    "iterations": "algorithm",
-    "eval_episodes": "evaluation",
-    "track": "logging",
-    "exp_name": "run and machine",
-}
-# names of other libraries
-HINTS = {
-    "batch-size": "trajectories-per-update",
-    "rollout-batch-size": "trajectories-per-update",
-    "mini-batch-size": "minibatch-size",
-    "num-ppo-epochs": "update-epochs",
-    "num-train-epochs": "update-epochs",
-    "total-episodes": "iterations",
-    "cliprange": "clip-coef",
-    "cliprange-value": "clip-coef-value",
-    "init-kl-coef": "kl-coef",
-    "lam": "gae-lambda",
-    "lr": "learning-rate",
-    "max-new-tokens": "response-length",
-    "model-name-or-path": "policy",
-    "sft-model-path": "policy",
-    "base-model": "policy",
-    "reward-model-path": "reward-model",
-    "eval-every": "eval-interval",
-    "eval-steps": "eval-interval",
-}
-LENGTH = "iterations"  # the argument for the length of a run
-TRAINING_ONLY = ("track", "save_model")  # switches of a run that --evaluate does not take over
-# what may change with --resume, and with --evaluate
-RESUMABLE = "iterations track wandb_project_name wandb_entity wandb_group wandb_tags eval_interval checkpoint_interval"
-RESUMABLE = [*RESUMABLE.split(), "save_model", "reward_batch_size", "num_threads", "cuda", *SOURCES]  # files may have moved
-EVALUABLE = ["prompts", EPISODES, "save_model", "reward_batch_size", "num_threads", "cuda", *SOURCES]
 
-
-def say(line):
-    """One line on stdout, at once. A closed pipe or a full disk there does not end the run."""
+def load_args(run_folder):
+    """The arguments of a run. Those that an earlier version had and this one has not are named and ignored."""
     try:
-        print(f"{SCRIPT}: {line}", flush=True)
-    except OSError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        saved = json.loads(Path(run_folder, "args.json").read_text())
+    except OSError as error:
+        newest = sorted(Path(run_folder).glob("*/args.json"), key=lambda path: path.stat().st_mtime)[-3:]
+        folders = ", ".join(str(path.parent) for path in newest) or "none"
+        raise BadInput(f"{run_folder} is no run folder ({error}); the newest run folders in it: {folders}") from error
+    if saved["script"] != SCRIPT:
+        raise BadInput(f"{run_folder} is a run of {saved['script']}; expected a run of {SCRIPT}")
+    gone = saved["args"].keys() - {field.name for field in fields(Args)}
+    if gone:
+        warnings.warn(f"{run_folder}: ignored arguments of an earlier version: {', '.join(sorted(gone))}", stacklevel=2)
+    return Args(**{name: value for name, value in saved["args"].items() if name not in gone})
 
 
-def fail(message):
-    """Bad input: one line on stderr, exit status 2."""
-    print(f"{SCRIPT}: error: {message}", file=sys.stderr)
-    sys.exit(2)
+def load_checkpoint(run_folder):
+    return torch.load(Path(run_folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
 
 
-def one_line(error):
-    return " ".join(str(error).split())[:200] or type(error).__name__
+RESUMABLE = [*SOURCES, "iterations", "track", "wandb_project_name", "wandb_entity", "eval_interval", "checkpoint_interval"]
+RESUMABLE += ["save_model", "reward_batch_size", "num_threads", "cuda"]
 
 
-def flag(name):
-    return f"--{name.replace('_', '-')}"
-
-
-def require(args, name, accepted, expected):
-    """Unless `accepted`: one line that names the argument, its value and what is expected, exit status 2."""
-    if not accepted:
-        fail(f"{flag(name)} {getattr(args, name)}: expected {expected}")
-
-
-def read_command_line(argv, defaults):
-    """The command line as Args: tyro with the groups of --help, hints for unknown names, and errors of one line."""
-    names = {flag(field.name) for field in fields(Args)}
-    for word in argv:
-        name = word.split("=")[0].replace("_", "-").replace("--no-", "--")
-        if word.startswith("--") and name not in names | {"--help"}:
-            close = [f"--{HINTS[name[2:]]}"] if name[2:] in HINTS else difflib.get_close_matches(name, names, n=1, cutoff=0.75)
-            hint = next((f"; did you mean {other}?" for other in close if other in names), "; see --help")
-            fail(f"{word.split('=')[0]}: unknown argument{hint}")
-    switches = {flag(field.name) for field in fields(Args) if field.type is bool}
-    for name, value in itertools.pairwise(argv):
-        if value in ("True", "False") and name.replace("_", "-").replace("--no-", "--") in switches:
-            fail(f"{name} {value}: a switch takes no value; write {name} or {name.replace('--', '--no-', 1)}")
-
-    about = pydantic.TypeAdapter(Args).json_schema()["properties"]
-    groups, title = {}, None
-    for field in fields(Args):
-        title = GROUPS.get(field.name, title)
-        helped = Annotated[field.type, tyro.conf.arg(help=about[field.name]["description"])]
-        groups.setdefault(title, []).append((field.name, helped, getattr(defaults, field.name)))
-    groups = {title.replace(" ", "_"): make_dataclass(title.replace(" ", "_"), group) for title, group in groups.items()}
-    Grouped = make_dataclass("Grouped", [(title, tyro.conf.OmitArgPrefixes[group]) for title, group in groups.items()])
-    captured = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(captured):
-            parsed = tyro.cli(Grouped, args=argv, prog=SCRIPT, description=Args.__doc__)
-    except SystemExit as stopped:
-        if stopped.code:  # tyro's box of several lines, as one line
-            text = " ".join(re.sub(r"[╭╮╰╯│─]+|-{3,}|[|+]", " ", captured.getvalue()).split())
-            titles = "Value error|Parsing error|Missing argument|Invalid choice|Unrecognized options"
-            text = re.sub(rf"^({titles}) (?=[A-Z]|invalid)", "", text)
-            fail(re.split(r" (For full|Argument) helptext", text)[0] + "; see --help")
-        raise
-    except BrokenPipeError:  # `--help | head` has seen enough; nothing is left to flush at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit()
-    return Args(**{name: value for group in asdict(parsed).values() for name, value in group.items()})
-
-
-def parse_args(argv, defaults):
-    """The command line as Args. With --resume or --evaluate, that run's own arguments, of which some may change."""
-    args = read_command_line(argv, defaults)
+def own_args(args):
+    """The run's own arguments, with --resume or --evaluate. An evaluation is neither tracked nor saved as the run was."""
     if args.resume and args.evaluate:
-        fail("--resume and --evaluate: expected one of them")
-    if not (args.resume or args.evaluate):
-        return args
-    name, folder, allowed = ("resume", args.resume, RESUMABLE) if args.resume else ("evaluate", args.evaluate, EVALUABLE)
-    try:
-        saved = json.loads(Path(folder, "args.json").read_text())
-        if saved["script"] != SCRIPT:
-            fail(f"{flag(name)} {folder}: a run of {saved['script']}; expected a run of {SCRIPT}")
-        own = replace(Args(**saved["args"]), **{name: folder})
-        if name == "evaluate":
-            own = replace(own, **dict.fromkeys(TRAINING_ONLY, False))
-        saved["run_id"]  # KeyError for a folder without one
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"{flag(name)} {folder}: not the folder of a run of this script; expected one with its args.json ({error})")
-    args = read_command_line(argv, own)
-    for field in fields(Args):
-        value, old = getattr(args, field.name), getattr(own, field.name)
-        if value != old and field.name not in allowed:
-            others = ", ".join(map(flag, allowed))
-            fail(f"{flag(field.name)} {value}: with {flag(name)} the run keeps its own, {old}; only {others} may change")
-    longer = getattr(args, LENGTH) >= getattr(own, LENGTH)
-    require(args, LENGTH, longer, f"{getattr(own, LENGTH)}, the run's own, or more")
-    return args
+        raise BadInput("--resume and --evaluate: expected one of them")
+    own = replace(load_args(args.resume or args.evaluate), resume=args.resume, evaluate=args.evaluate)
+    return replace(own, track=False, save_model=False) if args.evaluate else own
 
 
-def check_args(args):
-    """Rejects invalid arguments before any file is written or model loaded."""
-    try:
-        pydantic.TypeAdapter(Args).validate_python(asdict(args))
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        fail(f"{flag(first['loc'][0])} {first['input']}: {re.sub('^(Input|String|Value) should', 'must', first['msg'])}")
-    shorter = args.min_response_length <= args.response_length
-    require(args, "min_response_length", shorter, f"response_length = {args.response_length} or less")
-    divides = args.trajectories_per_update % args.minibatch_size == 0
-    require(args, "minibatch_size", divides, f"a divisor of trajectories_per_update = {args.trajectories_per_update}")
-    processes = int(os.environ.get("WORLD_SIZE", 1))  # set by `accelerate launch`
-    parts = processes * args.gradient_accumulation
-    wanted = f"a multiple of processes x gradient_accumulation = {processes} x {args.gradient_accumulation}"
-    require(args, "minibatch_size", args.minibatch_size % parts == 0, wanted)
-    for name in dict.fromkeys(("eval_episodes", EPISODES)):
-        require(args, name, getattr(args, name) % processes == 0, f"a multiple of the {processes} processes")
-        require(args, name, getattr(args, name) != 1, "0, or 2 or more for a standard error")
-    require(args, "evaluate", processes == 1 or not args.evaluate, "a single process, without accelerate launch")
-    require(
-        args,
-        "evaluate",
-        args.prompts or getattr(args, EPISODES) or not args.evaluate,
-        f"--prompts or {flag(EPISODES)} 2 or more with it",
-    )
-    require(args, "prompts", args.evaluate or args.prompts is None, "--evaluate with it")
-    check_task(args)
-    check_tracking(args)
+def parse_args(argv=None):
+    """The command line. With --resume or --evaluate it starts from that run's own arguments."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = tyro.cli(Args, args=argv, default=OFFLINE if "--offline" in argv else Args())
+    return tyro.cli(Args, args=argv, default=own_args(args)) if args.resume or args.evaluate else args
 
 
-def check_tracking(args):
-    """Fails early if W&B cannot start. Last of all checks, as W&B may ask for a key."""
-    mode, modes = os.environ.get("WANDB_MODE", "online"), ("online", "offline", "shared", "disabled", "dryrun", "run")
-    if args.track and mode not in modes:
-        fail(f"--track: WANDB_MODE is {mode}; expected one of {', '.join(modes)}")
-    if args.track and mode == "online":
+def name_arm(args):
+    """The default --exp-name, with what differs from the arm's own settings: ppo, ppo_raw, sppo_a0.5_b0.2."""
+    baseline = "ppo" if args.alpha == 1 else f"ppo_a{args.alpha:g}"
+    parts = {f"sppo_a{args.alpha:g}_b{args.beta:g}" if args.beta else baseline: True}
+    parts |= {f"Z{args.Z:g}": args.Z != -1, "literal": args.literal_signs, "raw": not args.norm_adv}
+    return "_".join(part for part, shown in parts.items() if shown)
+
+
+def check(args):
+    """Refuses arguments that do not fit, before anything is created. Raises BadInput."""
+    if args.resume or args.evaluate:
+        own, allowed = own_args(args), RESUMABLE if args.resume else EVALUABLE
+        for name, value in asdict(own).items():
+            if getattr(args, name) != value and name not in allowed:
+                raise bad(args, name, f"the run keeps its own, {value}; these may change: {', '.join(allowed)}")
+        if args.iterations < own.iterations:
+            raise bad(args, "iterations", f"expected {own.iterations}, the run's own, or more")
+    processes, total = int(os.environ.get("WORLD_SIZE", 1)), args.trajectories_per_update  # set by `accelerate launch`
+    parts = f"{processes} processes x gradient_accumulation = {args.gradient_accumulation}"
+    for name, accepted, expected in (
+        ("min_response_length", args.min_response_length <= args.response_length, f"{args.response_length} or less"),
+        ("minibatch_size", total % args.minibatch_size == 0, f"a divisor of trajectories_per_update = {total}"),
+        ("minibatch_size", args.minibatch_size % (processes * args.gradient_accumulation) == 0, f"a multiple of {parts}"),
+        ("evaluate", processes == 1 or not args.evaluate, "a single process, without accelerate launch"),
+        ("prompts", args.evaluate or not args.prompts, "--evaluate with it"),
+    ):
+        if not accepted:
+            raise bad(args, name, f"expected {expected}")
+    check_task(args, processes)
+    if args.track and os.environ.get("WANDB_MODE", "online") == "online":
         import wandb
 
-        try:
-            wandb.login()
-        except wandb.errors.Error as error:
-            fail(f"--track: {str(error).splitlines()[0]} Log in, set WANDB_API_KEY, or use WANDB_MODE=offline")
+        wandb.login()  # asks for a key where one is missing
 
 
-# --- main -------------------------------------------------------------------------------------------------------------
-
-
-def keep_freed_memory():
-    """Asks glibc to keep freed memory. Otherwise the kernel zeroes every large array again, which takes a sixth of the time
-    of PPO on Atari on two cores. Does nothing without glibc."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-def has_finished(args):
-    """Whether the run to resume has nothing left to do."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        result = json.loads(Path(args.resume, "result.json").read_text())
-        # a folder model/ alone may be an earlier checkpoint's, written by --evaluate
-        saved = result["args"]["save_model"] and (Path(args.resume, "model").exists() or Path(args.resume, "adapters").exists())
-        return result["global_step"] // args.trajectories_per_update >= args.iterations and (saved or not args.save_model)
-    return False
+def read_prompts(args):
+    """The texts of --prompts: the column `prompt` of a file of JSON lines, or the lines of another file."""
+    with refusing(args, "prompts"):
+        lines = Path(args.prompts).read_text(encoding="utf-8-sig").split("\n")
+        rows = read_json_lines(args.prompts) if args.prompts.endswith(".jsonl") else [{"prompt": line} for line in lines]
+        prompts = [prompt for prompt in column(rows, "prompt") if prompt.strip()]
+        if not prompts:
+            raise ValueError("it has no prompts")
+    return prompts
 
 
 def evaluate_run(args, accelerator):
     """--evaluate: prints what the policy of a finished or stopped run writes, as JSON lines. --save-model: saves it, too."""
-    folder = Path(args.evaluate).resolve()
-    if not (folder / "checkpoint.pt").exists():
-        fail(f"--evaluate {args.evaluate}: has no checkpoint yet")
-    checkpoint = load_checkpoint(folder, "--evaluate")
-    if args.save_model:
-        try:
-            lock = lock_run(folder, f"--evaluate {args.evaluate}")
-        except OSError as error:  # a folder that this user cannot write to
-            fail(f"--evaluate {args.evaluate}: {error.strerror}; expected a folder that --save-model can write to")
-    prompts = read_prompts(args) if args.prompts else None
-    texts = None if prompts else load_texts(args)
-    models = load_models(args, accelerator.device)
-    load_weights(models[1], trained_parameters(models[1]), checkpoint, args, "--evaluate")
-    result, samples = evaluate_texts(prompts, texts, models, args, accelerator)
-    try:
+    folder = Path(args.evaluate)
+    with lock_run(folder) if args.save_model else contextlib.nullcontext():
+        with refusing(args, "evaluate"):
+            checkpoint = load_checkpoint(folder)
+        texts, (agent, *models) = load_texts(args)["test"], load_models(args, accelerator.device)
+        load_weights(agent, checkpoint)
+        result, samples = evaluate(agent, *models, texts, args, accelerator)
         print("\n".join(map(json.dumps, samples)), flush=True)
-    except BrokenPipeError:  # the reader, such as head, has had enough
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
-    print(f"{SCRIPT}: {numbers}; {len(samples)} texts, iteration {checkpoint['iteration']}", file=sys.stderr)
-    if args.save_model:
-        try:
-            save_policy(folder, models[1], models[0], args)
-        except (OSError, SafetensorError) as error:
-            fail(f"--evaluate {args.evaluate}: the model could not be saved ({one_line(error)})")
-        lock.release()
-        print(f"{SCRIPT}: saved the model of iteration {checkpoint['iteration']} in {folder}", file=sys.stderr)
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
+        print(f"{numbers}; {len(samples)} texts, iteration {checkpoint['iteration']}", file=sys.stderr)
+        if args.save_model:
+            save_policy(folder, agent, models[-1], args)
+            print(f"saved the model of iteration {checkpoint['iteration']} in {folder}", file=sys.stderr)
 
 
 def main(args):
-    keep_freed_memory()
+    """Trains, resumes or evaluates. In a notebook: `main(Args(...))`; arguments that do not fit raise BadInput."""
+    check(args)
+    args = replace(args, exp_name=args.exp_name or name_arm(args))
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    if args.cuda and torch.cuda.is_available():
+    cuda = args.cuda and torch.cuda.is_available()
+    if cuda:
         torch.set_float32_matmul_precision("high")  # TF32: 11-bit factors and float32 sums, also in the logits
-    accelerator = Accelerator(cpu=not (args.cuda and torch.cuda.is_available()))
-    finished = args.resume and has_finished(args)
-    accelerator.wait_for_everyone()  # until every process has looked for result.json
-    if finished:
-        if accelerator.is_main_process:
-            say(f"{args.resume} has finished its {args.iterations:,} iterations; a larger --iterations continues it")
-        return
-    prepare_hub(args, *SOURCES)
+    prepare_hub(args)
+    accelerator = Accelerator(cpu=not cuda)
     if args.evaluate:
         evaluate_run(args, accelerator)
         return
+    if args.resume and Path(args.resume, "result.json").exists():
+        done = json.loads(Path(args.resume, "result.json").read_text())
+        finished = done["global_step"] >= args.iterations * args.trajectories_per_update
+        if finished and (done["args"]["save_model"] or not args.save_model):
+            accelerator.print(
+                f"{args.resume} has finished its {args.iterations} iterations; a larger --iterations continues it"
+            )
+            return
     texts, models = load_texts(args), load_models(args, accelerator.device)
-    run = Run(args, accelerator)
-    try:
-        with run.cleanup:
-            train(args, run, texts, *models)
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno not in DISK_ERRORS:
-            raise
-        reason = getattr(error, "strerror", None) or one_line(error)
-        sys.exit(f"{SCRIPT}: {reason}; the run ends, {run.folder} keeps the last checkpoint, if there is one")
+    accelerator.wait_for_everyone()  # until every process has looked for result.json
+    agent, checkpointing = models[0], any(getattr(module, "gradient_checkpointing", False) for module in models[0].modules())
+    whole, trained = (sum(p.numel() for p in of) / 1e6 for of in (agent.parameters(), trained_parameters(agent).values()))
+    about = f"{args.policy}, {whole:.1f}M parameters, {trained:.1f}M trained, checkpointing {'on' if checkpointing else 'off'}"
+    run = Run(args, accelerator, f"{about}; {torch.get_num_threads()} threads")
+    with run.cleanup:
+        try:
+            train(args, run, texts, models)
+        except FloatingPointError as error:
+            kept = f"{run.folder} keeps the last checkpoint, if there is one"
+            raise FloatingPointError(f"{error} in iteration {run.iteration}; the run ends, {kept}") from error
+    if run.signals:  # one during the last evaluation
+        sys.exit(128 + run.signals[0])
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a character that the terminal lacks does not end the run
-    for number in (signal.SIGINT, signal.SIGTERM):  # until there is a run to save; models may still be loading
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    arguments = parse_args(sys.argv[1:], OFFLINE if "--offline" in sys.argv else Args())
-    check_args(arguments)
-    main(arguments)
+    try:
+        main(parse_args())
+    except (BadInput, FloatingPointError, OSError) as error:
+        print(f"{SCRIPT}: error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, BadInput) else 1)
+    except KeyboardInterrupt:  # before there is a run to save
+        sys.exit(130)

@@ -184,7 +184,7 @@ def test_summariser_and_reward_adapter_load_as_the_script_loads_them(news, capsy
     offline = builder.replace(tldr.OFFLINE, **{key: str(folder / value) for key, value in paths.items()}, test_episodes=20)
     offline = builder.replace(offline, eval_episodes=10)
     posts = tldr.load_texts(offline)
-    tokenizer, agent, scorer = tldr.load_models(offline, torch.device("cpu"))
+    agent, scorer, tokenizer = tldr.load_models(offline, torch.device("cpu"))
     assert scorer is agent and len(posts["test"]) == 20
     # the human summaries of the articles that were held out score what the report says
     articles = builder.load_articles(0)["held_out"]

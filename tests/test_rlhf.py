@@ -101,7 +101,7 @@ def test_padding_changes_nothing(family):
     losses = [imdb.minibatch_loss(agent, args, 1.0, 1.0, rows, *rest)[0] for rows in (tokens, padded)]
     torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=1e-5)
     uniforms = torch.rand(8, 6, dtype=torch.float64)
-    one, other = (imdb.generate(agent, rows[:, :-6], uniforms, EOS, args) for rows in (tokens, padded))
+    one, other = (imdb.generate(agent, rows[:, :-6], uniforms, [EOS], args) for rows in (tokens, padded))
     assert torch.equal(one, other)
 
 
@@ -167,7 +167,7 @@ def test_cached_generation_equals_whole_passes():
     prompts = make_tokens()[:, :7]
     uniforms = torch.rand(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     uniforms[0, :] = 1 - 1e-9
-    got = imdb.generate(agent, prompts, uniforms, EOS, args)
+    got = imdb.generate(agent, prompts, uniforms, [EOS], args)
     ends = 0
     for row in range(8):
         ids, response = prompts[row][prompts[row] != PAD], []
@@ -193,7 +193,7 @@ def test_generation_stops_at_eos_and_not_before_the_minimum():
         agent.lm.transformer.ln_f.weight.zero_()  # the same logits everywhere
         agent.lm.transformer.ln_f.bias.copy_(agent.lm.lm_head.weight[EOS] * 100)
     for minimum, length in ((0, 1), (3, 4), (6, 6)):
-        got = imdb.generate(agent, prompts, uniforms, EOS, make_args(min_response_length=minimum))
+        got = imdb.generate(agent, prompts, uniforms, [EOS], make_args(min_response_length=minimum))
         assert ((got != PAD).sum(-1) == length).all()
         assert ((got == EOS).sum(-1) == (minimum < 6)).all()
         if minimum < 6:
@@ -236,7 +236,7 @@ def make_batch(seed=0):
     logprobs, ref_logprobs, values = ((torch.randn(8, 6) - offset) * real for offset in (2, 2, 0))
     return {
         "tokens": tokens, "logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values,
-        "scores": torch.rand(8), "empty": torch.zeros(8),
+        "scores": torch.rand(8), "empty": torch.zeros(8), "unfinished": torch.zeros(8),
     }  # fmt: skip
 
 
@@ -263,10 +263,10 @@ def test_describe_counts_empty_and_unfinished_responses():
     batch["tokens"][0, 7] = EOS  # empty
     batch["tokens"][1, 7:9] = torch.tensor([9, EOS])
     batch["tokens"][2:, 7:] = 9  # never ends
-    batch["empty"][0] = 1
+    batch["empty"][0], batch["unfinished"][2:] = 1, 1
     real = batch["tokens"][:, 7:] != PAD
     batch["logprobs"], batch["ref_logprobs"] = batch["logprobs"] * real, batch["ref_logprobs"] * real
-    stats = imdb.describe(batch, EOS, make_args(kl_coef=0.5))
+    stats = imdb.describe(batch, make_args(kl_coef=0.5))
     assert stats["empty_share"] == pytest.approx(1 / 8) and stats["unfinished_share"] == pytest.approx(6 / 8)
     assert stats["empty_score"] == pytest.approx(batch["scores"][0].item())
     assert stats["unfinished_score"] == pytest.approx(batch["scores"][2:].mean().item())
@@ -280,7 +280,7 @@ def test_describe_counts_empty_and_unfinished_responses():
                 k3 += (math.exp(-logratio) - 1 + logratio) / 8
     assert stats["kl"] == pytest.approx(k1, abs=1e-4) and stats["kl_k3"] == pytest.approx(k3, rel=1e-4)
     assert stats["rlhf_reward"] == pytest.approx(batch["scores"].mean().item() - 0.5 * k1, abs=1e-4)
-    assert "empty_score" not in imdb.describe({**batch, "empty": torch.zeros(8)}, EOS, make_args())
+    assert "empty_score" not in imdb.describe({**batch, "empty": torch.zeros(8)}, make_args())
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
@@ -479,14 +479,19 @@ def test_lora_trains_adapters_and_head_alone_and_the_reference_is_the_base():
 
 def test_encode_halves_the_words():
     args = make_args(max_prompt_length=5, response_length=50)
-    texts = ["a great film with the worst plot", "film", ""]
+    texts = ["a great film with the worst plot", "film", "", "很好看的电影"]
     prompts, references = imdb.encode(texts, TOKENIZER, args)
     ids = TOKENIZER("a great film").input_ids
     assert prompts[0].tolist() == ([PAD] * 5 + ids)[-5:]
     half = TOKENIZER(" with the worst plot").input_ids
     assert references[0].tolist() == [*half, EOS] + [PAD] * (49 - len(half))
-    assert prompts[1].tolist() == [PAD] * 4 + [EOS] == prompts[2].tolist()  # no first half: EOS, where texts begin
-    assert imdb.decode(torch.cat([prompts, references], 1), TOKENIZER) == ["great film with the worst plot", " film", " "]
+    assert prompts[1].tolist() == [PAD] * 4 + TOKENIZER("fi").input_ids
+    assert prompts[2].tolist() == [PAD] * 4 + [EOS]  # nothing: EOS, where texts begin
+    assert imdb.decode(torch.cat([prompts, references], 1)[:3], TOKENIZER) == ["great film with the worst plot", "film", " "]
+    whole, _ = imdb.encode(texts, TOKENIZER, make_args(max_prompt_length=50))
+    assert imdb.decode(whole, TOKENIZER)[3] == "很好看"  # without spaces, half of the characters
+    given, _ = imdb.encode(texts, TOKENIZER, make_args(max_prompt_length=50, prompts="file", evaluate="run"))
+    assert imdb.decode(given, TOKENIZER) == [texts[0], "film", "", texts[3]]
     long = " ".join(["great"] * 40)
     prompts, references = imdb.encode([long], TOKENIZER, make_args(response_length=3))
     assert prompts[0].tolist() == TOKENIZER(" ".join(["great"] * 20)).input_ids[-7:]
@@ -507,7 +512,7 @@ def test_of_a_text_that_is_too_long_the_response_is_scored(tmp_path):
     rlhf_assets.write_assets(tmp_path)
     names = {"policy": "policy", "tokenizer": "policy", "reward_model": "reward"}
     paths = {name: str(tmp_path / folder) for name, folder in names.items()}
-    *_, (model, tokenizer, label) = imdb.load_models(make_args(reward_label="positive", **paths), torch.device("cpu"))
+    *_, (model, tokenizer, label), _ = imdb.load_models(make_args(reward_label="positive", **paths), torch.device("cpu"))
     long = " ".join(rlhf_assets.GOOD * 10)  # more than the 64 positions of the classifier
     scores = imdb.score([f"{long} awful terrible worst", f"{long} wonderful best great"], model, tokenizer, label, make_args())
     assert (scores[0] - scores[1]).abs() > 0.01
@@ -530,6 +535,8 @@ def test_perplexity_equals_windows_with_labels():
     ids = []
     for text in texts:
         ids += [*TOKENIZER(text).input_ids, EOS]
+    assert imdb.perplexity(agent, [5]) == 1.0
+    expected = imdb.perplexity(agent, ids[:151])
     ids = torch.tensor(ids[:151])
     total, done = 0.0, 0
     for end in (33, 65, 97, 129, 151):
@@ -537,13 +544,13 @@ def test_perplexity_equals_windows_with_labels():
         labels = torch.where(torch.arange(max(0, end - 64), end) > done, window[0], -100)[None]
         total += agent.lm(window, labels=labels).loss.item() * (labels[0, 1:] != -100).sum().item()
         done = end - 1
-    assert imdb.perplexity(agent, texts, TOKENIZER, 150) == pytest.approx(math.exp(total / 150), rel=1e-4)
+    assert expected == pytest.approx(math.exp(total / 150), rel=1e-4)
 
 
 def test_reviews_are_split_80_to_20_by_the_seed(tmp_path):
     rlhf_assets.write_assets(tmp_path)
     args = make_args(dataset=str(tmp_path / "reviews.jsonl"), eval_episodes=8)
-    train, held_out = imdb.load_texts(args)[:2]
-    assert len(train) == 64 and len(held_out) == 16 and sorted(train + held_out) == sorted(rlhf_assets.reviews())
-    assert imdb.load_texts(args)[:2] == (train, held_out)
-    assert imdb.load_texts(make_args(dataset=args.dataset, eval_episodes=8, seed=2))[0] != train
+    texts = imdb.load_texts(args)
+    assert len(texts["train"]) == 64 and sorted(texts["train"] + texts["test"]) == sorted(rlhf_assets.reviews())
+    assert imdb.load_texts(args) == texts
+    assert imdb.load_texts(make_args(dataset=args.dataset, eval_episodes=8, seed=2))["train"] != texts["train"]

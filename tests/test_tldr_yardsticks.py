@@ -16,7 +16,7 @@ import sppo_rlhf_tldr as script
 
 def test_the_beginning_is_worth_what_a_reference_of_the_same_words_is(tmp_path):
     folder = tldr_assets.write_assets(tmp_path)
-    args = script.parse_args(tldr_assets.arguments(folder), script.Args())
+    args = script.parse_args(list(map(str, tldr_assets.arguments(folder))))
     texts = rlhf_assets.reviews(8)
     for references in (texts, ["0 1 2 3"] * 8):
         lines = [json.dumps({"prompt": f"{text}\nTL;DR:", "label": it}) for text, it in zip(texts, references, strict=True)]

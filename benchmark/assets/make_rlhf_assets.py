@@ -108,7 +108,8 @@ def load_reviews(seed: int) -> tuple[list[dict], list[dict]]:
 
 def make_reviews(path: Path, held_out: list[dict]) -> dict:
     """reviews.jsonl; how many there are."""
-    imdb.write_atomically(path, "".join(json.dumps(review) + "\n" for review in held_out).encode())
+    with imdb.atomically(path) as temporary:
+        temporary.write_text("".join(json.dumps(review) + "\n" for review in held_out))
     return {"reviews": len(held_out)}
 
 
@@ -133,7 +134,7 @@ def make_judge(path: Path, train: list[dict], held_out: list[dict], seed: int) -
     judge = {"intercept": float(classifier.intercept_[0]), "terms": {term: [idf, weight] for term, idf, weight in weights}}
     texts, labels = crops(held_out, np.random.default_rng([seed, 2]), (40, 48))
     accuracy = np.mean((np.array([imdb.judge_score(text, judge) for text in texts]) > 0.5) == np.array(labels))
-    imdb.write_atomically(path, json.dumps(judge).encode())
+    imdb.write_json(path, judge)
     return {"accuracy on held-out crops of 40 to 48 words": float(accuracy)}
 
 
@@ -173,16 +174,19 @@ def load_smollm2() -> tuple[transformers.PreTrainedModel, transformers.PreTraine
     return model, tokenizer
 
 
+def join(reviews: list[dict], tokenizer) -> list[int]:
+    """The tokens of the reviews, one after another, EOS between them."""
+    texts = imdb.tokenize(tokenizer, [review["text"] for review in reviews])
+    return [token for ids in texts for token in (*ids, tokenizer.eos_token_id)]
+
+
 def make_policy(folder: Path, train: list[dict], held_out: list[dict], steps: int, seed: int) -> dict:
     """policy/; its perplexity on held-out reviews before and after."""
     model, tokenizer = load_smollm2()
     agent = imdb.Agent(model)
-    texts = [review["text"] for review in held_out]
-    before = imdb.perplexity(agent, texts, tokenizer, 4096)
-    ids = []
-    for review in train[:4000]:
-        ids += [*tokenizer(review["text"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-    ids = torch.tensor(ids)
+    held_out_ids = join(held_out[:100], tokenizer)[:4097]
+    before = imdb.perplexity(agent, held_out_ids)
+    ids = torch.tensor(join(train[:4000], tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), lr=POLICY_LR, weight_decay=0.0, fused=True)
     rng = np.random.default_rng([seed, 4])
     for step in trange(steps, desc="policy", disable=None):
@@ -194,7 +198,7 @@ def make_policy(folder: Path, train: list[dict], held_out: list[dict], steps: in
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    after = imdb.perplexity(agent, texts, tokenizer, 4096)
+    after = imdb.perplexity(agent, held_out_ids)
     save(model, tokenizer, folder)
     return {"perplexity before": before, "perplexity after": after}
 
@@ -289,7 +293,7 @@ def comparisons(agent: tldr.Agent, tokenizer, articles: list[tuple[str, str]], r
     own = []
     for part in prompts.split(50):
         uniforms = torch.from_numpy(rng.random((len(part), size.response_length)))
-        own.append(tldr.generate(agent, part, uniforms, tokenizer.eos_token_id, size))
+        own.append(tldr.generate(agent, part, uniforms, [tokenizer.eos_token_id], size))
     none = torch.full_like(references, tldr.PAD)
     kinds = (references, torch.cat(own), references.roll(1, dims=0), none)
     texts = [tldr.decode(torch.cat([prompts, responses], dim=1), tokenizer) for responses in kinds]
@@ -333,7 +337,6 @@ def make_tldr_reward(folder: Path, articles: dict[str, list[tuple[str, str]]], s
 
 
 def main(args: Args) -> None:
-    imdb.keep_freed_memory()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # that the classifier's head is new is as it should be
     folder = Path(args.folder) / args.task

@@ -27,17 +27,18 @@ except ModuleNotFoundError as error:
 
 
 @torch.no_grad()
-def generate(agent, prompts, uniforms, eos, args):
+def generate(agent, prompts, uniforms, ends, args):
     """Continuations, PAD behind EOS; transformers draws its own random numbers."""
     real = prompts != imdb.PAD
     tokens = agent.lm.generate(
         input_ids=prompts.clamp(min=0), attention_mask=real.long(), do_sample=True, use_cache=False,
         temperature=args.temperature, top_k=args.top_k or agent.lm.config.vocab_size, top_p=1.0,
-        max_new_tokens=args.response_length, min_new_tokens=args.min_response_length, eos_token_id=eos, pad_token_id=eos,
+        max_new_tokens=args.response_length, min_new_tokens=args.min_response_length, eos_token_id=ends, pad_token_id=ends[0],
     )  # fmt: skip
     responses = torch.full_like(uniforms, imdb.PAD, dtype=torch.int64)
     responses[:, : tokens.shape[1] - prompts.shape[1]] = tokens[:, prompts.shape[1] :]
-    behind = (responses == eos).cumsum(-1) - (responses == eos).long() > 0
+    ended = torch.isin(responses, torch.tensor(ends)).long()
+    behind = ended.cumsum(-1) - ended > 0
     return responses.masked_fill(behind, imdb.PAD)
 
 
@@ -70,6 +71,4 @@ if __name__ == "__main__":
     imdb.Agent.forward = forward
     adamw = torch.optim.AdamW
     torch.optim.AdamW = lambda parameters, fused, **settings: adamw(parameters, **settings)
-    arguments = imdb.parse_args(sys.argv[1:], imdb.OFFLINE if "--offline" in sys.argv else imdb.Args())
-    imdb.check_args(arguments)
-    imdb.main(arguments)
+    imdb.main(imdb.parse_args())

@@ -177,7 +177,7 @@ def lasting(memory: dict[str, float]) -> float:
 class Numbers:
     """Stands for a tokenizer: a text is its token ids in decimals."""
 
-    eos_token_id = 50256
+    eos_token_id, added_tokens_decoder = 50256, {}
 
     def __call__(self, texts: list[str], add_special_tokens: bool = False):
         return transformers.BatchEncoding({"input_ids": [[int(word) for word in text.split()] for text in texts]})
@@ -203,7 +203,6 @@ def peak_of_tensors(function, device: torch.device) -> int:
 def measure(args: Args) -> dict:
     """One rollout and one update, after one of each for warm-up, with random weights and the reward on the same base; then once
     more for the peak of memory, which counts adapters, their gradients and AdamW's state as what was there before."""
-    tldr.keep_freed_memory()
     device = torch.device(args.device)
     torch.set_default_dtype(getattr(torch, args.dtype))
     with device:
@@ -255,7 +254,7 @@ def main(args: Args) -> None:
     lines, content = [], {"settings": asdict(args), "measured": []}
     if not args.predict_only:
         device = torch.device(args.device)
-        content["commit"] = tldr.git_commit()
+        content["commit"] = subprocess.getoutput("git describe --always --dirty --abbrev=40 --exclude='*'")
         content["versions"] = {"python": platform.python_version(), **{name: version(name) for name in tldr.PACKAGES}}
         dtype = getattr(torch, args.dtype)
         content["operations a second"] = rate = 2 * 512 * 4096 * 16_384 / matmul_seconds(512, device, dtype)
@@ -312,8 +311,8 @@ def main(args: Args) -> None:
     if not args.predict_only:
         folder = Path(__file__).parents[1] / f"results/scale-tldr{'-gpu' if args.device == 'cuda' else ''}"
         folder.mkdir(exist_ok=True)
-        tldr.write_atomically(folder / "report.md", ("\n".join(lines) + "\n").encode())
-        tldr.write_atomically(folder / "measured.json", (json.dumps(content, indent=1) + "\n").encode())
+        (folder / "report.md").write_text("\n".join(lines) + "\n")
+        (folder / "measured.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

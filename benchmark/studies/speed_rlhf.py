@@ -78,7 +78,7 @@ def plain_ppo_loss(logprobs, old_logprobs, advantages, clip_coef, Z, literal_sig
 def reverse_term(pairs: int) -> list[float]:
     """Ratios of the time of a minibatch's loss and gradient with the reverse term to that without."""
     args = imdb.OFFLINE
-    _, agent, _, _ = imdb.load_models(args, torch.device("cpu"))
+    agent = imdb.load_models(args, torch.device("cpu"))[0]
     torch.manual_seed(0)
     size = (args.minibatch_size, args.response_length)
     tokens = torch.randint(100, 40_000, (size[0], args.max_prompt_length + size[1]))
@@ -100,8 +100,9 @@ def reverse_term(pairs: int) -> list[float]:
 
 
 def main(rounds: int, blocks: int, pairs: int) -> None:
-    imdb.keep_freed_memory()
-    commit = imdb.git_commit()  # before the files of the results change
+    commit = subprocess.getoutput(
+        "git describe --always --dirty --abbrev=40 --exclude='*'"
+    )  # before the files of the results change
     times, memory = {label: defaultdict(list) for label in ARMS}, defaultdict(float)
     for turn in range(rounds):
         for label, arm in ARMS.items():
@@ -143,9 +144,9 @@ def main(rounds: int, blocks: int, pairs: int) -> None:
         f"{np.median(ratios):.3f} x the time (quartiles {low:.3f} to {high:.3f} of {pairs} pairs).",
     ]
     stem = Path("benchmark/results/speed/imdb")
-    imdb.write_atomically(stem.with_suffix(".md"), ("\n".join(lines) + "\n").encode())
+    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
     versions = {"python": platform.python_version(), **{name: version(name) for name in imdb.PACKAGES}}
     about = {"commit": commit, "versions": versions, "cpu": cpu}
     content = {**about, "seconds": times, "peak_mib": memory, "symmetric / plain": ratios}
-    imdb.write_atomically(stem.with_suffix(".json"), (json.dumps(content, indent=1) + "\n").encode())
+    stem.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
     print("\n".join(lines))

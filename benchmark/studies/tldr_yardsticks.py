@@ -30,8 +30,8 @@ except ModuleNotFoundError as error:
 
 def yardsticks(args: script.Args) -> dict[str, dict[str, float]]:
     """Score, its standard deviation, words and (of the beginnings) ROUGE against the references, means over the test posts."""
-    posts = script.load_texts(args)["test"][: args.test_episodes]
-    tokenizer, _, reward = script.load_models(args, torch.device("cpu"))
+    posts = script.load_texts(args)["test"]
+    _, reward, tokenizer = script.load_models(args, torch.device("cpu"))
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
     references = [reference for _, reference in posts]
     found = {}
@@ -52,7 +52,7 @@ def main() -> None:
     found = yardsticks(script.OFFLINE)
     print(json.dumps(found, indent=1))
     path = Path(__file__).parents[1] / "results/learning-tldr/yardsticks.json"
-    script.write_atomically(path, (json.dumps(found, indent=1) + "\n").encode())
+    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
