@@ -161,10 +161,10 @@ PAD = -1  # fills batches of token ids: no vocabulary has it, so it is never tak
 
 
 def symmetric_ppo_loss(logprobs, old_logprobs, advantages, clip_coef, Z=-1.0, literal_signs=False):
-    """L_ppo and L_rppo (Eq. 3 and 8), means over the batch, and statistics. All inputs are [B].
+    """L_ppo and L_rppo (Eq. 3 and 8), means over the batch, and statistics. The inputs are [B]; the caller weights (Eq. 9).
 
     In Eq. 8 sum_{j != i} pi_j / pi_old_i = 1 / pi_old_i - r. The first term is left out: it has no gradient and overflows
-    float32. With Z = -1 both losses have one gradient, sample by sample; with literal_signs opposite ones where A < 0.
+    float32. With Z = -1 both losses have the same gradient, sample by sample; with literal_signs opposite ones where A < 0.
     """
     logratio = logprobs - old_logprobs
     ratio = logratio.clamp(-20, 20).exp()  # finite; changes no gradient while |log r| < 20

@@ -48,7 +48,6 @@ from functools import partial
 from http.client import HTTPException
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Literal
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -65,13 +64,13 @@ try:
     import tyro
     from accelerate import Accelerator
     from accelerate.utils import broadcast_object_list
-    from nltk.stem.porter import PorterStemmer
     from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, load_peft_weights
     from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
     from pydantic.dataclasses import dataclass
     from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenizers import DefaultTokenizer
     from safetensors.torch import save_file
     from torch.utils.tensorboard import SummaryWriter
     from tqdm import tqdm
@@ -173,10 +172,10 @@ ENDING = "TL;DR:"  # of every prompt
 
 
 def symmetric_ppo_loss(logprobs, old_logprobs, advantages, clip_coef, Z=-1.0, literal_signs=False):
-    """L_ppo and L_rppo (Eq. 3 and 8), means over the batch, and statistics. All inputs are [B].
+    """L_ppo and L_rppo (Eq. 3 and 8), means over the batch, and statistics. The inputs are [B]; the caller weights (Eq. 9).
 
     In Eq. 8 sum_{j != i} pi_j / pi_old_i = 1 / pi_old_i - r. The first term is left out: it has no gradient and overflows
-    float32. With Z = -1 both losses have one gradient, sample by sample; with literal_signs opposite ones where A < 0.
+    float32. With Z = -1 both losses have the same gradient, sample by sample; with literal_signs opposite ones where A < 0.
     """
     logratio = logprobs - old_logprobs
     ratio = logratio.clamp(-20, 20).exp()  # finite; changes no gradient while |log r| < 20
@@ -643,14 +642,12 @@ PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "peft", "datase
 SOURCES = ("policy", "tokenizer", "reward_base", "reward_adapter", "reward_model", "dataset")  # Hub ids or paths
 
 
-def rouge_words(text: str) -> list[str]:
-    """The words of a text, stemmed as rouge-score does, which knows the letters a to z alone; each Chinese character is one."""
-    words = re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+", text.lower())
-    return [STEMMER.stem(word) if len(word) > 3 else word for word in words]
+class RougeWords(DefaultTokenizer):
+    """Words in any alphabet; rouge-score's own tokenizer, which stems them, knows a to z alone. A Chinese character is a word."""
 
-
-STEMMER = PorterStemmer()
-ROUGE = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=SimpleNamespace(tokenize=rouge_words))
+    def tokenize(self, text: str) -> list[str]:
+        words = re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+", text.lower())
+        return [token for word in words for token in (super(RougeWords, self).tokenize(word) if word.isascii() else [word])]
 
 
 @torch.no_grad()
@@ -681,8 +678,9 @@ def evaluate(agent, reward, tokenizer, posts, args, accelerator) -> tuple[dict[s
     result["perplexity"] = (-logprobs.mean()).double().exp().item()  # inf where math.exp would raise
     joined = "\n\n".join(row["reference"] for row in samples)
     result["perplexity_released"] = perplexity(agent, tokenize(tokenizer, [joined])[0])
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=RougeWords(use_stemmer=True))
     for row in samples:
-        row |= {name: found.fmeasure for name, found in ROUGE.score(row["reference"], row["response"]).items()}
+        row |= {name: found.fmeasure for name, found in scorer.score(row["reference"], row["response"]).items()}
     result |= {name: float(np.mean([row[name] for row in samples])) for name in ("rouge1", "rouge2", "rougeL")}
     return result, samples
 
@@ -1162,6 +1160,7 @@ def from_pretrained(args, name, loader, **options):
     with refusing(args, name):
         if loader is transformers.AutoTokenizer:
             return loader.from_pretrained(source, trust_remote_code=False)
+        refuse_adapter(args, name)
         options |= {"trust_remote_code": False, "use_safetensors": None if args.allow_pickle else True}
         model, info = loader.from_pretrained(source, **options, output_loading_info=True)
     if info["missing_keys"]:  # transformers has put random numbers there

@@ -17,8 +17,8 @@ OWN = {"Args", "update", "train"}  # what each script has in a form of its own
 CONTROL_OWN = {"Args", "update", "train", "check_env", "load_agent", "load_policy", "resolve_env"}
 FAMILY = {"Agent", "act", "evaluate", "minibatch_loss", "rollout_loss", "rollout"}  # and what those of other environments have
 # What differs between the RLHF scripts: a classifier and a trained model there, adapters on one base here
-RLHF_OWN = {"Agent", "encode", "evaluate", "load_models", "load_texts", "rollout", "save_model", "save_policy", "score"}
-RLHF_OWN |= {"describe_models", "trained_parameters", "evaluate_texts", "check_task"}
+RLHF_OWN = {"Agent", "encode", "evaluate", "load_models", "load_texts", "rollout", "save_policy", "score"}
+RLHF_OWN |= {"trained_parameters", "check_task", "load_reward"}
 
 
 def pins(path):
@@ -116,11 +116,11 @@ def test_operations_of_the_control_scripts_are_one_text():
 
 def test_operations_of_the_rlhf_scripts_are_one_text():
     sources = [script.read_text() for script in SCRIPTS if "_rlhf_" in script.name]
-    ends = [re.split(r"(?m)^# --- run: one text in the RLHF scripts from here on -*$", source) for source in sources]
+    ends = [re.split(r"(?m)^# --- run folder \(the same in both RLHF scripts\) -*$", source) for source in sources]
     assert len(sources) == 2 and all(len(parts) == 2 for parts in ends)
-    assert ends[0][1] == ends[1][1] and len(ends[0][1].splitlines()) > 400
+    assert ends[0][1] == ends[1][1]
     for source in sources:
-        above, below = re.split(r"(?m)^# === Operations: loading of models and texts, .* command line =+$", source)
+        above, below = re.split(r"(?m)^# === Operations: nothing below changes what is learned =+$", source)
         assert "\ndef train(args, run, " in above and "\ndef main(args):" in below and "advantages" not in below
         (train,) = (node for node in ast.parse(source).body if getattr(node, "name", "") == "train")
         assert train.end_lineno - train.lineno + 1 <= 110

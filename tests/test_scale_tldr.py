@@ -93,7 +93,7 @@ def test_measured_peak_of_generation_is_the_predicted_one(layers, width, heads, 
     agent.eval()
     args = scale.settings(scale.Args(layers=(layers,), prompt=prompt, response=4, trajectories=rows, dtype=dtype))
     prompts, uniforms = torch.randint(1, 500, (rows, prompt)), torch.rand(rows, 4, dtype=torch.float64)
-    found = scale.peak_of_tensors(lambda: tldr.generate(agent, prompts, uniforms, 0, args), torch.device("cpu"))
+    found = scale.peak_of_tensors(lambda: tldr.generate(agent, prompts, uniforms, [0], args), torch.device("cpu"))
     memory, _ = scale.predict(layers, args, own_reward_base=False)
     expected = sum(size for name, size in memory.items() if name.startswith("generation"))
     assert expected == pytest.approx(found, rel=0.05)

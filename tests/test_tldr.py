@@ -625,3 +625,15 @@ def test_rouge_is_the_f_measure_of_stemmed_words(monkeypatch):
     assert samples[0]["rouge2"] == pytest.approx(2 * (1 / 3) * (1 / 2) / (1 / 3 + 1 / 2))
     assert samples[0]["rougeL"] == pytest.approx(2 * (2 / 4) * (2 / 3) / (2 / 4 + 2 / 3))
     assert samples[1]["rouge1"] == samples[1]["rougeL"] == 0
+
+
+@pytest.mark.parametrize("text", ["Хороший фильм, лучший актёр", "很好看的电影", "A café, naïve films"])
+def test_rouge_knows_other_alphabets(text):
+    scorer = tldr.RougeScorer(["rouge1", "rougeL"], tokenizer=tldr.RougeWords(use_stemmer=True))
+    assert {name: found.fmeasure for name, found in scorer.score(text, text).items()} == {"rouge1": 1.0, "rougeL": 1.0}
+    assert scorer.score(text, "word")["rouge1"].fmeasure == 0
+    half = scorer.score(text, text[: len(text) // 2])["rouge1"].fmeasure
+    assert 0 < half < 1
+    plain = tldr.RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    for one, other in zip(rlhf_assets.reviews(6), rlhf_assets.reviews(12)[6:], strict=True):
+        assert scorer.score(one, f"{other}_x2!") == plain.score(one, f"{other}_x2!")

@@ -327,6 +327,13 @@ def test_bad_input_is_one_line(tmp_path, folder, monkeypatch, capsys):
         ("A or B", None),
         ("", None),
         ("Apple", None),
+        ("Final answer: B", "B"),
+        ("\\boxed{A}", "A"),
+        ("The final answer is \\(\\boxed{\\text{B}}\\).", "B"),
+        ("A</s>", "A"),
+        ("tie<|im_end|>", "tie"),
+        ("The answer is A or B", None),
+        ("boxed", None),
     ],
 )
 def test_read_verdict(text, verdict):

@@ -35,6 +35,7 @@ try:
     from peft import LoraConfig
 
     import sppo_rlhf_tldr as tldr
+    from benchmark.studies.git_commit import git_commit
 except ModuleNotFoundError as error:
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__)
@@ -254,7 +255,7 @@ def main(args: Args) -> None:
     lines, content = [], {"settings": asdict(args), "measured": []}
     if not args.predict_only:
         device = torch.device(args.device)
-        content["commit"] = subprocess.getoutput("git describe --always --dirty --abbrev=40 --exclude='*'")
+        content["commit"] = git_commit()
         content["versions"] = {"python": platform.python_version(), **{name: version(name) for name in tldr.PACKAGES}}
         dtype = getattr(torch, args.dtype)
         content["operations a second"] = rate = 2 * 512 * 4096 * 16_384 / matmul_seconds(512, device, dtype)

@@ -24,6 +24,7 @@ try:
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
     import sppo_rlhf_imdb as imdb
+    from benchmark.studies.git_commit import git_commit
 except ModuleNotFoundError as error:
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__)
@@ -100,9 +101,7 @@ def reverse_term(pairs: int) -> list[float]:
 
 
 def main(rounds: int, blocks: int, pairs: int) -> None:
-    commit = subprocess.getoutput(
-        "git describe --always --dirty --abbrev=40 --exclude='*'"
-    )  # before the files of the results change
+    commit = git_commit()  # before the files of the results change
     times, memory = {label: defaultdict(list) for label in ARMS}, defaultdict(float)
     for turn in range(rounds):
         for label, arm in ARMS.items():
