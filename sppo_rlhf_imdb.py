@@ -69,6 +69,7 @@ try:
     from pydantic.dataclasses import dataclass
     from torch.utils.tensorboard import SummaryWriter
     from tqdm import tqdm
+    from transformers.activations import NewGELUActivation
     from transformers.utils.peft_utils import find_adapter_config_file
 except ModuleNotFoundError as error:
     sys.exit(f"{error}; the RLHF scripts need what `pip install -r requirements.txt` installs")
@@ -220,6 +221,12 @@ def minibatch_loss(agent, args, share, reference_share, tokens, old_logprobs, ol
 # --- agent ------------------------------------------------------------------------------------------------------------
 
 
+def trim(tokens: torch.Tensor, prompt_length: int) -> tuple[torch.Tensor, int]:
+    """Tokens [B, T] without the columns that are PAD in all rows, and the prompts' length among the rest."""
+    kept = (tokens != PAD).any(dim=0)
+    return tokens[:, kept], int(kept[:prompt_length].sum())
+
+
 class Agent(nn.Module):
     """The policy, a causal language model, with a value head on its last hidden states."""
 
@@ -257,6 +264,7 @@ class Agent(nn.Module):
         of the states before the tokens. To save memory, logits are computed for these N tokens alone, and the log-softmax of
         cross_entropy is the only array [N, V] that is kept.
         """
+        tokens, prompt_length = trim(tokens, prompt_length)
         responses = tokens[:, prompt_length:]
         real = responses != PAD
         hidden = self.backbone(tokens, tokens != PAD).last_hidden_state[:, prompt_length - 1 : -1][real]
@@ -276,10 +284,10 @@ def sample(logits: torch.Tensor, uniforms: torch.Tensor, top_k: int) -> torch.Te
 
     The random numbers are given, so that a trajectory does not depend on how many processes share the batch.
     """
-    top, tokens = logits.topk(top_k or logits.shape[-1])
+    top, tokens = logits.topk(top_k) if top_k else (logits, None)  # all need not be sorted
     cumulative = top.double().softmax(-1).cumsum(-1)
     choice = (cumulative < uniforms.unsqueeze(-1) * cumulative[:, -1:]).sum(-1, keepdim=True)
-    return tokens.gather(-1, choice).squeeze(-1)
+    return (choice if tokens is None else tokens.gather(-1, choice)).squeeze(-1)
 
 
 def end_tokens(lm: transformers.PreTrainedModel, tokenizer) -> list[int]:
@@ -296,6 +304,7 @@ def generate(agent: Agent, prompts: torch.Tensor, uniforms: torch.Tensor, ends: 
     uniforms: [B, response_length], one number in [0, 1) for each token. Each step reads the newest token alone: the cache
     holds the keys and values of the others.
     """
+    prompts = prompts[:, (prompts != PAD).any(dim=0)]
     responses = torch.full((len(prompts), args.response_length), PAD, device=prompts.device)
     running = torch.ones(len(prompts), dtype=torch.bool, device=prompts.device)
     may_end = args.min_response_length < args.response_length  # if not, no step needs to ask the GPU whether all have ended
@@ -435,13 +444,14 @@ def rollout(agent, reference, reward, tokenizer, prompts, uniforms, args, accele
     real = responses != PAD
     logprobs, ref_logprobs, values = (torch.zeros(responses.shape, device=tokens.device) for _ in range(3))
     part_size = max(1, args.minibatch_size // accelerator.num_processes // args.gradient_accumulation)
+    order = (tokens != PAD).sum(-1).argsort(stable=True)  # rows of like length together: less padding
     with torch.no_grad():
-        for start in range(0, share, part_size):
-            rows = slice(start, start + part_size)
-            into = real[rows]
-            logprobs[rows][into], values[rows][into], _ = agent(tokens[rows], prompts.shape[1], args.temperature)
+        for rows in order.split(part_size):
+            found = agent(tokens[rows], prompts.shape[1], args.temperature)[:2]
             with agent.lm.disable_adapter() if reference is agent else contextlib.nullcontext():
-                ref_logprobs[rows][into] = reference(tokens[rows], prompts.shape[1], args.temperature)[0]
+                found += reference(tokens[rows], prompts.shape[1], args.temperature)[:1]
+            for result, new in zip((logprobs, values, ref_logprobs), found, strict=True):
+                result[rows] = result[rows].masked_scatter(real[rows], new)
     batch = {"tokens": tokens, "logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values, "scores": scores}
     batch["empty"] = torch.tensor([float(not text.strip()) for text in decode(responses, tokenizer)], device=tokens.device)
     batch["unfinished"] = 1.0 - torch.isin(responses, torch.tensor(ends, device=tokens.device)).any(-1).float()
@@ -470,7 +480,7 @@ def update(agent, optimizer, accelerator, args, batch: tuple[torch.Tensor, ...],
     is weighted by its real tokens, so that the sum does not depend on how the minibatch was split.
     """
     rng = torch.Generator().manual_seed(int(np.random.default_rng([args.seed, MINIBATCHES, iteration]).integers(2**63)))
-    real = (batch[0][:, -args.response_length :] != PAD).sum(-1)
+    real, lengths = (batch[0][:, -args.response_length :] != PAD).sum(-1), (batch[0] != PAD).sum(-1)
     reference_real = (batch[-1] != PAD).sum(-1)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     names, collected, shares = [], [], {}
@@ -478,6 +488,7 @@ def update(agent, optimizer, accelerator, args, batch: tuple[torch.Tensor, ...],
         for minibatch in torch.randperm(len(real), generator=rng).to(real.device).split(args.minibatch_size):
             optimizer.zero_grad()
             sums = Counter()
+            minibatch = minibatch[lengths[minibatch].argsort(stable=True)]  # parts of rows of like length have less padding
             mine = minibatch[accelerator.process_index :: accelerator.num_processes]
             for rows in mine.split(len(mine) // args.gradient_accumulation):
                 share = real[rows].sum() / real[minibatch].sum()
@@ -1024,6 +1035,10 @@ def from_pretrained(args, name, loader, **options):
         model, info = loader.from_pretrained(source, **options, output_loading_info=True)
     if info["missing_keys"]:  # transformers has put random numbers there
         raise bad(args, name, f"expected a model with all its weights; {', '.join(sorted(info['missing_keys']))} are missing")
+    for module in list(model.modules()):
+        for child, layer in module.named_children():
+            if isinstance(layer, NewGELUActivation):  # GPT-2's and GPT-J's, written as eight operations
+                setattr(module, child, nn.GELU(approximate="tanh"))
     return model
 
 

@@ -74,6 +74,7 @@ try:
     from safetensors.torch import save_file
     from torch.utils.tensorboard import SummaryWriter
     from tqdm import tqdm
+    from transformers.activations import NewGELUActivation
     from transformers.utils import cached_file
     from transformers.utils.peft_utils import find_adapter_config_file
 except ModuleNotFoundError as error:
@@ -240,6 +241,12 @@ def value_loss(agent, args, share, tokens, old_values, returns):
 # --- agent ------------------------------------------------------------------------------------------------------------
 
 
+def trim(tokens: torch.Tensor, prompt_length: int) -> tuple[torch.Tensor, int]:
+    """Tokens [B, T] without the columns that are PAD in all rows, and the prompts' length among the rest."""
+    kept = (tokens != PAD).any(dim=0)
+    return tokens[:, kept], int(kept[:prompt_length].sum())
+
+
 class Agent(nn.Module):
     """A frozen causal language model with LoRA adapters, one of which is active at a time.
 
@@ -313,6 +320,7 @@ class Agent(nn.Module):
         memory, logits are computed for these N tokens alone, and the log-softmax of cross_entropy is the only array [N, V]
         that is kept.
         """
+        tokens, prompt_length = trim(tokens, prompt_length)
         responses = tokens[:, prompt_length:]
         real = responses != PAD
         hidden = self.backbone(tokens, tokens != PAD, adapter).last_hidden_state[:, prompt_length - 1 : -1][real]
@@ -323,6 +331,7 @@ class Agent(nn.Module):
 
     def values(self, tokens: torch.Tensor, prompt_length: int) -> torch.Tensor:
         """[N]: the values of the states before these tokens."""
+        tokens, prompt_length = trim(tokens, prompt_length)
         real = tokens[:, prompt_length:] != PAD
         hidden = self.backbone(tokens, tokens != PAD, "value").last_hidden_state[:, prompt_length - 1 : -1][real]
         return self.heads["value"](hidden.float()).squeeze(-1)
@@ -339,10 +348,10 @@ def sample(logits: torch.Tensor, uniforms: torch.Tensor, top_k: int) -> torch.Te
 
     The random numbers are given, so that a trajectory does not depend on how many processes share the batch.
     """
-    top, tokens = logits.topk(top_k or logits.shape[-1])
+    top, tokens = logits.topk(top_k) if top_k else (logits, None)  # all need not be sorted
     cumulative = top.double().softmax(-1).cumsum(-1)
     choice = (cumulative < uniforms.unsqueeze(-1) * cumulative[:, -1:]).sum(-1, keepdim=True)
-    return tokens.gather(-1, choice).squeeze(-1)
+    return (choice if tokens is None else tokens.gather(-1, choice)).squeeze(-1)
 
 
 def end_tokens(lm: transformers.PreTrainedModel, tokenizer) -> list[int]:
@@ -359,6 +368,7 @@ def generate(agent: Agent, prompts: torch.Tensor, uniforms: torch.Tensor, ends: 
     uniforms: [B, response_length], one number in [0, 1) for each token. Each step reads the newest token alone: the cache
     holds the keys and values of the others.
     """
+    prompts = prompts[:, (prompts != PAD).any(dim=0)]
     responses = torch.full((len(prompts), args.response_length), PAD, device=prompts.device)
     running = torch.ones(len(prompts), dtype=torch.bool, device=prompts.device)
     may_end = args.min_response_length < args.response_length  # if not, no step needs to ask the GPU whether all have ended
@@ -507,11 +517,11 @@ def rollout(agent, reward, tokenizer, prompts, uniforms, args, accelerator) -> t
         (ref_logprobs, lambda rows: agent(rows, prompt_length, args.temperature, adapter=None)[0]),
         (values, lambda rows: agent.values(rows, prompt_length)),
     )
+    order = (tokens != PAD).sum(-1).argsort(stable=True)  # rows of like length together: less padding
     with torch.no_grad():
         for result, compute in passes:
-            for start in range(0, share, part_size):
-                rows = slice(start, start + part_size)
-                result[rows][real[rows]] = compute(tokens[rows])
+            for rows in order.split(part_size):
+                result[rows] = result[rows].masked_scatter(real[rows], compute(tokens[rows]))
     batch = {"tokens": tokens, "logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values, "scores": scores}
     batch["empty"] = torch.tensor([float(not text.strip()) for text in decode(responses, tokenizer)], device=tokens.device)
     batch["unfinished"] = 1.0 - torch.isin(responses, torch.tensor(ends, device=tokens.device)).any(-1).float()
@@ -542,7 +552,7 @@ def update(agent, optimizer, accelerator, args, batch: dict[str, torch.Tensor], 
     rng = torch.Generator().manual_seed(int(np.random.default_rng([args.seed, MINIBATCHES, iteration]).integers(2**63)))
     seeds = np.random.default_rng([args.seed, DROPOUT, iteration]).integers(2**63, size=accelerator.num_processes)
     torch.manual_seed(int(seeds[accelerator.process_index]))  # LoRA's dropout
-    real = (batch["tokens"][:, -args.response_length :] != PAD).sum(-1)
+    real, lengths = (batch["tokens"][:, -args.response_length :] != PAD).sum(-1), (batch["tokens"] != PAD).sum(-1)
     reference_real = (batch["references"] != PAD).sum(-1)
     trained = trained_parameters(agent)
     parameters = list(trained.values())
@@ -553,6 +563,7 @@ def update(agent, optimizer, accelerator, args, batch: dict[str, torch.Tensor], 
         for minibatch in torch.randperm(len(real), generator=rng).to(real.device).split(args.minibatch_size):
             optimizer.zero_grad()
             sums = Counter()
+            minibatch = minibatch[lengths[minibatch].argsort(stable=True)]  # parts of rows of like length have less padding
             mine = minibatch[accelerator.process_index :: accelerator.num_processes]
             for rows in mine.split(len(mine) // args.gradient_accumulation):
                 share = real[rows].sum() / real[minibatch].sum()
@@ -643,7 +654,7 @@ SOURCES = ("policy", "tokenizer", "reward_base", "reward_adapter", "reward_model
 
 
 class RougeWords(DefaultTokenizer):
-    """Words in any alphabet; rouge-score's own tokenizer, which stems them, knows a to z alone. A Chinese character is a word."""
+    """Words of any alphabet. rouge-score's own tokenizer, which stems them, knows a to z. A Chinese character is a word."""
 
     def tokenize(self, text: str) -> list[str]:
         words = re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+", text.lower())
@@ -1165,6 +1176,10 @@ def from_pretrained(args, name, loader, **options):
         model, info = loader.from_pretrained(source, **options, output_loading_info=True)
     if info["missing_keys"]:  # transformers has put random numbers there
         raise bad(args, name, f"expected a model with all its weights; {', '.join(sorted(info['missing_keys']))} are missing")
+    for module in list(model.modules()):
+        for child, layer in module.named_children():
+            if isinstance(layer, NewGELUActivation):  # GPT-2's and GPT-J's, written as eight operations
+                setattr(module, child, nn.GELU(approximate="tanh"))
     return model
 
 

@@ -362,7 +362,7 @@ def test_finite_for_tokens_that_were_all_but_impossible():
 
 
 def test_the_first_minibatch_has_ratio_one_and_the_reference_kl_zero():
-    agent, args = make_agent(), make_args()
+    agent, args = make_agent(), make_args(temperature=0.7)
     reference = copy.deepcopy(agent)
     assert not agent.training and agent.lm.config.attn_pdrop == 0.5  # dropout would show
     reward = (rlhf_assets.make_classifier(V).eval(), TOKENIZER, 1)
@@ -377,7 +377,7 @@ def test_the_first_minibatch_has_ratio_one_and_the_reference_kl_zero():
     assert abs(stats["losses/old_approx_kl"]) < 1e-6 and stats["losses/clipfrac"] == 0 and stats["losses/approx_kl"] < 1e-9
     torch.testing.assert_close(batch["logprobs"], batch["ref_logprobs"], atol=1e-6, rtol=0)
     for row in range(8):
-        logprobs, values, _ = by_hand(agent, batch["tokens"][row])
+        logprobs, values, _ = by_hand(agent, batch["tokens"][row], 0.7)
         torch.testing.assert_close(batch["logprobs"][row, : len(logprobs)].double(), logprobs, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(batch["values"][row, : len(values)], values, atol=1e-5, rtol=1e-5)
         assert (batch["logprobs"][row, len(logprobs) :] == 0).all()
@@ -554,3 +554,17 @@ def test_reviews_are_split_80_to_20_by_the_seed(tmp_path):
     assert len(texts["train"]) == 64 and sorted(texts["train"] + texts["test"]) == sorted(rlhf_assets.reviews())
     assert imdb.load_texts(args) == texts
     assert imdb.load_texts(make_args(dataset=args.dataset, eval_episodes=8, seed=2))["train"] != texts["train"]
+
+
+def test_both_perplexities_of_an_evaluation(tmp_path):
+    """Ours has EOS between the reviews; that of the paper's Table 3 two newlines."""
+    agent, args = make_agent(), make_args(perplexity_tokens=100, eval_episodes=4)
+    reward = (rlhf_assets.make_classifier(V).eval(), TOKENIZER, 1)
+    texts = rlhf_assets.reviews(20)
+    result, samples = imdb.evaluate(agent, agent, reward, TOKENIZER, texts, args, Accelerator(cpu=True))
+    ids = [token for text in texts for token in (*TOKENIZER(text).input_ids, EOS)][:101]
+    joined = TOKENIZER("\n\n".join(texts)).input_ids[:101]
+    assert result["perplexity"] == imdb.perplexity(agent, ids)
+    assert result["perplexity_released"] == imdb.perplexity(agent, joined) != result["perplexity"]
+    scores = [row["score"] for row in samples]
+    assert len(scores) == 4 and result["score_stderr"] == pytest.approx(np.std(scores, ddof=1) / 2, rel=1e-5)

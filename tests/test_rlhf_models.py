@@ -751,3 +751,58 @@ def test_literal_signs_reach_the_loss(script):
                 stats = tldr.policy_loss(agent, args, 1.0, tokens, old, zeros - 1.0)[1]
             found.append(stats["losses/reverse_loss"].item())
     assert found == pytest.approx([2.0, -2.0])
+
+
+# --- what makes it faster ---------------------------------------------------------------------------------------------
+
+
+@each_script
+def test_passes_have_no_column_of_padding_alone(script):
+    """Rows of like length share a part of a minibatch, and each part is as wide as its longest row."""
+    lm = rlhf_assets.make_lm(V, dropout=0.0)
+    agent, widths, areas = script.Agent(lm), [], []
+    if script is tldr:
+        for name in ("policy", "value"):
+            agent.add(name, peft.LoraConfig(r=2, fan_in_fan_out=True), head=name == "value")
+    tokens = torch.full((8, 40), script.PAD)
+    for row, prompt in enumerate((30, 3, 28, 2, 29, 4, 30, 5)):
+        tokens[row, 30 - prompt : 32 + row % 3] = 20
+    forward = lm.transformer.forward
+
+    def noted(**inputs):
+        real = inputs["attention_mask"].bool()
+        widths.append(bool(real.any(dim=0).all()))
+        areas.append(real.numel())
+        return forward(**inputs)
+
+    lm.transformer.forward = noted
+    zeros = {name: torch.zeros(8, 10) for name in ("logprobs", "values", "advantages", "returns")}
+    batch = (tokens, *zeros.values(), tokens[:, 30:])
+    if script is tldr:
+        batch = {"tokens": tokens, **zeros, "references": tokens[:, 30:]}
+    sizes = {"trajectories_per_update": 8, "minibatch_size": 8, "update_epochs": 1, "response_length": 10}
+    args = script.Args(**sizes, gradient_accumulation=2, reference_nll_coef=0.0)
+    optimizer = torch.optim.SGD(script.trained_parameters(agent).values(), lr=0.0)
+    script.update(agent, optimizer, Accelerator(cpu=True), args, batch, 1)
+    script.generate(agent, tokens[:, :30], torch.zeros(8, 10, dtype=torch.float64), [0], args)
+    assert all(widths) and max(areas[:2]) <= 4 * 34 and min(areas[:2]) <= 4 * 9
+
+
+@each_script
+def test_gelu_in_one_operation_is_the_architectures_own_to_rounding(script, assets):
+    agent = load(script, assets)[0]
+    lm = agent.lm.get_base_model() if script is tldr else agent.lm
+    plain = transformers.AutoModelForCausalLM.from_pretrained(assets / "policy").eval()
+    assert "NewGELU" in str(plain) and "NewGELU" not in str(lm)
+    ids = torch.arange(20, 40)[None]
+    if script is tldr:
+        agent.activate(None)
+    torch.testing.assert_close(lm(ids).logits, plain(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_sampling_from_all_tokens_sorts_nothing(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "topk", lambda *_: pytest.fail("sorted"))
+    logits = torch.tensor([[0.2, 0.5, 0.0, 0.3]]).log().expand(4, -1)
+    uniforms = torch.tensor([0.0, 0.21, 0.71, 1 - 2**-53], dtype=torch.float64)
+    for script in (imdb, tldr):
+        assert script.sample(logits, uniforms, 0).tolist() == [0, 1, 3, 3]

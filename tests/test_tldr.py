@@ -86,12 +86,12 @@ def make_tokens(rows=8, seed=0):
     return torch.from_numpy(tokens)
 
 
-def by_hand(lm, row):
+def by_hand(lm, row, temperature=1.0):
     """Log-probabilities of one row's response and the last hidden states before it, from an unpadded pass of a whole model."""
     start = (row[:7] != PAD).sum()
     ids = row[row != PAD]
     out = lm(ids[None], output_hidden_states=True)
-    logprobs = F.log_softmax(out.logits[0].double(), -1)[start - 1 : -1]
+    logprobs = F.log_softmax(out.logits[0].double() / temperature, -1)[start - 1 : -1]
     return logprobs[torch.arange(len(ids) - start), ids[start:]], out.hidden_states[-1][0, start - 1 : -1], logprobs
 
 
@@ -566,7 +566,7 @@ def test_noise_of_the_base_is_off_in_updates(family, checkpointing, tmp_path):
 
 
 def test_the_first_minibatch_has_ratio_one_and_new_adapters_kl_zero():
-    agent, args = make_agent(reward=True), make_args()
+    agent, args = make_agent(reward=True), make_args(temperature=0.7)
     prompts, uniforms = make_tokens()[:, :7], torch.rand(8, 6, dtype=torch.float64)
     batch, clock = tldr.rollout(agent, agent, TOKENIZER, prompts, uniforms, args, Accelerator(cpu=True))
     assert set(clock) == {"time/generate", "time/score", "time/forward"}
@@ -578,7 +578,7 @@ def test_the_first_minibatch_has_ratio_one_and_new_adapters_kl_zero():
     for row in range(8):
         n = len(by_hand(policy, batch["tokens"][row])[0])
         for name, lm in (("logprobs", policy), ("ref_logprobs", base)):
-            expected = by_hand(lm, batch["tokens"][row])[0]
+            expected = by_hand(lm, batch["tokens"][row], 0.7)[0]
             torch.testing.assert_close(batch[name][row, :n].double(), expected, atol=1e-5, rtol=1e-5)
             assert (batch[name][row, n:] == 0).all()
         values = agent.heads["value"](by_hand(value, batch["tokens"][row])[1]).squeeze(-1)
@@ -608,6 +608,16 @@ def test_evaluation_by_hand():
         logprobs = F.log_softmax(lm(ids[None]).logits[0], -1)
         losses += [-logprobs[t - 1, ids[t]].item() for t in range(start, len(ids))]
     assert result["perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
+    # as in the paper's Table 3: the references alone, two newlines between them, in windows of 64 that move by 32
+    ids = torch.tensor(TOKENIZER("\n\n".join(label for _, label in posts)).input_ids)
+    assert 64 < len(ids)
+    losses = []
+    for end in range(33, len(ids) + 32, 32):
+        start, end = max(0, min(end, len(ids)) - 64), min(end, len(ids))
+        logprobs = F.log_softmax(lm(ids[None, start:end]).logits[0], -1)
+        losses += [-logprobs[t - start - 1, ids[t]].item() for t in range(1 + len(losses), end)]
+    assert len(losses) == len(ids) - 1
+    assert result["perplexity_released"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
     assert [sample["reference"] for sample in samples] == [label for _, label in posts]
     assert result["score"] == pytest.approx(np.mean([sample["score"] for sample in samples]), rel=1e-5)
     assert result["words"] == np.mean([len(sample["response"].split()) for sample in samples])
