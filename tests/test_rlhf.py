@@ -558,7 +558,7 @@ def test_reviews_are_split_80_to_20_by_the_seed(tmp_path):
 
 def test_both_perplexities_of_an_evaluation(tmp_path):
     """Ours has EOS between the reviews; that of the paper's Table 3 two newlines."""
-    agent, args = make_agent(), make_args(perplexity_tokens=100, eval_episodes=4)
+    agent, args = make_agent(lora_r=2), make_args(perplexity_tokens=100, eval_episodes=4)
     reward = (rlhf_assets.make_classifier(V).eval(), TOKENIZER, 1)
     texts = rlhf_assets.reviews(20)
     result, samples = imdb.evaluate(agent, agent, reward, TOKENIZER, texts, args, Accelerator(cpu=True))
