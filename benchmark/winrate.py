@@ -1,6 +1,6 @@
 """Win rate of a run's summaries by an LLM judge: any endpoint that speaks OpenAI's chat protocol.
 
-    OPENAI_API_KEY=... python benchmark/winrate.py runs/tldr__sppo_rlhf_tldr__1__1700000000 --model MODEL
+    OPENAI_API_KEY=... python benchmark/winrate.py runs/tldr__sppo_a0.5_b0.2__1__1700000000000 --model MODEL
     python benchmark/winrate.py RUN_FOLDER --model MODEL --base-url http://localhost:8000/v1      # a server of your own
     python benchmark/winrate.py RUN_FOLDER --model MODEL --against before                         # the untrained policy
 
