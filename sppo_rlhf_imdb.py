@@ -69,7 +69,6 @@ try:
     from pydantic.dataclasses import dataclass
     from torch.utils.tensorboard import SummaryWriter
     from tqdm import tqdm
-    from transformers.activations import NewGELUActivation
     from transformers.utils.peft_utils import find_adapter_config_file
 except ModuleNotFoundError as error:
     sys.exit(f"{error}; the RLHF scripts need what `pip install -r requirements.txt` installs")
@@ -153,7 +152,7 @@ OFFLINE = Args(
     min_response_length=20, learning_rate=2e-5, reference_nll_coef=0.0, eval_episodes=64, eval_interval=0,
     perplexity_tokens=2048,
 )  # fmt: skip
-# Each random generator beside torch's is seeded with [seed, its number, ...], so that none disturbs another
+# One generator a purpose, seeded with [seed, purpose, ...]
 EVALUATION, SPLIT, ORDER, SAMPLES, MINIBATCHES = 1, 2, 3, 4, 5
 PAD = -1  # fills batches of token ids: no vocabulary has it, so it is never taken for EOS, nor sampled
 
@@ -1037,7 +1036,9 @@ def from_pretrained(args, name, loader, **options):
         raise bad(args, name, f"expected a model with all its weights; {', '.join(sorted(info['missing_keys']))} are missing")
     for module in list(model.modules()):
         for child, layer in module.named_children():
-            if isinstance(layer, NewGELUActivation):  # GPT-2's and GPT-J's, written as eight operations
+            if isinstance(
+                layer, transformers.activations.NewGELUActivation
+            ):  # GPT-2's and GPT-J's, written as eight operations
                 setattr(module, child, nn.GELU(approximate="tanh"))
     return model
 

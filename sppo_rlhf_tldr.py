@@ -74,8 +74,6 @@ try:
     from safetensors.torch import save_file
     from torch.utils.tensorboard import SummaryWriter
     from tqdm import tqdm
-    from transformers.activations import NewGELUActivation
-    from transformers.utils import cached_file
     from transformers.utils.peft_utils import find_adapter_config_file
 except ModuleNotFoundError as error:
     sys.exit(f"{error}; the RLHF scripts need what `pip install -r requirements.txt` installs")
@@ -163,7 +161,7 @@ OFFLINE = Args(
     learning_rate=1e-3, update_epochs=2, minibatch_size=8, gradient_checkpointing=False, eval_episodes=32, eval_interval=0,
     test_episodes=64,
 )  # fmt: skip
-# Each random generator beside torch's is seeded with [seed, its number, ...], so that none disturbs another
+# One generator a purpose, seeded with [seed, purpose, ...]
 SPLIT, ORDER, SAMPLES, MINIBATCHES, DROPOUT = 1, 2, 3, 4, 5
 PAD = -1  # fills batches of token ids: no vocabulary has it, so it is never taken for EOS, nor sampled
 ENDING = "TL;DR:"  # of every prompt
@@ -202,8 +200,7 @@ def policy_loss(agent, args, share, tokens, old_logprobs, advantages):
     """This part's contribution to the policy's loss in a minibatch, and to its statistics by name.
 
     The loss is alpha L_ppo + beta L_rppo - ent_coef H, each a mean over all real tokens of the minibatch. Shapes: tokens
-    [B, P + R]; old_logprobs, advantages [B, R], 0 where a token is PAD. share: this part's real tokens divided by the
-    minibatch's.
+    [B, P + R]; old_logprobs, advantages [B, R], 0 at PAD. share: this part's real tokens divided by the minibatch's.
     """
     prompt_length = tokens.shape[1] - old_logprobs.shape[1]
     logprobs, entropies = agent(tokens, prompt_length, args.temperature, args.ent_coef > 0)
@@ -250,8 +247,7 @@ def trim(tokens: torch.Tensor, prompt_length: int) -> tuple[torch.Tensor, int]:
 class Agent(nn.Module):
     """A frozen causal language model with LoRA adapters, one of which is active at a time.
 
-    `policy` is the policy, `value` with its head the critic, `reward` with its head the reward model. Without an adapter the
-    model is the reference.
+    `policy` writes, `value` with its head is the critic, `reward` with its head scores; without, the model is the reference.
     """
 
     def __init__(self, lm: transformers.PreTrainedModel, with_lm_head: bool = True):
@@ -292,10 +288,7 @@ class Agent(nn.Module):
         self.active = name
 
     def set_updating(self, updating: bool) -> None:
-        """Switches on what updates alone have: the adapters' dropout, and checkpointing, which transformers ties to train mode.
-
-        All else stays in eval mode: with noise in the base the first ratio of an update would not be 1.
-        """
+        """The adapters' dropout, and checkpointing, which transformers ties to train mode; without noise of the base."""
         for name, module in self.lm.named_modules():
             if "lora_dropout" in name or getattr(module, "gradient_checkpointing", False):
                 module.training = updating
@@ -440,11 +433,10 @@ def reward_tokens(texts: list[str], tokenizer, args: Args) -> list[list[int]]:
     """Tokens of reward_text with each text in it, the last reward_max_length. Special tokens of reward_text are special."""
     rows = tokenizer([args.reward_text.replace("{text}", text) for text in texts], add_special_tokens=False).input_ids
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    before, _, after = args.reward_text.partition("{text}")
     for row, text in enumerate(texts):
         if any(token in text for token in special):  # there it is text
-            before_ids, after_ids = tokenizer([before, after], add_special_tokens=False).input_ids
-            rows[row] = before_ids + tokenize(tokenizer, [text])[0] + after_ids
+            before, after = tokenizer(args.reward_text.split("{text}", 1), add_special_tokens=False).input_ids
+            rows[row] = before + tokenize(tokenizer, [text])[0] + after
     return [ids[-args.reward_max_length :] for ids in rows]
 
 
@@ -486,9 +478,8 @@ def whiten(x: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
 def rollout(agent, reward, tokenizer, prompts, uniforms, args, accelerator) -> tuple[dict, dict[str, float]]:
     """Continues the prompts, scores the texts, and takes log-probabilities, values and the reference's log-probabilities.
 
-    prompts: [B, P]; uniforms: [B, R]. Every process works on its share of the rows and gets all of them back: tokens
-    [B, P + R]; logprobs, ref_logprobs, values [B, R], 0 where a token is PAD; scores, empty, unfinished (0 or 1) [B]. Also
-    returns the seconds that each phase took.
+    prompts: [B, P]; uniforms: [B, R]. Every process works on its share of the rows and gets all back: tokens [B, P + R];
+    logprobs, ref_logprobs, values [B, R], 0 at PAD; scores, empty, unfinished (0 or 1) [B]; and the seconds of each phase.
     """
     clock, marks = {}, time.perf_counter()
 
@@ -545,9 +536,9 @@ def advantages_and_returns(batch: dict, args: Args) -> tuple[torch.Tensor, torch
 def update(agent, optimizer, accelerator, args, batch: dict[str, torch.Tensor], iteration: int) -> dict[str, float]:
     """`update_epochs` passes over the rollout in shuffled minibatches of trajectories; the mean of each statistic.
 
-    batch: the inputs of the three losses after the shares, by name; every process has the whole rollout. Each process
-    computes its rows of every minibatch, in `gradient_accumulation` parts. The gradients are summed over parts and
-    processes. Each part is weighted by its real tokens, so that the sum does not depend on how the minibatch was split.
+    batch: the inputs of the three losses, by name; every process has the whole rollout. Each computes its rows of every
+    minibatch, in `gradient_accumulation` parts, weighted by their real tokens, and the gradients are summed: the sum does not
+    depend on how the minibatch was split.
     """
     rng = torch.Generator().manual_seed(int(np.random.default_rng([args.seed, MINIBATCHES, iteration]).integers(2**63)))
     seeds = np.random.default_rng([args.seed, DROPOUT, iteration]).integers(2**63, size=accelerator.num_processes)
@@ -760,7 +751,9 @@ def load_reward(args: Args, agent: Agent, tokenizer, device: torch.device) -> Ag
     before = checksums(model.lm)
     with refusing(args, "reward_adapter"):
         config = LoraConfig.from_pretrained(args.reward_adapter)
-        safe = cached_file(args.reward_adapter, "adapter_model.safetensors", _raise_exceptions_for_missing_entries=False)
+        safe = transformers.utils.cached_file(
+            args.reward_adapter, "adapter_model.safetensors", _raise_exceptions_for_missing_entries=False
+        )
         if not (safe or args.allow_pickle):
             raise ValueError("no adapter_model.safetensors")
         # the cached folder: for an id peft would ask the Hub, also where there is none
@@ -1178,7 +1171,9 @@ def from_pretrained(args, name, loader, **options):
         raise bad(args, name, f"expected a model with all its weights; {', '.join(sorted(info['missing_keys']))} are missing")
     for module in list(model.modules()):
         for child, layer in module.named_children():
-            if isinstance(layer, NewGELUActivation):  # GPT-2's and GPT-J's, written as eight operations
+            if isinstance(
+                layer, transformers.activations.NewGELUActivation
+            ):  # GPT-2's and GPT-J's, written as eight operations
                 setattr(module, child, nn.GELU(approximate="tanh"))
     return model
 
