@@ -1241,7 +1241,7 @@ def evaluate_run(args, accelerator):
         load_weights(agent, checkpoint)
         result, samples = evaluate(agent, *models, texts, args, accelerator)
         print("\n".join(map(json.dumps, samples)), flush=True)
-        numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.items() if math.isfinite(value))
         print(f"{numbers}; {len(samples)} texts, iteration {checkpoint['iteration']}", file=sys.stderr)
         if args.save_model:
             save_policy(folder, agent, models[-1], args)

@@ -713,18 +713,14 @@ def use_own_head(args: Args, model: Agent, tokenizer) -> None:
         raise bad(args, name, "expected a causal model with a head `score` of one label, which is its reward")
     if reward_tokens([ENDING], tokenizer, args)[0][-1] == lm.config.get_text_config().pad_token_id:
         # transformers' classifiers score the last token that is not padding
-        raise bad(
-            args, "reward_text", "expected one that does not end in the reward model's padding token, which it never reads"
-        )
+        raise bad(args, "reward_text", "expected one that does not end in the reward model's padding token")
     model.heads["reward"], model.active = head.float(), "reward"
     short, long = (torch.arange(n, device=lm.device) * 7919 % lm.config.vocab_size for n in (5, max(9, args.reward_max_length)))
     batch = torch.stack([F.pad(short, (len(long) - 5, 0), value=PAD), long])
     alone = torch.cat([lm.base_model(ids[None]).last_hidden_state[:, -1] for ids in (short, long)]).float()
     padded = model.backbone(batch, batch != PAD, "reward").last_hidden_state[:, -1].float()
     if not (padded - alone).norm() <= alone.norm() * (0.02 if lm.dtype == torch.float32 else 0.05):  # room for rounding
-        raise bad(
-            args, name, "expected a causal model that takes padding and positions (padding on the left changes its numbers)"
-        )
+        raise bad(args, name, "padding on the left changes its numbers")
 
 
 def checksums(lm: nn.Module) -> list[float]:
@@ -751,9 +747,8 @@ def load_reward(args: Args, agent: Agent, tokenizer, device: torch.device) -> Ag
     before = checksums(model.lm)
     with refusing(args, "reward_adapter"):
         config = LoraConfig.from_pretrained(args.reward_adapter)
-        safe = transformers.utils.cached_file(
-            args.reward_adapter, "adapter_model.safetensors", _raise_exceptions_for_missing_entries=False
-        )
+        cached = partial(transformers.utils.cached_file, _raise_exceptions_for_missing_entries=False)
+        safe = cached(args.reward_adapter, "adapter_model.safetensors")
         if not (safe or args.allow_pickle):
             raise ValueError("no adapter_model.safetensors")
         # the cached folder: for an id peft would ask the Hub, also where there is none
@@ -1376,7 +1371,7 @@ def evaluate_run(args, accelerator):
         load_weights(agent, checkpoint)
         result, samples = evaluate(agent, *models, texts, args, accelerator)
         print("\n".join(map(json.dumps, samples)), flush=True)
-        numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.items() if math.isfinite(value))
         print(f"{numbers}; {len(samples)} texts, iteration {checkpoint['iteration']}", file=sys.stderr)
         if args.save_model:
             save_policy(folder, agent, models[-1], args)
