@@ -362,11 +362,17 @@ def test_two_processes_learn_what_one_does(task, call, tmp_path):
 @one
 def test_without_a_terminal_one_line_a_minute(task, call, capsys, tmp_path, monkeypatch):
     module, _ = task
-    clock = iter(range(0, 10**6, 40))
-    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    log, waits = module.Run.log, []
+
+    def logged(self, iteration, *rest):
+        self.next_line = 0 if iteration % 2 == 0 else self.next_line  # as if a minute were over
+        log(self, iteration, *rest)
+        waits.append(self.next_line - time.monotonic())
+
+    monkeypatch.setattr(module.Run, "log", logged)
     call("--iterations", 4, *NONE[module], "--run-dir", tmp_path)
     lines = re.findall(r"(?m)^iteration (\d) of 4, score \d\.\d+, [\d,]+ tokens/s, 00:00 left$", capsys.readouterr().out)
-    assert lines == ["2", "4"]
+    assert lines == ["2", "4"] and all(30 < wait <= 60 for wait in waits)
 
 
 # --- what is learned --------------------------------------------------------------------------------------------------
@@ -704,12 +710,18 @@ def test_tyro_and_pydantic_refuse_the_rest(task, capsys):
 
 
 @each
-def test_the_command_line_ends_with_status_2(task, tmp_path):
+def test_the_command_line_ends_with_status_2(task, tmp_path, monkeypatch):
     """Without the offline models, it says how to build them; nothing is left."""
     module, _ = task
-    out, err = run(f"{module.__name__}.py", "--offline", code=2, cwd=tmp_path)
-    assert out == "" and f"assets/{module.TASK}/" in err and f"make_rlhf_assets.py {module.TASK}" in err
-    assert "Traceback" not in err and list(tmp_path.iterdir()) == []
+    monkeypatch.chdir(tmp_path)
+    for owner, name in (("huggingface_hub.constants", "HF_HUB_OFFLINE"), ("datasets.config", "HF_HUB_OFFLINE"),
+                        ("datasets.config", "HF_DATASETS_OFFLINE")):  # fmt: skip
+        monkeypatch.setattr(f"{owner}.{name}", True)  # as --offline sets them, and put back after
+    err = refused(module, lambda: module.main(module.parse_args(["--offline"])))
+    if module is imdb:
+        out, err = run("sppo_rlhf_imdb.py", "--offline", code=2, cwd=tmp_path)
+        assert out == "" and "Traceback" not in err
+    assert f"assets/{module.TASK}/" in err and f"make_rlhf_assets.py {module.TASK}" in err and list(tmp_path.iterdir()) == []
 
 
 @each
