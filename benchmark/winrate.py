@@ -90,7 +90,7 @@ class Args:
 def read_verdict(text: str) -> str | None:
     """ "A", "B" or "tie" if the answer is one of these, whatever marks stand around it; None otherwise."""
     text = re.sub(r"(?s)^.*</think>", "", text)  # what a reasoning model thinks aloud first
-    text = re.sub(r"</?\w+>|<\|\w+\|>", "", text)  # a template's own marks, such as </s>
+    text = re.sub(r"(</?\w+>|<\|\w+\|>|\s)+$", "", text)  # a template's own marks behind it, such as </s>
     words = r"(?:(?:the|my|final|better|answer|summary|verdict|is|boxed|text)\W+)*"  # \boxed{\text{A}} of reasoning models, too
     found = re.fullmatch(rf"\W*{words}(A|B|tie)\W*", text.strip(), flags=re.IGNORECASE)
     return found and {"a": "A", "b": "B", "tie": "tie"}[found.group(1).lower()]
