@@ -829,9 +829,11 @@ def check_resumed(args):
 def main(args):
     """Trains, resumes or evaluates. From a notebook: `main(Args(...))`, which raises BadInput if arguments do not fit."""
     check(args)
+    args = replace(args, exp_name=args.exp_name or name_arm(args))
     if args.resume or args.evaluate:
         check_resumed(args)
-    args = replace(args, exp_name=args.exp_name or name_arm(args))
+    if args.evaluate and not args.eval_episodes:
+        raise BadInput("--eval-episodes 0: expected 1 or more with --evaluate")
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     if args.evaluate:
