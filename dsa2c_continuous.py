@@ -641,14 +641,15 @@ class Run:
         self.args, self.signals, self.checkpoint, self.cleanup = args, [], None, contextlib.ExitStack()
         self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
         env_id, _ = resolve_env(args.env_id)
-        commit = "git -c safe.directory='*' describe --always --dirty --abbrev=40 --exclude='*' 2>&-"
+        describe = "git -c safe.directory='*' describe --always --dirty --abbrev=40 --exclude='*'"
+        commit = subprocess.run(describe, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout
         self.record = {
             "script": SCRIPT,
             "run_id": (args.track and os.environ.get("WANDB_RUN_ID")) or uuid.uuid4().hex[:8],  # a sweep's agent names the run
             "env_id": env_id,
             "args": asdict(args) | {"resume": None},
             "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
-            "commit": subprocess.getoutput(f"cd '{Path(__file__).parent}' && {commit}") or None,
+            "commit": commit.strip() or None,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
         }
         name = f"{env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(1000 * time.time())}"
