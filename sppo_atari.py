@@ -724,7 +724,8 @@ def main(args):
         policy, _, step = load_agent(args.evaluate, device)
         video = Path(args.evaluate, "videos", f"{step}__seed{args.seed}.mp4") if args.capture_video else None
         scores = evaluate(policy, args, device, video)
-        print(f"score {np.mean(scores):.1f} +- {stderr(scores)} at step {step:,}; returns {scores} {video or ''}")
+        mean, error = np.mean(scores), stderr(scores) if len(scores) > 1 else math.nan
+        print(f"score {mean:.1f} +- {error:.1f} at step {step:,}; returns {scores} {video or ''}")
         return
     result = Path(args.resume or "", "result.json")
     if args.resume and result.exists():
