@@ -64,7 +64,7 @@ from tqdm import tqdm
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
-@dataclass(config={"allow_inf_nan": False})
+@dataclass(config={"allow_inf_nan": False, "extra": "forbid"})
 class Args:
     """A2C, DA2C and DSA2C. The defaults are the paper's DSA2C without noise; `--alpha 1 --beta 0` is DA2C."""
 

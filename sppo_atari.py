@@ -65,7 +65,7 @@ from tqdm import tqdm
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
-@dataclass(config={"allow_inf_nan": False})
+@dataclass(config={"allow_inf_nan": False, "extra": "forbid"})
 class Args:
     """PPO and SPPO on Atari. The defaults are the paper's SPPO without noise; `--alpha 1 --beta 0` is PPO."""
 
