@@ -64,7 +64,7 @@ from tqdm import tqdm
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
-@dataclass(config={"allow_inf_nan": False})
+@dataclass(config={"allow_inf_nan": False, "extra": "forbid"})
 class Args:
     """A2C and SA2C on Atari. The defaults are the paper's SA2C without noise; `--alpha 1 --beta 0` is A2C."""
 
@@ -525,14 +525,15 @@ class Run:
         self.args, self.signals, self.checkpoint, self.cleanup = args, [], None, contextlib.ExitStack()
         self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
         env_id, _ = resolve_env(args.env_id)
-        commit = "git -c safe.directory='*' describe --always --dirty --abbrev=40 --exclude='*' 2>&-"
+        describe = "git -c safe.directory='*' describe --always --dirty --abbrev=40 --exclude='*'"
+        commit = subprocess.run(describe, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout
         self.record = {
             "script": SCRIPT,
             "run_id": (args.track and os.environ.get("WANDB_RUN_ID")) or uuid.uuid4().hex[:8],  # a sweep's agent names the run
             "env_id": env_id,
             "args": asdict(args) | {"resume": None},
             "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
-            "commit": subprocess.getoutput(f"cd '{Path(__file__).parent}' && {commit}") or None,
+            "commit": commit.strip() or None,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
         }
         name = f"{env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(1000 * time.time())}"
@@ -713,9 +714,11 @@ def check_resumed(args):
 def main(args):
     """Trains, resumes or evaluates. From a notebook: `main(Args(...))`, which raises BadInput if arguments do not fit."""
     check(args)
+    args = replace(args, exp_name=args.exp_name or name_arm(args))
     if args.resume or args.evaluate:
         check_resumed(args)
-    args = replace(args, exp_name=args.exp_name or name_arm(args))
+    if args.evaluate and not args.eval_episodes:
+        raise BadInput("--eval-episodes 0: expected 1 or more with --evaluate")
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     if args.evaluate:
@@ -723,7 +726,8 @@ def main(args):
         policy, _, step = load_agent(args.evaluate, device)
         video = Path(args.evaluate, "videos", f"{step}__seed{args.seed}.mp4") if args.capture_video else None
         scores = evaluate(policy, args, device, video)
-        print(f"score {np.mean(scores):.1f} +- {stderr(scores)} at step {step:,}; returns {scores} {video or ''}")
+        mean, error = np.mean(scores), stderr(scores) if len(scores) > 1 else math.nan
+        print(f"score {mean:.1f} +- {error:.1f} at step {step:,}; returns {scores} {video or ''}")
         return
     result = Path(args.resume or "", "result.json")
     if args.resume and result.exists():

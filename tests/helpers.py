@@ -1,14 +1,17 @@
 """Starting the scripts as a user does, and reading what they leave; shared by the tests of whole runs."""
 
 import contextlib
+import importlib
 import json
 import os
+import runpy
 import shutil
 import signal
 import struct
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -66,6 +69,68 @@ def unchanged_process():
     torch.set_num_threads(threads)
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@dataclass
+class Script:
+    """A control script, and a small run of it in one thread."""
+
+    name: str
+    arm: str  # the default exp_name of the run with `noise`
+    env_id: str  # as resolved
+    args: str
+    batch: int  # environment steps of an iteration
+    noise: str
+
+    @property
+    def module(self):
+        return importlib.import_module(self.name.removesuffix(".py"))
+
+
+ATARI = "--num-threads 1 --env-id Breakout --num-envs 4"
+LANDER, A2C = "--env-id LunarLanderContinuous", "--log-interval 4 --checkpoint-interval 4"
+PPO = "--update-epochs 1 --minibatch-size 64 --checkpoint-interval 1"
+SCRIPTS = [  # each logs every 128 environment steps
+    Script("sppo_atari.py", "sppo_a0.5_b1_bsc", "Breakout", f"{ATARI} --num-steps 32 {PPO}", 128, "bsc"),
+    Script("sa2c_atari.py", "sa2c_a0.5_b5_bsc", "Breakout", f"{ATARI} --num-steps 8 {A2C}", 32, "bsc"),
+    Script(
+        "dsppo_continuous.py",
+        "dsppo_a0.5_b20_gaussian",
+        "LunarLanderContinuous-v3",
+        f"{LANDER} --num-steps 128 {PPO}",
+        128,
+        "gaussian",
+    ),
+    Script("dsa2c_continuous.py", "dsa2c_a0.5_b0.2_gaussian", "LunarLanderContinuous-v3", f"{LANDER} {A2C}", 32, "gaussian"),
+]
+each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+
+
+def call(script, *words):
+    """What a control script's command line does, without starting Python and torch again."""
+    with unchanged_process():
+        script.module.main(script.module.parse_args([part for word in words for part in str(word).split()]))
+
+
+def command(path, *words):
+    """The exit status of `python path words` without the seconds of starting Python and torch."""
+    with unchanged_process(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(path), *" ".join(map(str, words)).split()])
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as stopped:
+            return stopped.code
+    return 0
+
+
+def train(script, parent, *words):
+    """The folder of a small run."""
+    call(script, script.args, *words, f"--run-dir {parent}")
+    return only(parent)
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def only(folder, pattern="*"):

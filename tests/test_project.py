@@ -1,9 +1,15 @@
-"""The project's own promises: pins, copied helpers, copied data, the README's commands."""
+"""The project's own promises: pins, copied helpers, copied data, the README's commands.
+
+python tests/test_project.py --fix    # after a change of a helper: write it into every script that has it
+"""
 
 import ast
 import importlib
 import itertools
+import os
 import re
+import shutil
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -13,12 +19,13 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(ROOT.glob("*.py"))
-OWN = {"Args", "update", "train"}  # what each script has in a form of its own
-CONTROL_OWN = {"Args", "update", "train", "check_env", "load_agent", "load_policy", "resolve_env"}
-FAMILY = {"Agent", "act", "evaluate", "minibatch_loss", "rollout_loss", "rollout"}  # and what those of other environments have
+OWN = {"Args", "update", "train", "name_arm", "check"}  # what each script has in a form of its own
+# what the control scripts of one family of environments share, and the other family has in another form
+FAMILY = {"Agent", "act", "evaluate", "load_agent", "load_policy", "minibatch_loss", "resolve_env", "rollout_loss"}
 # What differs between the RLHF scripts: a classifier and a trained model there, adapters on one base here
 RLHF_OWN = {"Agent", "encode", "evaluate", "load_models", "load_texts", "rollout", "save_policy", "score"}
 RLHF_OWN |= {"trained_parameters", "check_task", "load_reward"}
+LINES = {"atari": (410, 760), "continuous": (520, 895)}  # above Operations, and in all: they may only shrink
 
 
 def pins(path):
@@ -71,47 +78,129 @@ def test_every_pin_is_exact_and_has_its_reason():
                 assert re.fullmatch(r"[\w.-]+(\[[\w,-]+\])?==[\w.]+ +# .{8,}", line), line
 
 
-def helpers(scripts, own):
-    """name (for what is of one family of environments, name and family) -> its copies as (script, text)."""
-    found = {}
-    for script in scripts:
-        source = script.read_text()
-        for node in ast.parse(source).body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in own:
-                key = (node.name, script.stem.split("_")[1]) if node.name in FAMILY else node.name
-                found.setdefault(key, []).append((script.name, ast.get_source_segment(source, node)))
+def copied(source, name):
+    """What the script `name` with this source shares with others: {(what, scripts): text}. Helpers of one name, and the
+    sections whose headline says "the same in", whole.
+    """
+    lines, found, in_sections = source.splitlines(keepends=True), {}, set()
+    group = "rlhf" if "_rlhf_" in name else "control"
+    headlines = [i for i, line in enumerate(lines) if re.match(r"# (---|===) ", line)] + [len(lines)]
+    for start, end in itertools.pairwise(headlines):
+        if "(the same in " in lines[start]:
+            found[lines[start].strip("# -\n"), group] = "".join(lines[start:end])
+            in_sections |= set(range(start, end))
+    for node in ast.parse(source).body:
+        own = OWN | (RLHF_OWN if group == "rlhf" else set())
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in own and node.lineno not in in_sections:
+            family = group == "control" and node.name in FAMILY
+            key = (
+                node.name,
+                Path(name).stem.split("_")[1]
+                if family
+                else "all"
+                if node.name in ("compute_gae", "symmetric_ppo_loss")
+                else group,
+            )
+            start = min(each.lineno for each in (node, *node.decorator_list))
+            found[key] = "".join(lines[start - 1 : node.end_lineno])
     return found
 
 
-def test_helpers_of_one_name_are_identical_to_the_character():
-    rlhf = [script for script in SCRIPTS if "_rlhf_" in script.name]
-    control = [script for script in SCRIPTS if "_rlhf_" not in script.name]
-    found = [helpers(control, CONTROL_OWN), helpers(rlhf, OWN | RLHF_OWN)]
-    assert len(found[0]["compute_gae"]) == len(found[0]["Run"]) == 4 and len(found[1]["compute_gae"]) == 2
-    assert len(found[0]["symmetric_ppo_loss"]) == len(found[0]["symmetric_a2c_loss"]) == 2
-    assert len(found[0][("Agent", "atari")]) == len(found[0][("evaluate", "continuous")]) == 2
-    both = (
-        "symmetric_ppo_loss compute_gae grad_shares write_atomically write_json git_commit keep_freed_memory say fail one_line"
+def copies(root):
+    """{(what, scripts): {script: text}}"""
+    found = {}
+    for script in sorted(root.glob("*.py")):
+        for key, text in copied(script.read_text(), script.name).items():
+            found.setdefault(key, {})[script] = text
+    return found
+
+
+def fix(root):
+    """Writes what was changed since the last commit, and where that is not one text the newest, into every other script."""
+    written = {script: script.stat().st_mtime for script in root.glob("*.py")}
+    for key, texts in copies(root).items():
+        changed = {}
+        for script, text in texts.items() if len(set(texts.values())) > 1 else ():
+            head = subprocess.run(["git", "show", f"HEAD:./{script.name}"], cwd=root, capture_output=True, text=True).stdout
+            if copied(head, script.name).get(key) != text:
+                changed[script] = text
+        for source in sorted(changed, key=written.get)[-1:]:
+            others = [script for script in texts if texts[script] != texts[source]]
+            for script in others:
+                script.write_text(script.read_text().replace(texts[script], texts[source]))
+            print(f"{key[0]}: {source.name} -> {', '.join(script.name for script in others)}")
+
+
+def test_what_scripts_share_is_identical_to_the_character():
+    found = copies(ROOT)
+    sizes = {key: len(texts) for key, texts in found.items()}
+    assert sizes["run folder (the same in the four control scripts)", "control"] == 4 and sizes["compute_gae", "all"] == 6
+    assert (
+        sizes["symmetric_ppo_loss", "all"] == sizes["layer_init", "control"] == 4 == 2 * sizes["symmetric_a2c_loss", "control"]
     )
-    for name in (*both.split(), "flag", "require", "read_command_line", "parse_args", "load_checkpoint", "check_tracking"):
-        assert len({text for part in found for _, text in part[name]}) == 1, name  # in all scripts that have it
-    for name, copies in itertools.chain.from_iterable(part.items() for part in found):
-        for (file, text), (other_file, other_text) in itertools.combinations(copies, 2):
-            assert text == other_text, f"{name} differs between {file} and {other_file}"
+    assert sizes["Agent", "atari"] == sizes["evaluate", "continuous"] == sizes["make_bins", "control"] == 2
+    for key, texts in found.items():
+        assert len(set(texts.values())) == 1, (
+            f"{key} differs; `python tests/test_project.py --fix` writes the newest everywhere"
+        )
 
 
-def test_operations_of_the_control_scripts_are_one_text():
-    sources = [script.read_text() for script in SCRIPTS if "_rlhf_" not in script.name]
-    assert len(sources) == 4
-    ends = [re.split(r"(?m)^# --- run: one text in the control scripts from here on -*$", source) for source in sources]
-    assert all(len(parts) == 2 for parts in ends)
-    assert len({end for _, end in ends}) == 1 and len(ends[0][1].splitlines()) > 400
-    for source in sources:  # the algorithm, with its loop, stands above the line, and main() below it
-        above, below = re.split(r"(?m)^# === Operations: nothing below changes what is learned =+$", source)
-        assert "\ndef train(args, run):" in above and "\ndef main(args):" in below and "advantages" not in below
-        (train,) = (node for node in ast.parse(source).body if getattr(node, "name", "") == "train")
-        assert train.end_lineno - train.lineno + 1 <= 110
-        assert not [node for node in ast.walk(train) if isinstance(node, ast.FunctionDef | ast.Lambda) and node is not train]
+def test_fix_writes_a_changed_helper_into_every_script_that_has_it(tmp_path):
+    for path in (*SCRIPTS, Path(__file__)):
+        (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / path.relative_to(ROOT))
+    for words in ("init", "add .", "-c user.name=a -c user.email=b commit -m x"):
+        subprocess.run(["git", *words.split()], cwd=tmp_path, check=True, capture_output=True)
+    before = {script.name: (tmp_path / script.name).read_text() for script in SCRIPTS}
+
+    def edit(name, old, new, age):
+        text = (tmp_path / name).read_text()
+        assert text.count(old) == 1
+        (tmp_path / name).write_text(text.replace(old, new))
+        os.utime(tmp_path / name, (10**9 - age, 10**9 - age))
+
+    gae = "    alive = 1.0 - dones\n"
+    edit(
+        "sa2c_atari.py", "once more quits now", "once more ends it now", 0
+    )  # in the section, in a script that is edited thrice
+    edit("sa2c_atari.py", "restarts within the same step", "restarts in the same step", 0)
+    edit("sa2c_atari.py", gae, "    alive = 1 - dones\n", 10)
+    edit("dsa2c_continuous.py", gae, "    alive = 1 - 1.0 * dones\n", 5)  # newer, so it wins
+    edit("dsa2c_continuous.py", "two hidden layers of 64", "2 hidden layers of 64", 5)
+    edit("dsppo_continuous.py", '"""DSPPO: PPO over bins', '"""DSPPO: PPO on bins', 0)  # its own
+    command = [sys.executable, "tests/test_project.py", "--fix"]
+    said = [subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout for _ in range(2)]
+    assert said[1] == ""
+    assert sorted(said[0].splitlines()) == [
+        "Agent: dsa2c_continuous.py -> dsppo_continuous.py",
+        "compute_gae: dsa2c_continuous.py -> "
+        "dsppo_continuous.py, sa2c_atari.py, sppo_atari.py, sppo_rlhf_imdb.py, sppo_rlhf_tldr.py",
+        "make_envs: sa2c_atari.py -> sppo_atari.py",
+        "run folder (the same in the four control scripts): "
+        "sa2c_atari.py -> dsa2c_continuous.py, dsppo_continuous.py, sppo_atari.py",
+    ]
+    for name, text in before.items():
+        text = text.replace(gae, "    alive = 1 - 1.0 * dones\n").replace("two hidden layers of 64", "2 hidden layers of 64")
+        text = text.replace("restarts within the same step", "restarts in the same step").replace(
+            "DSPPO: PPO over", "DSPPO: PPO on"
+        )
+        if "_rlhf_" not in name:
+            text = text.replace("once more quits now", "once more ends it now")
+        assert (tmp_path / name).read_text() == text
+
+
+@pytest.mark.parametrize(
+    "script", [script for script in SCRIPTS if "_rlhf_" not in script.name], ids=lambda script: script.name
+)
+def test_a_control_script_is_the_algorithm_in_few_lines_and_then_operations(script):
+    source = script.read_text()
+    above, below = re.split(r"(?m)^# === Operations: nothing below changes what is learned =+$", source)
+    most_above, most = LINES[script.stem.split("_")[1]]
+    assert above.count("\n") + 1 <= most_above and source.count("\n") <= most
+    assert "\ndef train(args, run):" in above and "\ndef main(args):" in below and "advantages" not in below
+    (train,) = (node for node in ast.parse(source).body if getattr(node, "name", "") == "train")
+    assert train.end_lineno - train.lineno + 1 <= 120
+    assert not [node for node in ast.walk(train) if isinstance(node, ast.FunctionDef | ast.Lambda) and node is not train]
 
 
 def test_operations_of_the_rlhf_scripts_are_one_text():
@@ -137,11 +226,14 @@ def test_scripts_import_nothing_of_the_project(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
-def test_every_argument_has_a_docstring(script):
+def test_every_argument_has_a_help_text(script):
+    """In its line, after the default."""
+    lines = script.read_text().splitlines()
     (args,) = (node for node in ast.parse(script.read_text()).body if isinstance(node, ast.ClassDef) and node.name == "Args")
-    for field, docstring in itertools.pairwise(args.body[1:]):
-        if isinstance(field, ast.AnnAssign):
-            assert isinstance(docstring, ast.Expr) and isinstance(docstring.value.value, str), field.target.id
+    given = [node for node in args.body if isinstance(node, ast.AnnAssign)]
+    assert len(given) > 30
+    for node in given:
+        assert re.search(r"  # \S.{7,}$", lines[node.end_lineno - 1]), node.target.id
 
 
 @pytest.mark.parametrize(
@@ -217,7 +309,8 @@ def test_citation_names_the_software_the_licence_and_the_paper():
     (paper,) = citation["references"]
     assert [author["family-names"] for author in paper["authors"]] == ["Byun", "Perrault"] and paper["year"] == 2025
     (arxiv,) = paper["identifiers"]
-    assert all(arxiv["value"] in script.read_text() for script in SCRIPTS)
+    number = arxiv["value"].removeprefix("arXiv:")
+    assert number == "2405.17618" and all(number in script.read_text() for script in SCRIPTS)
 
 
 def test_ci_workflow_calls_ci_run_on_versions_that_the_scripts_take():
@@ -240,3 +333,9 @@ def test_contributing_names_files_and_tests_that_exist():
     assert len(paths) >= 4 and all((ROOT / path).exists() for path in paths)
     for name in re.findall(r"`(\w+)`", text):  # Args, update, minibatch_loss ...
         assert any(re.search(rf"\b{name}\b", script.read_text()) for script in [*SCRIPTS, ROOT / "pyproject.toml"]), name
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--fix"]:
+        sys.exit(__doc__)
+    fix(ROOT)
