@@ -118,9 +118,7 @@ class Args:
     vf_coef: NonNegativeFloat = 0.5  # weight of the value loss (half a mean squared error); it trains the policy's layers, too
     ent_coef: NonNegativeFloat = 0.0  # weight of the entropy bonus, over the whole vocabulary
     max_grad_norm: PositiveFloat = 1.0  # maximum norm of the gradient
-    reference_nll_coef: NonNegativeFloat = (
-        0.1  # weight of the next-token loss on the review's second half; 0 saves half an update
-    )
+    reference_nll_coef: NonNegativeFloat = 0.1  # weight of the next-token loss on the review's second half; 0 saves time
     lora_r: NonNegativeInt = 0  # rank of LoRA adapters, trained in place of the weights; 0: train the weights
     lora_target_modules: str | None = None  # layers with adapters, separated by commas; default: all linear layers
 
