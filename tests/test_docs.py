@@ -74,7 +74,7 @@ def measured(page):
     """The chances and means with their intervals, and the ratios of speed, of a page."""
     text = " ".join(page.read_text().split())
     intervals = re.findall(r"[\d.,]+ \([\d.,e-]+ to [\d.,e-]+\)", text)
-    return {*intervals, *re.findall(r"[\d,.]*\d ± [\d,.]*\d", text), *re.findall(r"\d\.\d+ ?[x×](?= )", text)} - {"1.00 x"}
+    return {*intervals, *re.findall(r"[\d,.]*\d ± [\d,.]*\d", text), *re.findall(r"\d\.\d+ ?[x\xd7](?= )", text)} - {"1.00 x"}
 
 
 def test_an_interval_a_mean_or_a_speed_ratio_stands_on_one_page():
@@ -225,7 +225,6 @@ def test_differences_name_code_that_is_there():
     text = " ".join((ROOT / "docs/differences.md").read_text().split())
     items = re.findall(r"(?<=\s)(\d+)\. \*\*", text)
     assert items == [str(number) for number in range(1, len(items) + 1)] and len(items) > 40
-    assert f"[{len(items)} implementation details](docs/differences.md)" in README.read_text()
     named = re.findall(r"`([\w/]+\.py)`: ((?:`\w+`(?:, )?)+)", text)
     assert len(named) >= len(items)
     for path, names in named:
@@ -234,16 +233,19 @@ def test_differences_name_code_that_is_there():
         assert set(re.findall(r"\w+", names)) <= known, path
 
 
-def test_the_environment_and_the_notebook_line_of_usage_md(tmp_path):
+def test_the_environment_and_the_notebook_line_of_usage_md(tmp_path, monkeypatch):
     text = (ROOT / "docs/usage.md").read_text()
     (module,) = re.findall(r"(?ms)^```python\n(# mytask\.py\n.*?)^```$", text)
     (tmp_path / "mytask.py").write_text(module)
     words = "--env-id mytask:Reach-v0 --num-steps 128 --total-timesteps 256 --eval-episodes 2"
     assert words.split(" --num")[0] in text
-    run("dsppo_continuous.py", *words.split(), "--run-dir", tmp_path / "runs", cwd=tmp_path, env=ENV)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    module = importlib.import_module("dsppo_continuous")
+    with unchanged_process():
+        module.main(module.parse_args(words.split()))
     assert len(json.loads((only(tmp_path / "runs") / "result.json").read_text())["returns"]) == 2
     line = re.search(r"`import dsppo_continuous as d; d\.main\((.*?)\)`", text).group(1)
-    module = importlib.import_module("dsppo_continuous")
     args = eval(line, {"d": module})  # the page's own words
     assert args == replace(module.Args(), env_id="CartPole-v1", total_timesteps=80_000)
     assert {field.name for field in fields(args)} >= {"wandb_project_name", "wandb_entity"}  # which runs.md names
@@ -297,7 +299,7 @@ def test_cells_of_results_md_are_those_of_the_csv_files():
                     if title and row[i]:
                         assert row[i] in shown, (folder.group(1), title, row)
                         checked += 1
-    assert checked == 0
+    assert checked > 250
 
 
 def test_figures_of_the_oldest_studies_are_those_of_their_reports():
@@ -346,7 +348,7 @@ def test_ratios_of_the_readme_are_quotients_of_the_medians_of_speed_md():
             arm = name.split(",")[0]
             of = [v for (kind, _), v in medians.items() if arm in v and (kind == "peak memory") == (i < 2)]
             if cell:
-                steps, ratio = re.fullmatch(r"([\d,]+), (\d\.\d\d) × SB3", cell).groups()
+                steps, ratio = re.fullmatch(r"([\d,]+), (\d\.\d\d) \xd7 SB3", cell).groups()
                 (of,) = of
                 assert float(steps.replace(",", "")) == of[arm + " with --compile" * (i % 2)]
                 assert float(ratio) == pytest.approx(float(steps.replace(",", "")) / of["Stable-Baselines3"], rel=5e-3)

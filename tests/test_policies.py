@@ -1,12 +1,9 @@
 """The committed policies play as well as their README says, stay as they are, and the notebook plays one."""
 
-import contextlib
-import io
 import itertools
 import json
 import re
 import shutil
-import sys
 
 import gymnasium
 import imageio
@@ -98,48 +95,3 @@ def test_the_moving_picture_is_small_and_moves():
     moved = [np.any(a != b) for a, b in itertools.pairwise(frames)]
     assert np.mean(moved) > 0.9
     assert Image.open(path).info["loop"] == 0  # for ever
-
-
-def cells(kind):
-    notebook = json.loads((ROOT / "docs/play.ipynb").read_text())
-    return [cell for cell in notebook["cells"] if cell["cell_type"] == kind]
-
-
-def play(monkeypatch, namespace, sources):
-    """Runs code cells in one namespace, in the notebook's folder, as Jupyter does but without a kernel."""
-    monkeypatch.chdir(ROOT / "docs")
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        for source in sources:
-            exec(compile(source, "play.ipynb", "exec"), namespace)
-    return printed.getvalue()
-
-
-def test_the_notebook_plays_the_policy_and_sb3_gets_the_four_settings(monkeypatch):
-    namespace = {}
-    printed = play(monkeypatch, namespace, ["".join(cell["source"]) for cell in cells("code")])
-    score = json.loads((LANDER / "result.json").read_text())["score"]
-    assert f"score {score:.0f} ±" in printed
-    assert namespace["episode_return"] > 200 and f"return {namespace['episode_return']:.1f}" in printed
-    assert len(namespace["frames"]) > 50 and namespace["frames"][0].shape == (400, 600, 3)
-    model = namespace["model"]  # w is 20.5
-    assert model.num_timesteps == 2048
-    settings = (model.vf_coef, model.ent_coef, model.max_grad_norm, model.policy.optimizer.param_groups[0]["eps"])
-    assert settings == pytest.approx((0.024390, 0.00048780, 0.024390, 4.8780e-7), rel=1e-4)
-
-
-def test_without_sb3_the_notebook_says_so_in_one_line(monkeypatch):
-    monkeypatch.setitem(sys.modules, "stable_baselines3", None)  # as if it were not installed
-    printed = play(monkeypatch, {}, ["".join(cells("code")[-1]["source"])])
-    assert printed.count("\n") == 1
-    assert printed.startswith("Stable-Baselines3 is not installed: pip install stable-baselines3==")
-    assert printed.split("install ")[-1].strip() in (ROOT / "tests/requirements.txt").read_text()
-
-
-def test_the_notebook_is_committed_with_its_pictures_and_without_errors():
-    assert (ROOT / "docs/play.ipynb").stat().st_size < 300_000
-    outputs = [output for cell in cells("code") for output in cell["outputs"]]
-    assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
-    assert any("image/png" in output.get("data", {}) for output in outputs)
-    assert [cell["execution_count"] for cell in cells("code")] == list(range(1, len(cells("code")) + 1))
