@@ -51,7 +51,7 @@ def check_the_table_that_comes_out(checkout):
     assert row.count("(2)") == 4 and "[" not in row  # two seeds each, and no number of the paper's
     cells = pd.read_csv(checkout / "small_report/cells.csv").set_index("arm")
     assert set(cells.index) == {"ppo", "sppo", "control", "mine"} and cells.paper_mean.isna().all()
-    assert (checkout / "small_report/sign_changes.svg").exists()  # no game ends in so few steps, so that there are no curves
+    assert (checkout / "small_report/grad_shares.svg").exists()  # no game ends in so few steps, so that there are no curves
 
 
 def check_the_arms_of_every_result(checkout):
