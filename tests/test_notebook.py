@@ -37,7 +37,7 @@ def test_the_notebook_plays_trains_compares_and_shows_the_video(notebook, tmp_pa
     steps = re.search(r"its control up to step (.*)\nand those of DPPO up to step (.*)\n", printed(compare)).groups()
     assert steps[1] == "2,048" and steps[0] in ("4,096", "the end")  # DPPO leaves after the first update
     assert re.search(rf"at step {SHORT:,}; returns \[[\d.]+\]", printed(see)) and "video" in str(see.outputs)
-    arms = {path.name.split("__")[1] for path in tmp_path.glob("CartPole-v1__*/result.json")}
+    arms = {path.parent.name.split("__")[1] for path in tmp_path.glob("CartPole-v1__*/result.json")}
     assert arms == {"dsppo_a0.5_b20", "dppo_a20.5", "dppo"}
 
 
