@@ -227,10 +227,12 @@ def test_differences_name_code_that_is_there():
     assert items == [str(number) for number in range(1, len(items) + 1)] and len(items) > 40
     named = re.findall(r"`([\w/]+\.py)`: ((?:`\w+`(?:, )?)+)", text)
     assert len(named) >= len(items)
-    for path, names in named:
+    known = {}
+    for path in {path for path, _ in named}:
         nodes = list(ast.walk(ast.parse((ROOT / path).read_text())))
-        known = {getattr(node, attribute, None) for node in nodes for attribute in ("name", "id", "attr")}
-        assert set(re.findall(r"\w+", names)) <= known, path
+        known[path] = {getattr(node, attribute, None) for node in nodes for attribute in ("name", "id", "attr")}
+    for path, names in named:
+        assert set(re.findall(r"\w+", names)) <= known[path], path
 
 
 def test_the_environment_and_the_notebook_line_of_usage_md(tmp_path, monkeypatch):
