@@ -867,6 +867,6 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (BadInput, gymnasium.error.Error, FloatingPointError) as error:
+    except (BadInput, gymnasium.error.Error, ModuleNotFoundError, FloatingPointError) as error:
         print(f"{SCRIPT}: error: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
