@@ -144,7 +144,9 @@ def test_main_from_python_checks_its_arguments(script, no_training, tmp_path, mo
         patch.delenv("WANDB_MODE", raising=False)
         main(Args(track=True))
     assert list(tmp_path.iterdir()) == []
-    main(Args())
+    with unchanged_process():
+        main(Args(num_threads=3))
+        assert torch.get_num_threads() == 3
     folder = only(tmp_path / "runs")
     before = contents(folder)
     more = {"eval_interval": 7, "total_timesteps": 10**8}
