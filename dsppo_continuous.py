@@ -851,7 +851,7 @@ def check_resumed(args):
 
 
 def main(args):
-    """Trains, resumes or evaluates. From a notebook: `main(Args(...))`, which raises BadInput if arguments do not fit."""
+    """Trains, resumes or evaluates. In a notebook: `main(Args(...))`, `main(parse_args(["--resume", folder]))`."""
     check(args)
     args = replace(args, exp_name=args.exp_name or name_arm(args))
     if args.resume or args.evaluate:
@@ -890,6 +890,6 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (BadInput, gymnasium.error.Error, FloatingPointError) as error:
+    except (BadInput, gymnasium.error.Error, ModuleNotFoundError, FloatingPointError) as error:
         print(f"{SCRIPT}: error: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)

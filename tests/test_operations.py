@@ -43,6 +43,7 @@ BAD = [  # script, command line, what the message holds
     ("sa2c_atari", "--num-envs 1 --num-steps 1 --norm-adv", "--norm-adv: expected num_envs x num_steps of 2 or more"),
     ("sa2c_atari", "--mean-weight --beta 0", "--mean-weight: expected --beta above 0"),
     ("dsppo_continuous", "--env-id Hoper", "Did you mean: `Hopper`?"),
+    ("dsppo_continuous", "--env-id no_such_module:Mine-v0", "No module named 'no_such_module'"),
     ("dsppo_continuous", "--env-id Blackjack-v1", "observations Tuple(Discrete(32), Discrete(11), Discrete(2))"),
     ("dsppo_continuous", "--num-bins 1", "Input should be greater than or equal to 2"),
     ("dsppo_continuous", "--num-bins 0", "--num-bins 0: expected --beta 0"),
@@ -143,7 +144,9 @@ def test_main_from_python_checks_its_arguments(script, no_training, tmp_path, mo
         patch.delenv("WANDB_MODE", raising=False)
         main(Args(track=True))
     assert list(tmp_path.iterdir()) == []
-    main(Args())
+    with unchanged_process():
+        main(Args(num_threads=3))
+        assert torch.get_num_threads() == 3
     folder = only(tmp_path / "runs")
     before = contents(folder)
     more = {"eval_interval": 7, "total_timesteps": 10**8}
