@@ -115,7 +115,7 @@ class Args:
     num_threads: NonNegativeInt = 1  # CPU threads of torch; 0: all cores, slower for networks this small
 
 
-# One generator a purpose, seeded with [seed, purpose, step]; for evaluations without the step, so that all start alike
+# A generator for each purpose, seeded with [seed, purpose, step]; of evaluations with [seed, purpose]: all start alike
 EVALUATION, NOISE, ENVS, ACTIONS = 1, 2, 3, 4
 
 
@@ -178,22 +178,22 @@ def layer_init(layer, std: float = math.sqrt(2)):
 
 
 class Agent(nn.Module):
-    """Separate actor and critic, two hidden layers of 64 with tanh. bins: how many each action dimension has; 0: Gaussian."""
+    """Separate actor and critic, two hidden layers of 64 with tanh. counts: the bins of each action dimension; 0: Gaussian."""
 
-    def __init__(self, obs_dim: int, bins: list[int]):
+    def __init__(self, obs_dim: int, counts: list[int]):
         super().__init__()
 
         def mlp(outputs: int, std: float) -> nn.Sequential:
             hidden = [layer_init(nn.Linear(obs_dim, 64)), nn.Tanh(), layer_init(nn.Linear(64, 64)), nn.Tanh()]
             return nn.Sequential(*hidden, layer_init(nn.Linear(64, outputs), std=std))
 
-        self.num_bins = max(bins)
-        self.actor = mlp(len(bins) * (self.num_bins or 1), std=0.01)
+        self.num_bins = max(counts)
+        self.actor = mlp(len(counts) * (self.num_bins or 1), std=0.01)
         self.critic = mlp(1, std=1)
-        self.log_std = None if self.num_bins else nn.Parameter(torch.zeros(len(bins)))
-        if min(bins) < self.num_bins:
+        self.log_std = None if self.num_bins else nn.Parameter(torch.zeros(len(counts)))
+        if min(counts) < self.num_bins:
             # the bins that a dimension lacks have probability 0, and with it gradient 0: they stay masked
-            lacking = torch.arange(self.num_bins) >= torch.tensor(bins).unsqueeze(-1)
+            lacking = torch.arange(self.num_bins) >= torch.tensor(counts).unsqueeze(-1)
             self.actor[-1].bias.data[lacking.flatten()] = -1e8
 
     def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -268,7 +268,7 @@ class PlainEnv(gymnasium.Wrapper):
 
 
 def make_env(args, seed=None, **kwargs):
-    """One environment with a time limit. `seed` is for what it may draw from beside its own generator, which reset seeds."""
+    """One environment with a time limit. `seed` seeds the global generators and the spaces, which it may draw from."""
     if seed is not None:
         for seed_global in (random.seed, np.random.seed, torch.manual_seed):
             seed_global(seed)
@@ -590,7 +590,7 @@ def check(args):
         joint = args.beta > 0 and args.reverse_prob == "joint" and not args.literal_signs
         spaces = f"--env-id {args.env_id}: observations {observed}, actions {space}"
         for accepted, message in (
-            (args.checkpoint_interval % args.log_interval == 0, "--checkpoint-interval: expected a multiple of --log-interval"),
+            (args.checkpoint_interval % args.log_interval == 0, f"--checkpoint-interval: no multiple of {args.log_interval}"),
             (batch_size > 1 or not args.norm_adv, "--norm-adv: expected num_envs x num_steps of 2 or more with it"),
             (joint or not args.mean_weight, "--mean-weight: expected beta above 0, reverse_prob joint and no literal_signs"),
             (args.total_timesteps >= batch_size, f"--total-timesteps {args.total_timesteps}: expected {batch_size} or more"),
@@ -801,8 +801,8 @@ def load_args(run_folder):
 
 # what may differ from the run's own arguments
 EVALUABLE = ["eval_episodes", "capture_video", "cuda", "num_threads", "seed"]
-RESUMABLE = [*EVALUABLE[:-1], "eval_interval", "total_timesteps", "track", "wandb_project_name", "wandb_entity"]
-RESUMABLE += ["checkpoint_interval", "compile"]
+RESUMABLE = ["eval_episodes", "capture_video", "cuda", "num_threads", "eval_interval", "total_timesteps", "checkpoint_interval"]
+RESUMABLE += ["compile", "track", "wandb_project_name", "wandb_entity"]
 
 
 def own_args(args):

@@ -116,7 +116,7 @@ class Args:
     num_threads: NonNegativeInt = 1  # CPU threads of torch; 0: all cores, slower for networks this small
 
 
-# One generator a purpose, seeded with [seed, purpose, step]; for evaluations without the step, so that all start alike
+# A generator for each purpose, seeded with [seed, purpose, step]; of evaluations with [seed, purpose]: all start alike
 EVALUATION, NOISE, ENVS, ACTIONS = 1, 2, 3, 4
 
 
@@ -196,22 +196,22 @@ def layer_init(layer, std: float = math.sqrt(2)):
 
 
 class Agent(nn.Module):
-    """Separate actor and critic, two hidden layers of 64 with tanh. bins: how many each action dimension has; 0: Gaussian."""
+    """Separate actor and critic, two hidden layers of 64 with tanh. counts: the bins of each action dimension; 0: Gaussian."""
 
-    def __init__(self, obs_dim: int, bins: list[int]):
+    def __init__(self, obs_dim: int, counts: list[int]):
         super().__init__()
 
         def mlp(outputs: int, std: float) -> nn.Sequential:
             hidden = [layer_init(nn.Linear(obs_dim, 64)), nn.Tanh(), layer_init(nn.Linear(64, 64)), nn.Tanh()]
             return nn.Sequential(*hidden, layer_init(nn.Linear(64, outputs), std=std))
 
-        self.num_bins = max(bins)
-        self.actor = mlp(len(bins) * (self.num_bins or 1), std=0.01)
+        self.num_bins = max(counts)
+        self.actor = mlp(len(counts) * (self.num_bins or 1), std=0.01)
         self.critic = mlp(1, std=1)
-        self.log_std = None if self.num_bins else nn.Parameter(torch.zeros(len(bins)))
-        if min(bins) < self.num_bins:
+        self.log_std = None if self.num_bins else nn.Parameter(torch.zeros(len(counts)))
+        if min(counts) < self.num_bins:
             # the bins that a dimension lacks have probability 0, and with it gradient 0: they stay masked
-            lacking = torch.arange(self.num_bins) >= torch.tensor(bins).unsqueeze(-1)
+            lacking = torch.arange(self.num_bins) >= torch.tensor(counts).unsqueeze(-1)
             self.actor[-1].bias.data[lacking.flatten()] = -1e8
 
     def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -286,7 +286,7 @@ class PlainEnv(gymnasium.Wrapper):
 
 
 def make_env(args, seed=None, **kwargs):
-    """One environment with a time limit. `seed` is for what it may draw from beside its own generator, which reset seeds."""
+    """One environment with a time limit. `seed` seeds the global generators and the spaces, which it may draw from."""
     if seed is not None:
         for seed_global in (random.seed, np.random.seed, torch.manual_seed):
             seed_global(seed)
@@ -412,7 +412,7 @@ def train(args, run):
     envs = [run.cleanup.enter_context(contextlib.closing(make_env(args, seed))) for seed in seeds]
     space, (obs_dim,) = envs[0].action_space, envs[0].observation_space.shape
     counts, bins = make_bins(space, args.num_bins)
-    with torch.random.fork_rng(devices=[]):  # torch's global generator is the environments'; the shuffling has a copy of it
+    with torch.random.fork_rng(devices=[]):  # torch's global generator is the environments'
         torch.manual_seed(args.seed + run.global_step)
         agent = Agent(obs_dim, counts).to(run.device)
         shuffle_rng = torch.default_generator.clone_state()
@@ -436,7 +436,7 @@ def train(args, run):
     draw = action_rng.gumbel if agent.num_bins else action_rng.standard_normal
     exploration_shape = (*actions.shape[1:], agent.num_bins) if agent.num_bins else actions.shape[1:]
     rewards, dones = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
-    sample = torch.from_numpy(np.random.default_rng(0).permutation(batch_size)[: args.minibatch_size])  # for `grad_shares`
+    share_sample = torch.from_numpy(np.random.default_rng(0).permutation(batch_size)[: args.minibatch_size])
     discounted_returns, episode_returns, episode_lengths = np.zeros((3, args.num_envs))
     raw_obs = np.array([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)])
     obs_stats.update(raw_obs)
@@ -481,7 +481,7 @@ def train(args, run):
         torch.set_grad_enabled(True)  # an environment may have switched gradients off
         batch = [torch.from_numpy(array).flatten(0, 1).to(run.device) for array in (obs, actions)]
         with torch.no_grad():
-            parts = [agent(*part) for part in zip(*(tensor.split(8192) for tensor in batch), strict=True)]
+            parts = [agent(*part) for part in zip(*(t.split(8192) for t in batch), strict=True)]  # bounds the memory
             logprobs, values = torch.cat([part[0] for part in parts]), torch.cat([part[2] for part in parts]).view(shape)
             next_values = agent.critic(torch.from_numpy(next_obs).to(run.device)).squeeze(-1)
             if truncations:
@@ -491,7 +491,7 @@ def train(args, run):
             rewards_t, dones_t = torch.as_tensor(np.stack([rewards, dones]), device=run.device)
             advantages, returns = compute_gae(rewards_t, values, dones_t, next_values, args.gamma, args.gae_lambda)
         batch += [logprobs, advantages.flatten(), returns.flatten()]
-        shares = grad_shares(agent, args, minibatch_loss, [tensor[sample] for tensor in batch])
+        shares = grad_shares(agent, args, minibatch_loss, [tensor[share_sample] for tensor in batch])
         stats = update(agent, weights, optimizer, step_fn, args, batch, shuffle_rng) | shares
 
         # log
@@ -824,8 +824,8 @@ def load_args(run_folder):
 
 # what may differ from the run's own arguments
 EVALUABLE = ["eval_episodes", "capture_video", "cuda", "num_threads", "seed"]
-RESUMABLE = [*EVALUABLE[:-1], "eval_interval", "total_timesteps", "track", "wandb_project_name", "wandb_entity"]
-RESUMABLE += ["checkpoint_interval", "compile"]
+RESUMABLE = ["eval_episodes", "capture_video", "cuda", "num_threads", "eval_interval", "total_timesteps", "checkpoint_interval"]
+RESUMABLE += ["compile", "track", "wandb_project_name", "wandb_entity"]
 
 
 def own_args(args):

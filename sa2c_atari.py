@@ -115,7 +115,7 @@ class Args:
     num_threads: NonNegativeInt = 0  # CPU threads of torch and of the games; 0: all cores
 
 
-# One generator a purpose, seeded with [seed, purpose, step]; for evaluations without the step, so that all start alike
+# A generator for each purpose, seeded with [seed, purpose, step]; of evaluations with [seed, purpose]: all start alike
 EVALUATION, NOISE, GAMES = 1, 2, 3
 
 
@@ -352,11 +352,11 @@ def train(args, run):
                 rewards[step], flipped = bsc_noise(rewards[step], args.noise_prob, noise_rng)
                 flips += flipped.sum()
             dones[step] = done = terminated | truncated
-            time_limit = truncated & ~terminated  # truncated by the time limit: bootstrap from the final observation
-            if time_limit.any():
+            cut = truncated & ~terminated  # by the time limit: bootstrap from the final observation
+            if cut.any():
                 with torch.no_grad():
-                    _, final_values = agent(torch.as_tensor(info["final_obs"][time_limit], device=run.device))
-                rewards[step, time_limit] += args.gamma * final_values.cpu().numpy()
+                    _, final_values = agent(torch.as_tensor(info["final_obs"][cut], device=run.device))
+                rewards[step, cut] += args.gamma * final_values.cpu().numpy()
 
             game_returns += raw_rewards
             game_lengths += 1
@@ -685,8 +685,8 @@ def load_args(run_folder):
 
 # what may differ from the run's own arguments
 EVALUABLE = ["eval_episodes", "capture_video", "cuda", "num_threads", "seed"]
-RESUMABLE = [*EVALUABLE[:-1], "eval_interval", "total_timesteps", "track", "wandb_project_name", "wandb_entity"]
-RESUMABLE += ["checkpoint_interval", "compile"]
+RESUMABLE = ["eval_episodes", "capture_video", "cuda", "num_threads", "eval_interval", "total_timesteps", "checkpoint_interval"]
+RESUMABLE += ["compile", "track", "wandb_project_name", "wandb_entity"]
 
 
 def own_args(args):

@@ -85,7 +85,7 @@ class Args:
     adam_eps: PositiveFloat = 1e-5  # epsilon of Adam
     num_envs: PositiveInt = 8  # number of parallel games
     num_steps: PositiveInt = 128  # steps of each game per rollout
-    anneal_lr: bool = True  # anneal the learning rate, and unlike CleanRL the clip range, linearly to 0
+    anneal_lr: bool = True  # anneal learning rate and clip range linearly to 0 (CleanRL: the rate alone)
     gamma: Probability = 0.99  # discount factor
     gae_lambda: Probability = 0.95  # lambda of generalised advantage estimation
     update_epochs: PositiveInt = 4  # passes over each rollout
@@ -117,7 +117,7 @@ class Args:
     num_threads: NonNegativeInt = 0  # CPU threads of torch and of the games; 0: all cores
 
 
-# One generator a purpose, seeded with [seed, purpose, step]; for evaluations without the step, so that all start alike
+# A generator for each purpose, seeded with [seed, purpose, step]; of evaluations with [seed, purpose]: all start alike
 EVALUATION, NOISE, GAMES = 1, 2, 3
 
 
@@ -288,7 +288,8 @@ def update(agent, optimizer, loss_fn, args, clip_coef, batch):
 
     batch: the inputs of `minibatch_loss` after `clip_coef`, each [num_steps * num_envs, ...].
     """
-    history, rows = [], (batch[0].permute(0, 2, 3, 1), *batch[1:])  # index_select is fast on rows that lie in memory as NHWC
+    history = []
+    rows = (batch[0].permute(0, 2, 3, 1), *batch[1:])  # frames as they lie in memory, NHWC: index_select is fast on such rows
     for _ in range(args.update_epochs):
         for indices in torch.randperm(len(batch[0]), device=batch[0].device).split(args.minibatch_size):
             obs, *others = (tensor.index_select(0, indices) for tensor in rows)
@@ -333,7 +334,7 @@ def train(args, run):
     logprobs, values = torch.zeros(shape, device=run.device), torch.zeros(shape, device=run.device)
     rewards, dones = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
     clip_coef = torch.tensor(args.clip_coef, device=run.device)  # a tensor, so that compiled code sees it change
-    sample = torch.from_numpy(np.random.default_rng(0).permutation(batch_size)[: args.minibatch_size])  # for `grad_shares`
+    share_sample = torch.from_numpy(np.random.default_rng(0).permutation(batch_size)[: args.minibatch_size])
     game_returns, game_lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=int)
     next_obs, info = envs.reset(seed=game_seeds)
 
@@ -359,11 +360,11 @@ def train(args, run):
                 rewards[step], flipped = bsc_noise(rewards[step], args.noise_prob, noise_rng)
                 flips += flipped.sum()
             dones[step] = done = terminated | truncated
-            time_limit = truncated & ~terminated  # truncated by the time limit: bootstrap from the final observation
-            if time_limit.any():
+            cut = truncated & ~terminated  # by the time limit: bootstrap from the final observation
+            if cut.any():
                 with torch.no_grad():
-                    _, final_values = agent(torch.as_tensor(info["final_obs"][time_limit], device=run.device))
-                rewards[step, time_limit] += args.gamma * final_values.cpu().numpy()
+                    _, final_values = agent(torch.as_tensor(info["final_obs"][cut], device=run.device))
+                rewards[step, cut] += args.gamma * final_values.cpu().numpy()
 
             game_returns += raw_rewards
             game_lengths += 1
@@ -380,7 +381,7 @@ def train(args, run):
         batch = tuple(tensor.flatten(0, 1) for tensor in (obs, actions, logprobs, advantages, returns))
         shares = {}
         if iteration % 20 == 0:  # three more backward passes, in all under 1 % of the time
-            shares = grad_shares(agent, args, minibatch_loss, (clip_coef, *(tensor[sample] for tensor in batch)))
+            shares = grad_shares(agent, args, minibatch_loss, (clip_coef, *(tensor[share_sample] for tensor in batch)))
         stats = update(agent, optimizer, loss_fn, args, clip_coef, batch) | shares
 
         # log
@@ -683,8 +684,8 @@ def load_args(run_folder):
 
 # what may differ from the run's own arguments
 EVALUABLE = ["eval_episodes", "capture_video", "cuda", "num_threads", "seed"]
-RESUMABLE = [*EVALUABLE[:-1], "eval_interval", "total_timesteps", "track", "wandb_project_name", "wandb_entity"]
-RESUMABLE += ["checkpoint_interval", "compile"]
+RESUMABLE = ["eval_episodes", "capture_video", "cuda", "num_threads", "eval_interval", "total_timesteps", "checkpoint_interval"]
+RESUMABLE += ["compile", "track", "wandb_project_name", "wandb_entity"]
 
 
 def own_args(args):

@@ -85,7 +85,7 @@ def loop(request, monkeypatch, tmp_path):
     def run(total_timesteps=24, resume=None, **changed):
         settings = {"num_envs": 2, "num_steps": 6, "total_timesteps": total_timesteps, "eval_episodes": 0, "gae_lambda": 0.8}
         settings |= {"minibatch_size": 12, "clip_coef": 0.2} if script is sppo_atari else {"log_interval": 1}
-        args = script.Args(**settings, run_dir=str(tmp_path), **changed)
+        args = script.Args(**{**settings, **changed}, run_dir=str(tmp_path))
         if resume:
             args = script.parse_args(["--resume", str(resume), "--total-timesteps", str(total_timesteps)])
         with unchanged_process():
@@ -193,3 +193,13 @@ def test_an_evaluation_counts_each_game_to_its_end(loop):
     games.t, games.lives, games.frames, games.actions = 0, np.array([3, 3]), np.array([20, 20]), []
     assert script.evaluate(script.Agent(3), script.Args(eval_episodes=2), torch.device("cpu")) == [3 + 0 + 1 + 0, -2 + 5 + 0]
     assert len(games.actions) == 4 and games.actions[3][1] == 0
+
+
+@pytest.mark.parametrize("loop", [sa2c_atari], indirect=True)
+def test_explained_variance_is_of_all_rollouts_since_the_last_log(loop):
+    """One log of two iterations: 1 - var(returns - values) / var(returns) over both."""
+    script, _, seen, scalars = loop(log_interval=2)
+    ((_, logged),) = scalars["losses/explained_variance"]
+    rollouts = [(script.compute_gae(*given)[1], given[1]) for given in seen["gae"][:2]]
+    returns, values = (torch.stack(parts) for parts in zip(*rollouts, strict=True))
+    assert logged == pytest.approx(1 - ((returns - values).var() / returns.var()).item(), rel=1e-4)

@@ -227,3 +227,13 @@ def test_optimiser_and_learning_rate(loop):
         assert isinstance(optimizer, torch.optim.Adam) and settings["eps"] == 1e-6
     else:
         assert isinstance(optimizer, torch.optim.RMSprop) and (settings["alpha"], settings["eps"]) == (0.9, 1e-3)
+
+
+@pytest.mark.parametrize("loop", [dsa2c_continuous], indirect=True)
+def test_explained_variance_is_of_all_rollouts_since_the_last_log(loop):
+    """One log of two iterations: 1 - var(returns - values) / var(returns) over both."""
+    script, seen, _, scalars = loop(log_interval=2)
+    ((_, logged),) = scalars["losses/explained_variance"]
+    rollouts = [(script.compute_gae(*given)[1], given[1]) for given in seen["gae"][:2]]
+    returns, values = (torch.stack(parts) for parts in zip(*rollouts, strict=True))
+    assert logged == pytest.approx(1 - ((returns - values).var() / returns.var()).item(), rel=1e-4)

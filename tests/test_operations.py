@@ -50,7 +50,7 @@ BAD = [  # script, command line, what the message holds
     ("dsppo_continuous", "--num-bins 0 --beta 0 --env-id CartPole-v1", "--num-bins 0: --env-id CartPole-v1: observations"),
     ("dsppo_continuous", "--minibatch-size 100", "--minibatch-size 100: does not divide 2048"),
     ("dsa2c_continuous", "--env-id Taxi-v4", "observations Discrete(500), actions Discrete(6); expected a Box of obs"),
-    ("dsa2c_continuous", "--checkpoint-interval 150", "--checkpoint-interval: expected a multiple of --log-interval"),
+    ("dsa2c_continuous", "--checkpoint-interval 150", "--checkpoint-interval: no multiple of 100"),
 ]
 
 
