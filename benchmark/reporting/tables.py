@@ -299,11 +299,13 @@ def gradient(runs: pd.DataFrame, curves: pd.DataFrame) -> list[str]:
     return [head, "", *table_of(["", "", *told], rows), ""]
 
 
-def signs(shares: pd.DataFrame) -> list[str]:
-    rows = []
-    for (env, noise), group in shares.groupby(["env", "noise"]):
-        values = group.value * 100
-        rows.append([f"{env}, noise {noise}", f"{values.mean():.1f} % ({values.min():.1f} to {values.max():.1f})"])
+def signs(runs: pd.DataFrame, curves: pd.DataFrame) -> list[str]:
+    """Figure 2: share of advantages whose sign normalisation changes, by run the mean over training."""
+    merged = curves[curves.tag == SIGNS].merge(runs, on="run_id")
+    shares = 100 * merged.groupby(["env", "noise", "run_id"]).value.mean()
+    shares, rows = shares[shares > 0], []  # without normalisation there is none
+    for (env, noise), x in shares.groupby(["env", "noise"]):
+        rows.append([f"{env}, noise {noise}", f"{x.mean():.1f} % ({x.min():.1f} to {x.max():.1f})"])
     head = "### Advantages whose sign normalisation changes"
     return [head, "", *table_of(["", "share (range of the runs)"], rows)] if rows else []
 
