@@ -20,9 +20,8 @@ settings make of them (PPO, SPPO, control PPO). A control has alpha = a symmetri
 The baseline is the TOML file's `baseline`, else PPO or A2C. The paper's numbers stand beside an arm only if it is of one of our
 scripts with the paper's settings; the length may differ.
 
-Runs of an arm whose settings, lengths or versions differ are refused, unless --allow-mixed, which says so in the report. Two
-runs of an arm with one seed are told apart by the settings in which they differ. Runs that have not finished, and curves that
-end early or have a hole, are left out, and named. What an earlier report left in --out is replaced.
+Runs of an arm whose settings, lengths or versions differ are refused, unless --allow-mixed, which says so in the report. Runs
+that have not finished, and curves that end early or have a hole, are left out, and named.
 """
 
 import contextlib

@@ -120,7 +120,6 @@ def test_every_cell_has_the_papers_alpha_beta_and_steps(name):
     [
         ("atari-ppo", "Alien", "bsc", "sppo",
          "sppo_atari.py --env-id Alien --noise bsc --alpha 0.5 --beta 10 --total-timesteps 5000000"),
-        ("atari-a2c", "Qbert", "none", "sa2c", "sa2c_atari.py --env-id Qbert --alpha 0.5 --beta 5 --total-timesteps 5000000"),
         ("continuous-ppo", "Walker2d-v4", "gaussian", "control",
          "dsppo_continuous.py --env-id Walker2d-v4 --noise gaussian --alpha 25.5 --beta 0 --total-timesteps 5000000"),
         ("continuous-a2c", "Swimmer-v4", "none", "da2c",

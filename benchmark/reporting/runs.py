@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from reporting import arms
-from reporting.arms import ARM, FREE, LENGTHS, differences, fail, label, name_of, settings, shown
+from reporting.arms import ARM, FREE, LENGTHS, differences, fail, label, name_of, settings
 
 
 def flatten(result: dict) -> dict:
@@ -132,14 +132,14 @@ def load_runs(sources: tuple[Path, ...]) -> pd.DataFrame:
     runs = runs[runs.scored].drop(columns="scored").reset_index(drop=True)
     if runs.empty:
         fail(f"{' '.join(map(str, sources))}: no run there has a score; expected some finished ones")
-    runs, telling = tell_apart(runs)
+    runs = tell_apart(runs)
     runs["steps"] = pd.to_numeric(runs.reindex(columns=LENGTHS).bfill(axis=1).iloc[:, 0])
     for name in [name for name in runs if name.startswith(("eval/", "test/"))]:  # W&B's summary has the last values
         of = runs.script.eq("sppo_rlhf_imdb.py" if name.startswith("eval/") else "sppo_rlhf_tldr.py")
         after = f"after.{name.split('/', 1)[1]}"
         runs[after] = runs.get(after, pd.Series(np.nan, runs.index)).fillna(runs[name].where(of))
     lines = [f"{why}: {arm} ({count})" for (why, arm), count in sorted(left_out.items())]
-    runs.attrs = {"left out": lines, "others": others, "twice": twice, "lacks": sorted(set(lacks)), "telling": telling}
+    runs.attrs = {"left out": lines, "others": others, "twice": twice, "lacks": sorted(set(lacks))}
     return runs
 
 
@@ -156,31 +156,19 @@ def name_arms(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.assign(named=runs.given.notna() & ~give_way, arm=runs.given.fillna(runs.method))
 
 
-def tell_apart(runs: pd.DataFrame) -> tuple[pd.DataFrame, set[str]]:
-    """Adds to an arm's name the method, weights or settings by which its runs differ where one name would hide that; the
-    second value says which settings."""
+def tell_apart(runs: pd.DataFrame) -> pd.DataFrame:
+    """Adds to an arm's name the weight in which its runs of one environment differ: one name would hide that."""
     for i in [i for i in runs.index if runs.method[i].startswith("control ") and not arms.is_control(runs, runs.loc[i])]:
         runs.loc[i, "method"] = f"{runs.method[i].removeprefix('control ')} α {runs.alpha[i]:g}"
-    row = ["script", "env", "noise", "arm"]
-    several = runs.groupby(row).method.transform("nunique") > 1  # one name, several methods
-    several = several.groupby([runs.script, runs.noise, runs.arm]).transform("any")
-    runs.loc[several, "arm"] += " " + runs[several].method
     runs.loc[~runs.named, "arm"] = runs[~runs.named].method
     if "grid.script" in runs:
         runs["script"] = runs["grid.script"].fillna(runs.script)
     # one beta (of controls: one alpha) an arm and row is the arm itself; if any row has several, they are told apart in all
     for name, sign in (("beta", "β"), ("alpha", "α")):
-        several = (runs.groupby(row)[name].transform("nunique") > 1).groupby([runs.script, runs.arm]).transform("any")
+        several = runs.groupby(["script", "env", "noise", "arm"])[name].transform("nunique") > 1
+        several = several.groupby([runs.script, runs.arm]).transform("any")
         runs.loc[several, "arm"] += runs[several][name].map((f" {sign} " + "{:g}").format)
-    telling = {}  # so too the settings by which runs with one seed are told apart
-    for (script, _, noise, arm), group in runs.groupby(row):
-        if group.seed.duplicated().any():
-            telling.setdefault((script, noise, arm), set()).update(differences(group, settings(runs) - {*ARM, *FREE}))
-    for (script, noise, arm), names in telling.items():
-        group = runs[(runs.script == script) & (runs.noise == noise) & (runs.arm == arm)]
-        for name in sorted(names):
-            runs.loc[group.index, "arm"] += group[name].map(shown).map(f" {name} {{}}".format)
-    return runs, set().union(*telling.values())
+    return runs
 
 
 def find_mixture(runs: pd.DataFrame) -> list[str]:
@@ -196,11 +184,10 @@ def find_mixture(runs: pd.DataFrame) -> list[str]:
         counts = row.groupby(["arm", "seed"]).size()
         found += [f"{where}, {script}: {n} runs of {arm} with seed {seed}" for (arm, seed), n in counts[counts > 1].items()]
         names = settings(runs) - {*ARM, *FREE} - ({"noise_prob", "noise_std"} if noise == "none" else set())
-        unnamed = differences(row[~row.named], names - runs.attrs["telling"])
+        unnamed = differences(row[~row.named], names)
         found += [f"{where}, {script}: {name} {', '.join(values)}" for name, values in unnamed.items()]
         for arm, same in row.groupby("arm"):
-            own = set() if same.run_script.isin(arms.FAMILIES).all() else set(ARM)
-            of_arm = differences(same, names - set(unnamed) | own)
+            of_arm = differences(same, names - set(unnamed) | set(ARM))
             found += [f"{where}, {script}, {arm}: {name} {', '.join(values)}" for name, values in of_arm.items()]
     for script, same in runs.groupby("run_script"):
         versions = {name for name in runs.columns if name.startswith("versions.")}
