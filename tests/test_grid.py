@@ -25,8 +25,9 @@ sys.path.insert(0, str(ROOT / "benchmark"))
 import run as grid
 
 PAPER = tomllib.loads((ROOT / "benchmark/paper/hyperparameters.toml").read_text())
-COUNTS = {  # environments * seeds * noises * arms
-    "atari-ppo": 22 * 5 * 2 * 5, "atari-a2c": 22 * 5 * 2 * 4, "continuous-ppo": 9 * 30 * 2 * 4, "continuous-a2c": 9 * 30 * 2 * 5,
+COUNTS = {
+    "atari-ppo": 22 * 5 * 2 * 5, "atari-a2c": 22 * 5 * 2 * 4, "continuous-ppo": 9 * 30 * 2 * 4,
+    "continuous-a2c": 9 * 30 * 2 * 5,
     "imdb": 4 * 6, "tldr": 4 * 6, "sensitivity": 22 * 5 * 2 * (2 + 2 * 5), "adv-norm": 22 * 5 * 2 * 3 * 2,
     "which-setting": 22 * 5 * 2 * 8, "factored": 2 * 5 * 4, "crazyclimber": 5 * 3, "krull": 5 * 3, "swimmer": 15 * 3,
     "sb3": 2 * 5 * 4, "sb3_atari": 3 * 4,

@@ -28,10 +28,8 @@ def table_of(head: list, rows: list[list]) -> list[str]:
 
 
 def number(value: float) -> str:
-    size = abs(value)
-    return (
-        f"{value:,.0f}" if size >= 100 else f"{value:.1f}" if size >= 10 else f"{value:.2f}" if size >= 0.1 else f"{value:.2g}"
-    )
+    places = {100: ",.0f", 10: ".1f", 0.1: ".2f"}
+    return format(value, next((form for least, form in places.items() if abs(value) >= least), ".2g" if value else ".2f"))
 
 
 def with_error(mean: float, error: float) -> str:
