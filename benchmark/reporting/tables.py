@@ -83,10 +83,7 @@ def load_curves(runs: pd.DataFrame, sources: tuple[Path, ...]) -> tuple[pd.DataF
         tables.append(pd.DataFrame(rows, columns=columns))
     for path in sorted(source.with_name("curves.csv") for source in sources if source.is_file()):
         if path.exists():
-            try:
-                found = pd.read_csv(path).melt(["tag", "step"], var_name="run_id").dropna()
-            except (ValueError, KeyError) as error:
-                fail(f"{path}: expected the curves.csv of a report ({str(error).splitlines()[0]})")
+            found = read_curves(path)
             tables += [own for _, own in found[found.run_id.isin(runs.run_id)].groupby("run_id")]
     about = runs.assign(end=runs.global_step.fillna(runs.steps)).set_index("run_id")
     whole, lacks = {}, {}
@@ -104,6 +101,14 @@ def curves_csv(curves: pd.DataFrame) -> str:
     """A line a tag and step, a column a run: a fifth of the size of a line a point."""
     points = curves.drop_duplicates(["run_id", "tag", "step"], keep="last")
     return points.pivot(index=["tag", "step"], columns="run_id", values="value").to_csv(float_format="%.6g")
+
+
+def read_curves(path: Path) -> pd.DataFrame:
+    """run_id, tag, step, value."""
+    try:
+        return pd.read_csv(path).melt(["tag", "step"], var_name="run_id").dropna()
+    except (ValueError, KeyError) as error:
+        fail(f"{path}: expected the curves.csv of a report ({str(error).splitlines()[0]})")
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
