@@ -106,7 +106,8 @@ def curves_csv(curves: pd.DataFrame) -> str:
 def read_curves(path: Path) -> pd.DataFrame:
     """run_id, tag, step, value."""
     try:
-        return pd.read_csv(path).melt(["tag", "step"], var_name="run_id").dropna()
+        table = pd.read_csv(path).melt(["tag", "step"], var_name="run_id").dropna()
+        return table[["run_id", "tag", "step", "value"]]
     except (ValueError, KeyError) as error:
         fail(f"{path}: expected the curves.csv of a report ({str(error).splitlines()[0]})")
 
