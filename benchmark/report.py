@@ -7,22 +7,21 @@
 A run's score is the mean over the episodes of its last evaluation (`--eval-episodes`, 10; result.json, W&B's summary), a cell
 the mean over seeds ± its standard error. Writes into --out
 
-    report.md       tables by noise (best in bold, wins; returns while training; how long a control stays equal), aggregates
+    report.md       tables by noise (best in bold, wins; returns while training; how long a control stays equal), aggregates,
+                    sign changes (Figure 2)
     runs.csv        one line a run, as a table exported from W&B; may be given back to this script, with curves.csv beside it
     cells.csv       one line a cell: mean, standard error, seeds; the paper's
     aggregates.csv  interquartile mean and probability of improvement with 95 % stratified bootstrap intervals (rliable)
     curves.csv      learning curves, advantage sign changes and shares of the gradient of local runs: tag, step, a column a run
-    profiles.csv    performance profiles: share of an arm's runs above a relative score, with 95 % intervals (rliable)
-    *.svg, *.png    learning curves (Figure 3), sign changes (Figure 2), the policy's share of the gradient, profiles, KL (RLHF)
+    *.svg, *.png    learning curves (Figure 3), the policy's share of the gradient, KL (RLHF)
 
 An arm is called by its runs' --exp-name, which run.py takes from the TOML file; runs of our scripts without one by what their
 settings make of them (PPO, SPPO, control PPO). A control has alpha = a symmetric arm's alpha + beta |Z| (A2C: --mean-weight).
 The baseline is the TOML file's `baseline`, else PPO or A2C. The paper's numbers stand beside an arm only if it is of one of our
 scripts with the paper's settings; the length may differ.
 
-Runs of an arm whose settings, lengths or versions differ are refused, unless --allow-mixed, which says so in the report. Two
-runs of an arm with one seed are told apart by the settings in which they differ. Runs that have not finished, and curves that
-end early or have a hole, are left out, and named. What an earlier report left in --out is replaced.
+Runs of an arm whose settings, lengths or versions differ are refused, unless --allow-mixed, which says so in the report. Runs
+that have not finished, and curves that end early or have a hole, are left out, and named.
 """
 
 import contextlib
@@ -131,11 +130,9 @@ def main(args: Args) -> None:
     except OSError as error:
         fail(f"--out {args.out}: expected a folder to write in ({error.strerror})")
     pictures = {"curves": "learning curves", "kl": "KL while training", "grad_shares": "the policy's share of the gradient"}
-    pictures |= {"sign_changes": "sign changes", "profiles_*": "performance profile"}
-    for name in ("aggregates.csv", "profiles.csv", *(f"{name}.???" for name in (*pictures, "betas"))):
-        for path in args.out.glob(name):  # of an earlier report, which this one may not replace
-            path.unlink()
-    lines, aggregates, profiles = first_lines(found, mixture, curves, lacking), [], []
+    for name in ("aggregates.csv", *(f"{name}{suffix}" for name in pictures for suffix in (".svg", ".png"))):
+        (args.out / name).unlink(missing_ok=True)  # of an earlier report, which this one may not replace
+    lines, aggregates = first_lines(found, mixture, curves, lacking), []
     for (script, noise), mine in found.groupby(["script", "noise"]):
         lines += section(mine, cells[(cells.script == script) & (cells.noise == noise)], curves)
         several = mine[mine.groupby(["arm", "env"]).seed.transform("size") > 1]
@@ -147,26 +144,19 @@ def main(args: Args) -> None:
         table = tables.aggregate(several, baseline, args.reps)
         aggregates.append(table.assign(script=script, noise=noise))
         lines += tables.aggregates(mine, several, baseline, table)
-        title = "without noise" if noise == "none" else f"noise {noise}"
-        path = args.out / f"profiles_{script.removesuffix('.py')}_{noise}.svg"
-        profile = figures.draw_profiles(several, baseline, figures.styles(found), args.reps, title, path)
-        profiles += [profile.assign(script=script, noise=noise)] if len(profile) else []
     figures.draw_curves(found, curves, args.out / "curves.svg")
     figures.draw_curves(found, curves, args.out / "kl.svg", ("objective/kl",), "KL to the reference, nats")
     share = tables.GRADIENT["policy"]
     figures.draw_curves(found, curves, args.out / "grad_shares.svg", (share,), "policy's share of the gradient")
-    shares = figures.sign_changes(found, curves)
-    figures.draw_sign_changes(found, shares, args.out / "sign_changes.svg")
-    lines += tables.signs(shares)
-    drawn = [(path, text) for name, text in pictures.items() for path in sorted(args.out.glob(f"{name}.svg"))]
-    lines += ["", *(f"![{text}]({path.name})" for path, text in drawn)]
+    lines += tables.signs(found, curves)
+    lines += ["", *(f"![{text}]({name}.svg)" for name, text in pictures.items() if (args.out / f"{name}.svg").exists())]
     made_here = ["env", "arm", "given", "method", "named", "paper", "steps", "run_script"]
     paths = ["folder", "run_dir", "resume"]  # of this machine
     table = found.assign(script=found.run_script).drop(columns=[*made_here, *paths], errors="ignore")
     files = {"runs.csv": table.to_csv(index=False), "cells.csv": cells.to_csv(index=False, float_format="%.8g")}
     files |= {"curves.csv": tables.curves_csv(curves), "report.md": "\n".join(lines) + "\n"}
-    for name, parts in (("aggregates.csv", aggregates), ("profiles.csv", profiles)):
-        files |= {name: pd.concat(parts).to_csv(index=False, float_format="%.6g")} if parts else {}
+    if aggregates:
+        files["aggregates.csv"] = pd.concat(aggregates).to_csv(index=False, float_format="%.6g")
     for name, text in files.items():
         figures.write_atomically(args.out / name, text.encode())
     with contextlib.suppress(BrokenPipeError):  # `| head` has seen enough

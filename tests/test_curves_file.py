@@ -1,4 +1,4 @@
-"""curves.csv of benchmark/report.py: what is written is read back, also from a file of the older form, a line a point."""
+"""curves.csv of benchmark/report.py: what is written is read back."""
 
 import sys
 
@@ -34,11 +34,6 @@ def test_points_are_read_back_to_six_digits(tmp_path):
     ]
     expected = POINTS.assign(value=[1.23457, -2.0, 3e-9, 0.5])
     pd.testing.assert_frame_equal(in_order(tables.read_curves(tmp_path / "curves.csv")), in_order(expected))
-
-
-def test_a_file_with_a_line_a_point_is_read(tmp_path):
-    POINTS.to_csv(tmp_path / "curves.csv", index=False)
-    pd.testing.assert_frame_equal(in_order(tables.read_curves(tmp_path / "curves.csv")), in_order(POINTS))
 
 
 def test_no_points(tmp_path):

@@ -25,23 +25,23 @@ def words(switch):
 @pytest.mark.parametrize("switch", [True, False])
 def test_the_script_understands_what_wandbs_agent_writes(switch, capsys):
     ours, usual = words(switch)
-    args = sppo_atari.parse_args(ours, sppo_atari.Args())
+    args = sppo_atari.parse_args(ours)
     assert args.anneal_lr is not switch and args.track and args.env_id == "Breakout"
     assert (args.alpha, args.beta, args.learning_rate) == (0.1, 0.1, 1e-5)
     with pytest.raises(SystemExit):  # why args_no_boolean_flags
-        sppo_atari.parse_args(usual, sppo_atari.Args())
+        sppo_atari.parse_args(usual)
     assert (ROOT / SWEEP["program"]).exists() and SWEEP["command"][:3] == ["${env}", "${interpreter}", "${program}"]
 
 
 def test_a_run_in_a_sweep_has_the_agents_id_and_keeps_it(tmp_path):
     """As the agent starts it: W&B ignores an id that the script gives, so that the script must take W&B's."""
-    env = ENV | {"WANDB_MODE": "offline", "WANDB_RUN_ID": "agents1d", "WANDB_SWEEP_ID": "sweep1"}
+    offline = ENV | {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
+    env = offline | {"WANDB_RUN_ID": "agents1d", "WANDB_SWEEP_ID": "sweep1"}
     run("sppo_atari.py", *SMALL, "--eval-episodes", 0, "--track", "--run-dir", tmp_path, env=env)
     folder = only(tmp_path, "Breakout__*")
     ids = [json.loads((folder / name).read_text())["run_id"] for name in ("args.json", "result.json")]
     assert ids == ["agents1d"] * 2
-    later = ENV | {"WANDB_MODE": "offline"}  # resumed by hand
-    run("sppo_atari.py", "--resume", folder, "--total-timesteps", 192, env=later)
+    run("sppo_atari.py", "--resume", folder, "--total-timesteps", 192, env=offline)  # resumed by hand
     assert json.loads((folder / "result.json").read_text())["run_id"] == "agents1d"
     assert [path.name for path in tmp_path.glob("wandb/offline-run-*/run-*.wandb")] == ["run-agents1d.wandb"] * 2
 

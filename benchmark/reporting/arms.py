@@ -28,31 +28,16 @@ ARM = ("alpha", "beta", "Z", "num_bins", "reverse_prob", "norm_adv", "literal_si
 DIVIDED = ("vf_coef", "ent_coef", "max_grad_norm", "adam_eps")  # in which run.py's reweighted arms differ from PPO
 TELLING = (*ARM, *DIVIDED, "noise", "exp_name")  # without which a table of runs cannot be told apart
 LENGTHS = ("total_timesteps", "iterations")  # one of them is a script's; compared apart
-FREE = (
-    *("seed", "env_id", "noise", "exp_name", "run_dir", "resume", "track", "wandb_project_name", "wandb_entity"),
-    *("wandb_group", "wandb_tags", "evaluate", "prompts"),
-    *("capture_video", "save_model", "checkpoint_interval", "log_interval", "eval_interval", "eval_every", "num_threads"),
-    *LENGTHS,
-)
-MACHINE = ("cuda", "torch_deterministic", "bf16", "compile", "eval_episodes", "max_episode_steps")  # not the paper's to set
-RECORD = (  # columns that are no argument of a script
+FREE = {
+    *("seed", "env_id", "noise", "exp_name", "run_dir", "resume", "track", "wandb_project_name", "wandb_entity", "prompts"),
+    *("wandb_group", "wandb_tags", "evaluate", "capture_video", "save_model", "checkpoint_interval", "log_interval"),
+    *("eval_interval", "eval_every", "num_threads", *LENGTHS),
+}
+MACHINE = {"cuda", "torch_deterministic", "bf16", "compile", "eval_episodes", "max_episode_steps"}  # not the paper's to set
+RECORD = {  # columns that are no argument of a script
     *("score", "score_stderr", "returns", "global_step", "seconds", "steps_per_second", "script", "run_id", "commit", "device"),
-    *(
-        "folder",
-        "env",
-        "arm",
-        "given",
-        "method",
-        "named",
-        "paper",
-        "steps",
-        "run_script",
-        "furthest",
-        "local",
-        "env_id",
-        "seed",
-    ),
-)
+    *("folder", "env", "arm", "given", "method", "named", "paper", "steps", "run_script", "scored", "env_id", "seed"),
+}
 
 
 def fail(message: str):
@@ -106,21 +91,18 @@ def label(run: dict) -> str:
         return name.upper() if name.upper() in (*BASELINES, *SYMMETRIC) else name
     algorithm = "A2C" if "a2c" in run["script"] else "PPO"
     discrete = "D" if "continuous" in run["script"] and run["num_bins"] else ""
-    if run.get("mean_weight") is True:
-        name = f"control {discrete}{algorithm}"
-    elif run["beta"]:
+    if run["beta"] and run.get("mean_weight") is not True:
         name = f"{discrete}S{algorithm}"
         name += " factored" if run.get("reverse_prob") == "factored" else ""
         name += " literal" if run.get("literal_signs") is True else ""
     else:
-        name = discrete + algorithm if run["alpha"] == 1 else f"control {discrete}{algorithm}"
+        name = f"{'control ' if run['beta'] or run['alpha'] != 1 else ''}{discrete}{algorithm}"
     default = algorithm == "PPO"
     if bool(run.get("norm_adv", default)) != default:
         name += " raw" if default else " normalised"
     name += f" Z {run['Z']:g}" if run.get("Z", -1) != -1 and run["beta"] else ""
     name += f" {run['num_bins']:g} bins" if discrete and run["num_bins"] != 11 else ""
-    exp_name = str(run.get("exp_name"))
-    return name + (f" {exp_name}" if exp_name.startswith("reweighted") else "")
+    return name + (f" {run['exp_name']}" if str(run.get("exp_name")).startswith("reweighted") else "")
 
 
 def paper_name(run: dict) -> str | None:
@@ -139,7 +121,7 @@ def paper_name(run: dict) -> str | None:
     weights, own = (run["alpha"], run["beta"]), {"alpha", "beta", "num_bins", "norm_adv"}
     changed = any(
         shown(run.get(name)) != shown(expected[name])
-        for name in expected.keys() - {*FREE, *MACHINE} - own
+        for name in expected.keys() - FREE - MACHINE - own
         if noise != "none" or not name.startswith("noise_")
     )
     raw = bool(run["norm_adv"]) != expected["norm_adv"]
@@ -160,8 +142,7 @@ def is_control(runs: pd.DataFrame, run: pd.Series) -> bool:
     if "a2c" in run.script:
         return bool(run.beta > 0)
     alike = runs[(runs.script == run.script) & (runs.noise == run.noise) & (runs.beta > 0)]
-    here = alike[alike.env == run.env]
-    alike = here if len(here) else alike
+    alike = alike[alike.env == run.env] if run.env in alike.env.values else alike
     return bool(np.isclose(alike.alpha + alike.beta * abs(alike.Z), run.alpha).any())
 
 
@@ -183,7 +164,7 @@ def what_differs(runs: pd.DataFrame) -> dict[str, str]:
     script's default (of a script that is not ours: not the first arm's), unless the arm's name tells them."""
     roles, texts = roles_of(runs), {}
     arms = order(list(roles), roles)
-    names = set().union(*(differences(row, settings(runs) - {"num_bins", *FREE}) for _, row in runs.groupby("env")))
+    names = set().union(*(differences(row, settings(runs) - {"num_bins"} - FREE) for _, row in runs.groupby("env")))
     names = [name for name in ("alpha", "beta", *sorted(names - {"alpha", "beta"})) if name in runs]
     values = {arm: {name: sorted(set(runs[runs.arm == arm][name].map(shown))) for name in names} for arm in arms}
     usual = {name: [shown(value)] for name, value in defaults(runs.script.iloc[0]).items()}
@@ -211,12 +192,11 @@ def roles_of(runs: pd.DataFrame) -> dict[str, str]:
 
 def order(arms: list[str], roles: dict[str, str] | None = None) -> list[str]:
     """Baselines first, then what is compared with them, then controls; β 2 before β 10."""
-    first = {arm: i for i, arm in enumerate(BASELINES)}
 
     def key(arm: str) -> tuple:
         role = (roles or {}).get(arm, arm)
         parts = re.split(r"(\d+\.?\d*)", arm)  # texts and numbers by turns
-        place = -1 if role.startswith("baseline ") else first.get(role, 9)
+        place = -1 if role.startswith("baseline ") else BASELINES.index(role) if role in BASELINES else 9
         return role.startswith("control"), place, [float(part) if i % 2 else part for i, part in enumerate(parts)]
 
     return sorted(arms, key=key)

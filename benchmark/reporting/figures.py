@@ -1,4 +1,4 @@
-"""The pictures of a report, as SVG and PNG: curves (Figure 3), sign changes (Figure 2), shares of the gradient, profiles."""
+"""The pictures of a report, as SVG and PNG: curves (Figure 3), the policy's share of the gradient, KL."""
 
 import io
 import itertools
@@ -14,10 +14,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.ticker import EngFormatter, MaxNLocator
-from rliable import library
 
 from reporting.arms import SYMMETRIC, order, roles_of, what_differs
-from reporting.tables import RETURNS, SIGNS, clear, matrix
+from reporting.tables import RETURNS
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, by what an arm is
 ARM_COLOURS = {
@@ -34,11 +33,10 @@ SPARE_COLOURS = ("#009E73", "#E69F00", "#CC79A7", "#999999", "#F0E442")  # of ar
 LINES = ("-", (0, (1, 0.7)), "-.", (0, (4, 1, 1, 1, 1, 1)))
 FIRST_LINE = {"#009E73": 2, "#E69F00": 3, "#CC79A7": 1}
 CONTROL_LINES = ("--", (0, (2, 1.5)), (0, (6, 1.5)), (0, (6, 1.5, 2, 1.5)))  # dashes of several lengths
-HATCHES = ("", "///", "...", "xxx")  # the same for bars
 
 
 def styles(runs: pd.DataFrame) -> dict[str, dict]:
-    """Arm -> color, linestyle, hatch, for all pictures of a report. runs: its arms, with `method` and `script`.
+    """Arm -> color and linestyle, for all pictures of a report. runs: its arms, with `method` and `script`.
 
     The colour is that of an arm's kind in ARM_COLOURS, of an unknown kind a spare one. Controls are black and dashed. Arms of
     one colour, such as one loss with two betas, differ by their lines within a script, whose axes are apart from others'.
@@ -47,15 +45,14 @@ def styles(runs: pd.DataFrame) -> dict[str, dict]:
     kinds = {arm: roles[arm].removeprefix("baseline ") for arm in order(list(roles), roles)}
     taken = {ARM_COLOURS.get(kind) for kind in kinds.values()}
     spare = itertools.cycle([colour for colour in SPARE_COLOURS if colour not in taken] or SPARE_COLOURS)
-    found, lines, hatches = {}, Counter(), Counter()
+    found, lines = {}, Counter()
     for arm, kind in kinds.items():
         control = kind.startswith("control")
         colour = CONTROL if control else ARM_COLOURS.get(kind) or next(spare)
         looks = CONTROL_LINES if control else LINES
         line = looks[(FIRST_LINE.get(colour, 0) + lines[scripts[arm], colour]) % len(looks)]
-        found[arm] = {"color": colour, "linestyle": line, "hatch": HATCHES[hatches[colour] % len(HATCHES)]}
+        found[arm] = {"color": colour, "linestyle": line}
         lines[scripts[arm], colour] += 1
-        hatches[colour] += 1
     return found
 
 
@@ -153,68 +150,3 @@ def draw_curves(runs: pd.DataFrame, curves: pd.DataFrame, path: Path, tags: tupl
         [axis.set_ylim(min(low), max(high)) for axis in same]
     [axis.set_axis_off() for axis in axes.flat[len(panels) :]]
     save(figure, path)
-
-
-def sign_changes(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Figure 2: share of advantages whose sign normalisation changes, by run the mean over training."""
-    merged = curves[curves.tag == SIGNS].merge(runs, on="run_id")
-    shares = merged.groupby(["script", "env", "noise", "arm", "seed", "run_id"]).value.mean().reset_index()
-    return shares[shares.value > 0]  # without normalisation there is none
-
-
-def draw_sign_changes(runs: pd.DataFrame, shares: pd.DataFrame, path: Path) -> None:
-    """As bars, where there is more than one environment or noise; of two seeds both values as points."""
-    groups = list(shares.groupby(["env", "noise"]))
-    if len(groups) < 2:
-        return
-    figure, axis = plt.subplots(figsize=(max(6, 1.4 * len(groups) + 2.5), 4))
-    roles, style, labels, handles = roles_of(runs), styles(runs), what_differs(runs), {}
-    for i, (_, group) in enumerate(groups):
-        arms = order(list(group.arm.unique()), roles)
-        for j, arm in enumerate(arms):
-            values, x = group[group.arm == arm].value * 100, i + (j + 0.5) / len(arms) * 0.8 - 0.4
-            color, hatch = style[arm]["color"], style[arm]["hatch"]
-            control = color == CONTROL
-            look = {"color": color} if not (hatch or control) else {"fill": False, "edgecolor": color, "hatch": hatch}
-            look |= {"linestyle": "--", "linewidth": 1.3} if control else {}
-            handles.setdefault(arm + labels[arm], axis.bar(x, values.mean(), 0.7 / len(arms), **look))
-            if len(values) == 2:
-                axis.plot([x, x], values, ".", color="#555555")
-            elif len(values) > 2:
-                axis.errorbar(x, values.mean(), values.sem(), color="#555555", linewidth=1, capsize=2)
-    names = [env if noise == "none" else f"{env}\nnoise {noise}" for (env, noise), _ in groups]
-    axis.set_xticks(range(len(groups)), names, fontsize=7, **({"rotation": 20, "ha": "right"} if len(groups) > 2 else {}))
-    axis.set_ylabel("advantages with another sign, %")
-    axis.set_title(f"Advantages whose sign normalisation changes\n{spread_of(shares)}", fontsize=9)
-    axis.legend(handles.values(), handles, fontsize=7, bbox_to_anchor=(1.0, 1.0), loc="upper left")
-    save(figure, path)
-
-
-def draw_profiles(runs: pd.DataFrame, baseline: str, style: dict[str, dict], reps: int, title: str, path: Path) -> pd.DataFrame:
-    """Share of runs above a normalised score, with 95 % intervals (rliable), over the environments that all arms have.
-
-    None of arms with fewer than ten runs: a staircase of few steps says no more than the table does.
-    """
-    scale = clear(runs, baseline)
-    envs = sorted(set.intersection(set(scale), *runs.groupby("arm").env.agg(set)))
-    arms = order(list(roles_of(runs)), roles_of(runs)) if envs else []
-    scores = {arm: matrix(runs, arm, envs) / [scale[env] for env in envs] for arm in arms}
-    if min((x.size for x in scores.values()), default=0) < 10:
-        return pd.DataFrame()
-    low, high = np.quantile(np.concatenate([x.flatten() for x in scores.values()]), [0.0, 0.95])
-    taus = np.linspace(low - 0.05 * (high - low), high + 0.05 * (high - low), 81)
-    np.random.seed(0)  # rliable draws from numpy's own generator
-    profiles, intervals = library.create_performance_profile(scores, taus, reps=max(100, reps // 4))
-    figure, axis = plt.subplots(figsize=(5, 4))
-    labels, tables = what_differs(runs), []
-    for arm, (low, high) in intervals.items():
-        color = style[arm]["color"]
-        axis.plot(taus, profiles[arm], linestyle=style[arm]["linestyle"], color=color, label=arm + labels[arm])
-        axis.fill_between(taus, low, high, color=color, alpha=0.15, linewidth=0)
-        tables.append(pd.DataFrame({"arm": arm, "score": taus, "share": profiles[arm], "low": low, "high": high}))
-    axis.set(xlabel=f"score / {baseline}'s mean", ylabel="share of runs above it")
-    where = ", ".join(envs) if len(envs) <= 3 else f"{len(envs)} environments"
-    axis.set_title(f"{title}; {where}\n95 % intervals, {spread_of(runs).split(', ')[-1]}", fontsize=9)
-    legend(axis)
-    save(figure, path)
-    return pd.concat(tables)

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from reporting import arms
-from reporting.arms import ARM, FREE, LENGTHS, differences, fail, label, name_of, settings, shown
+from reporting.arms import ARM, FREE, LENGTHS, differences, fail, label, name_of, settings
 
 
 def flatten(result: dict) -> dict:
@@ -41,39 +41,29 @@ def read_folder(source: Path, left_out: Counter) -> pd.DataFrame:
         finished = (folder / "result.json").exists()
         path = folder / ("result.json" if finished else "args.json")
         try:
-            saved = json.loads(path.read_text())
-            row = flatten(saved) | {"seed": saved["args"]["seed"]}
+            row = flatten(json.loads(path.read_text()))
             arm = name_of(row) or label(row)
-            numbers = {name for name, value in arms.defaults(row["script"]).items() if isinstance(value, int | float)}
-            texts = {"run_id", "env_id"}
-            optional = {name for name in ("seconds", "score", "global_step", "alpha", "beta") if row.get(name) is not None}
-            kinds = dict.fromkeys(numbers | {"seed"} | optional, int | float) | dict.fromkeys(texts, str)
-            wrong = [f"{name} = {row.get(name)!r}" for name, kind in kinds.items() if not isinstance(row.get(name), kind)]
-            if finished and wrong:
-                raise ValueError(", ".join(wrong))
+            if finished:
+                about = {name: row[name] for name in ("run_id", "env_id", "seed")}
+                rows.append({**row, **about, "Name": folder.name, "folder": str(folder), **grid_of(folder)})
+            else:
+                left_out["not finished", arm] += 1
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             fail(f"{path}: expected a {path.name} of one of the scripts ({error!r:.80})")
-        if finished:
-            rows.append({**row, "Name": folder.name, "folder": str(folder), **grid_of(folder)})
-        else:
-            left_out["not finished", arm] += 1
     return pd.DataFrame(rows)
 
 
 def read_csv(source: Path, left_out: Counter) -> tuple[pd.DataFrame, list[str]]:
-    """A table of runs, as this script writes it or W&B exports it, and the names of the settings that it does not have."""
+    """The finished runs of a table, as this script writes it or W&B exports it, and the names of the settings that it lacks.
+
+    Refuses a table whose arms cannot be told apart."""
     try:
         texts = dict.fromkeys(("run_id", "ID", "exp_name", "grid.script", "grid.baseline"), str)  # an arm may be called 10
         table = pd.read_csv(source, float_precision="round_trip", dtype=texts)
     except (OSError, ValueError) as error:
-        fail(f"{source}: expected a csv with a line a run ({str(error).splitlines()[0]})")
+        fail(f"{source}: expected a folder with finished runs, or a csv with a line a run ({str(error).splitlines()[0]})")
     own = table["ID"] if "ID" in table else pd.Series([f"{source}:{i}" for i in table.index], dtype=str)
     table["run_id"] = table["run_id"].fillna(own) if "run_id" in table else own
-    return check_table(table, str(source), left_out)
-
-
-def check_table(table: pd.DataFrame, source: str, left_out: Counter) -> tuple[pd.DataFrame, list[str]]:
-    """The finished runs of a table, and the settings that it lacks. Refuses a table whose arms cannot be told apart."""
     scripts = dict(list(table.groupby("script"))) if "script" in table else {}
     missing = {"script", "env_id", "seed", "score", *(() if scripts else ("alpha", "beta"))} - set(table)
     for script in scripts:
@@ -86,30 +76,29 @@ def check_table(table: pd.DataFrame, source: str, left_out: Counter) -> tuple[pd
         known = {"env_id": "", "seed": 1} | (arms.defaults(script) or {"exp_name": ""})
         lacks |= set(known) - {*table, *FREE}
         for name in known.keys() & set(table):
-            values, default = rows[name], known[name]
-            read = values
-            if isinstance(default, bool):
-                read = values.map(lambda value: {"true": True, "false": False}.get(str(value).lower()))
-            elif isinstance(default, int | float):
-                read = pd.to_numeric(values, errors="coerce")
-            told = name in ("env_id", "seed", "exp_name", *arms.TELLING, *LENGTHS)
-            for i in rows.index[read.isna() & (values.notna() | told)]:
-                value = "" if pd.isna(values[i]) else values[i]
-                fail(f"{source}: line {i + 2}: {name} is {value!r}; expected the setting of this run of {script}")
+            default, values = known[name], rows[name]
+            try:
+                if isinstance(default, bool):  # W&B writes true
+                    values = values.map(lambda value: {"true": True, "false": False}[str(value).lower()], na_action="ignore")
+                elif isinstance(default, int | float):
+                    values = pd.to_numeric(values)
+            except (ValueError, KeyError) as error:
+                fail(f"{source}: {name} of {script}: {error}; expected one of its settings")
+            if values.isna().any() and (name in ("env_id", "seed", "exp_name", *LENGTHS) or name in arms.TELLING):
+                fail(f"{source}: line {values.isna().idxmax() + 2}: no {name}; expected the setting of this run of {script}")
             if isinstance(default, bool | int | float):
                 table[name] = table[name].astype(object)
-                table.loc[rows.index, name] = read.astype(object)
-        unfinished = rows.get("State", "finished").ne("finished") if "State" in rows else pd.Series(False, rows.index)
-        step = pd.to_numeric(rows.get("global_step", pd.Series(np.nan, rows.index)), errors="coerce")
-        total = pd.to_numeric(rows.get("total_timesteps", pd.Series(np.nan, rows.index)), errors="coerce")
+                table.loc[rows.index, name] = values.astype(object)
+        empty = pd.Series(np.nan, rows.index)
+        step, total = (pd.to_numeric(rows.get(name, empty), errors="coerce") for name in ("global_step", "total_timesteps"))
         batch = [rows.get(name, known.get(name, 1)) for name in ("num_envs", "num_steps")]  # runs end at a whole rollout
-        unfinished |= step + batch[0] * batch[1] <= total
+        unfinished = rows.get("State", empty).fillna("finished").ne("finished") | (step + batch[0] * batch[1] <= total)
         left_out.update(("not finished", name_of(run) or label(run)) for run in rows[unfinished].to_dict("records"))
         keep[rows.index[unfinished]] = False
     return table[keep].infer_objects(), sorted(lacks)
 
 
-def load_runs(sources: tuple[Path, ...], more: tuple[pd.DataFrame, ...] = ()) -> pd.DataFrame:
+def load_runs(sources: tuple[Path, ...]) -> pd.DataFrame:
     """One line a run; those of local folders have their folder in the column `folder`. The order of the sources is nothing.
 
     Of a run that is there twice the line with a folder counts, else the one that has got further. Columns made here: `script`
@@ -117,51 +106,60 @@ def load_runs(sources: tuple[Path, ...], more: tuple[pd.DataFrame, ...] = ()) ->
     `arm` what it is called, `paper` the paper's name for it. attrs: lines of text on what is left out or unknown.
     """
     tables, left_out, lacks = [], Counter(), []
-    for table in more:
-        tables.append(check_table(table, "W&B", left_out)[0])
     for source in sorted(sources, key=lambda source: (not source.is_dir(), str(source))):
         if source.is_dir():
             tables.append(read_folder(source, left_out))
-        elif source.is_file():
+        else:
             table, lack = read_csv(source, left_out)
             tables.append(table)
             lacks += [f"{source.name} lacks {', '.join(lack)}"] if lack else []
-        else:
-            fail(f"{source}: expected a folder with finished runs, or a csv with a line a run")
     runs = pd.concat([table for table in tables if len(table)] or tables[:1], ignore_index=True)
-    where = " ".join(map(str, sources)) or "W&B"
     if runs.empty:
-        fail(f"{where}: no finished run there; expected some result.json below (or name a runs.csv itself)")
+        fail(
+            f"{' '.join(map(str, sources))}: no finished run there; expected some result.json below (or name a runs.csv itself)"
+        )
     for name in ("seed", "alpha", "beta", "Z", "score", "global_step", "seconds"):
         runs[name] = pd.to_numeric(runs[name], errors="coerce") if name in runs else np.nan
-    known = runs[["script", "env_id", "seed"]].notna().all(axis=1) & runs.script.map(lambda script: str(script).endswith(".py"))
+    known = runs[["script", "env_id", "seed"]].notna().all(axis=1) & runs.script.astype(str).str.endswith(".py")
     others, runs = int((~known).sum()), runs[known]
-    runs = runs.assign(furthest=runs.global_step.fillna(-1), score=runs.score.where(np.isfinite(runs.score)))
-    runs = runs.assign(local=runs.folder.notna() if "folder" in runs else False, scored=runs.score.notna())
-    runs = runs.sort_values(["local", "scored", "furthest"], ascending=False, kind="stable")
+    runs = runs.assign(scored=np.isfinite(runs.score), local=runs.folder.notna() if "folder" in runs else False)
+    runs = runs.sort_values(["local", "scored", "global_step"], ascending=False, kind="stable").drop(columns="local")
     twice = int(runs.duplicated("run_id").sum())
     runs = runs.drop_duplicates("run_id").sort_index(ignore_index=True)
     runs = runs.assign(noise=runs.noise.fillna("none") if "noise" in runs else "none", Z=runs.Z.fillna(-1.0))
+    runs = name_arms(runs)
+    left_out.update(("without a score", arm) for arm in runs[~runs.scored].arm)
+    runs = runs[runs.scored].drop(columns="scored").reset_index(drop=True)
+    if runs.empty:
+        fail(f"{' '.join(map(str, sources))}: no run there has a score; expected some finished ones")
+    runs = tell_apart(runs)
+    runs["steps"] = pd.to_numeric(runs.reindex(columns=LENGTHS).bfill(axis=1).iloc[:, 0])
+    for name in [name for name in runs if name.startswith(("eval/", "test/"))]:  # W&B's summary has the last values
+        of = runs.script.eq("sppo_rlhf_imdb.py" if name.startswith("eval/") else "sppo_rlhf_tldr.py")
+        after = f"after.{name.split('/', 1)[1]}"
+        runs[after] = runs.get(after, pd.Series(np.nan, runs.index)).fillna(runs[name].where(of))
+    lines = [f"{why}: {arm} ({count})" for (why, arm), count in sorted(left_out.items())]
+    runs.attrs = {"left out": lines, "others": others, "twice": twice, "lacks": sorted(set(lacks))}
+    return runs
+
+
+def name_arms(runs: pd.DataFrame) -> pd.DataFrame:
+    """Adds env, method, paper, given (the arm's name), named and arm: the given name, else the method."""
     rows = runs.to_dict("records")
-    runs = runs.assign(
-        method=[label(run) for run in rows], paper=[arms.paper_name(run) for run in rows], run_script=runs.script
-    )
-    runs = runs.assign(given=[name_of(run) for run in rows], env=[run["env_id"].removeprefix("ALE/") for run in rows])
-    new = sorted(settings(runs) - {*(name for script in arms.FAMILIES for name in arms.defaults(script)), "scored"})
+    runs = runs.assign(method=[label(run) for run in rows], run_script=runs.script, env=runs.env_id.str.removeprefix("ALE/"))
+    runs = runs.assign(paper=[arms.paper_name(run) for run in rows], given=[name_of(run) for run in rows])
+    new = sorted(settings(runs) - {name for script in arms.FAMILIES for name in arms.defaults(script)})
     runs.loc[runs[new].notna().any(axis=1), "paper"] = None  # an argument that somebody gave one of our scripts
     # beside runs without a name, an arm of run.py's own grids is called by its method, as they are
     of_ours = runs.script.isin(arms.FAMILIES) & runs.get("grid.script", pd.Series(np.nan, runs.index)).isna()
     give_way = of_ours & runs.given.isin(arms.GRID_ARMS) & runs.given[of_ours].isna().any()
-    runs = runs.assign(named=runs.given.notna() & ~give_way, arm=runs.given.fillna(runs.method))
-    left_out.update(("without a score", arm) for arm in runs[~runs.scored].arm)
-    runs = runs[runs.scored].drop(columns=["scored", "furthest", "local"]).reset_index(drop=True)
-    if runs.empty:
-        fail(f"{where}: no run there has a score; expected some finished ones")
+    return runs.assign(named=runs.given.notna() & ~give_way, arm=runs.given.fillna(runs.method))
+
+
+def tell_apart(runs: pd.DataFrame) -> pd.DataFrame:
+    """Adds to an arm's name the weight in which its runs of one environment differ: one name would hide that."""
     for i in [i for i in runs.index if runs.method[i].startswith("control ") and not arms.is_control(runs, runs.loc[i])]:
         runs.loc[i, "method"] = f"{runs.method[i].removeprefix('control ')} α {runs.alpha[i]:g}"
-    of_several = runs.groupby(["script", "env", "noise", "arm"]).method.transform("nunique") > 1  # one name, several methods
-    of_several = of_several.groupby([runs.script, runs.noise, runs.arm]).transform("any")
-    runs.loc[of_several, "arm"] += " " + runs[of_several].method
     runs.loc[~runs.named, "arm"] = runs[~runs.named].method
     if "grid.script" in runs:
         runs["script"] = runs["grid.script"].fillna(runs.script)
@@ -170,22 +168,6 @@ def load_runs(sources: tuple[Path, ...], more: tuple[pd.DataFrame, ...] = ()) ->
         several = runs.groupby(["script", "env", "noise", "arm"])[name].transform("nunique") > 1
         several = several.groupby([runs.script, runs.arm]).transform("any")
         runs.loc[several, "arm"] += runs[several][name].map((f" {sign} " + "{:g}").format)
-    telling = {}  # so too the settings by which runs with one seed are told apart
-    for (script, _, noise, arm), group in runs.groupby(["script", "env", "noise", "arm"]):
-        if group.seed.duplicated().any():
-            telling.setdefault((script, noise, arm), set()).update(differences(group, settings(runs) - {*ARM, *FREE}))
-    for (script, noise, arm), names in telling.items():
-        group = runs[(runs.script == script) & (runs.noise == noise) & (runs.arm == arm)]
-        for name in sorted(names):
-            runs.loc[group.index, "arm"] += group[name].map(shown).map(f" {name} {{}}".format)
-    runs["steps"] = pd.to_numeric(runs.reindex(columns=LENGTHS).bfill(axis=1).iloc[:, 0])
-    for name in [name for name in runs if name.startswith(("eval/", "test/"))]:  # W&B's summary has the last values
-        of = runs.script.eq("sppo_rlhf_imdb.py" if name.startswith("eval/") else "sppo_rlhf_tldr.py")
-        after = f"after.{name.split('/', 1)[1]}"
-        runs[after] = runs.get(after, pd.Series(np.nan, runs.index)).fillna(runs[name].where(of))
-    lines = [f"{why}: {arm} ({count})" for (why, arm), count in sorted(left_out.items())]
-    runs.attrs = {"left out": lines, "others": others, "twice": twice, "lacks": sorted(set(lacks))}
-    runs.attrs["telling"] = set().union(*telling.values())
     return runs
 
 
@@ -196,19 +178,17 @@ def find_mixture(runs: pd.DataFrame) -> list[str]:
     """
     found = []
     for (script, env, noise), row in runs.groupby(["script", "env", "noise"]):
+        where = f"{env}, noise {noise}"
         steps = sorted(row.steps.dropna().unique())
-        if len(steps) > 1:
-            found.append(f"{env}, noise {noise}: lengths {', '.join(f'{step:,.0f}' for step in steps)}")
-        for (arm, seed), count in row.groupby(["arm", "seed"]).size().items():
-            if count > 1:
-                found.append(f"{env}, noise {noise}, {script}: {count} runs of {arm} with seed {seed}")
+        found += [f"{where}: lengths {', '.join(f'{step:,.0f}' for step in steps)}"] if len(steps) > 1 else []
+        counts = row.groupby(["arm", "seed"]).size()
+        found += [f"{where}, {script}: {n} runs of {arm} with seed {seed}" for (arm, seed), n in counts[counts > 1].items()]
         names = settings(runs) - {*ARM, *FREE} - ({"noise_prob", "noise_std"} if noise == "none" else set())
-        unnamed = differences(row[~row.named], names - runs.attrs["telling"])
-        found += [f"{env}, noise {noise}, {script}: {name} {', '.join(values)}" for name, values in unnamed.items()]
+        unnamed = differences(row[~row.named], names)
+        found += [f"{where}, {script}: {name} {', '.join(values)}" for name, values in unnamed.items()]
         for arm, same in row.groupby("arm"):
-            own = same.run_script.isin(arms.FAMILIES).all()
-            for name, values in differences(same, names - set(unnamed) | (set() if own else {*ARM} & set(runs))).items():
-                found.append(f"{env}, noise {noise}, {script}, {arm}: {name} {', '.join(values)}")
+            of_arm = differences(same, names - set(unnamed) | set(ARM))
+            found += [f"{where}, {script}, {arm}: {name} {', '.join(values)}" for name, values in of_arm.items()]
     for script, same in runs.groupby("run_script"):
         versions = {name for name in runs.columns if name.startswith("versions.")}
         found += [f"{script}: {name} {', '.join(values)}" for name, values in differences(same, versions).items()]

@@ -28,7 +28,8 @@ def table_of(head: list, rows: list[list]) -> list[str]:
 
 
 def number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+    places = {100: ",.0f", 10: ".1f", 0.1: ".2f"}
+    return format(value, next((form for least, form in places.items() if abs(value) >= least), ".2g" if value else ".2f"))
 
 
 def with_error(mean: float, error: float) -> str:
@@ -39,6 +40,11 @@ def with_error(mean: float, error: float) -> str:
     return f"{mean:,.{decimals}f} ± {error:,.{decimals}f}"
 
 
+def mean_of(values: pd.Series) -> str:
+    """Mean ± standard error of the seeds (their number)."""
+    return f"{with_error(values.mean(), values.sem())} ({len(values)})" if len(values) else ""
+
+
 # --- curves -----------------------------------------------------------------------------------------------------------
 
 
@@ -46,25 +52,22 @@ def shortfall(points: pd.DataFrame, end: float) -> str | None:
     """What a run's curve lacks, as text; None if it is whole. points: tag, step of one run, which ended at the step `end`.
 
     Every iteration that is logged logs the share of changed signs: these steps are evenly spaced and the last is the run's.
-    Returns are logged when episodes end. They may miss twice their longest gap at the end and, of a script that logs nothing
-    else, a quarter of the run in between.
+    RLHF logs none: its returns may miss twice their longest gap at the end and a quarter of the run in between.
     """
-    even, returns = (np.unique(points[points.tag.isin(tags)].step) for tags in ((SIGNS,), RETURNS))
-    for steps, is_even in ((even, True), (returns, False)):
-        if not len(steps):
-            continue
-        gaps = np.diff([0, *steps])
-        if end - steps[-1] > (0 if is_even else 2 * gaps.max()):  # False if the end is not known
-            return f"ends at {steps[-1]:,.0f} of {end:,.0f} steps"
-        hole = gaps.argmax()
-        interval = np.quantile(gaps, 0.5, method="higher")  # of two gaps, the second may be the run's short end
-        of_returns = math.inf if len(even) else max(0.25 * steps[-1], 5 * np.median(gaps))
-        if gaps[hole] > (1.5 * interval if is_even else of_returns):
-            return f"has a hole before step {steps[hole]:,.0f}"
-    return None if len(even) or len(returns) else "has no returns"
+    even = points.tag.eq(SIGNS).any()
+    steps = np.unique(points[points.tag.eq(SIGNS) if even else points.tag.isin(RETURNS)].step)
+    if not len(steps):
+        return "has no returns"
+    gaps = np.diff([0, *steps])
+    if end - steps[-1] > (0 if even else 2 * gaps.max()):  # False if the end is not known
+        return f"ends at {steps[-1]:,.0f} of {end:,.0f} steps"
+    usual = np.quantile(gaps, 0.5, method="higher")  # of two gaps, the second may be the run's short end
+    if gaps.max() > (1.5 * usual if even else max(0.25 * steps[-1], 5 * np.median(gaps))):
+        return f"has a hole before step {steps[gaps.argmax()]:,.0f}"
+    return None
 
 
-def load_curves(runs: pd.DataFrame, sources: tuple[Path, ...], more: pd.DataFrame | None = None):
+def load_curves(runs: pd.DataFrame, sources: tuple[Path, ...]) -> tuple[pd.DataFrame, list[str]]:
     """Points of KEPT of the local runs, and of those from a csv that has this script's curves.csv beside it.
 
     A damaged event file ends the curve there without a word, so that curves which lack something are left out; the second
@@ -72,17 +75,16 @@ def load_curves(runs: pd.DataFrame, sources: tuple[Path, ...], more: pd.DataFram
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    columns = ["run_id", "tag", "step", "value"]
-    tables = [own for _, own in more.groupby("run_id")] if more is not None else []
-    for run in runs[runs.folder.notna()].to_dict("records") if "folder" in runs else ():
-        events = EventAccumulator(run["folder"], size_guidance={"scalars": 0}).Reload()
+    columns, tables = ["run_id", "tag", "step", "value"], []
+    for run in runs[runs.folder.notna()].itertuples() if "folder" in runs else ():
+        events = EventAccumulator(run.folder, size_guidance={"scalars": 0}).Reload()
         tags = sorted(set(KEPT) & set(events.Tags()["scalars"]))
-        rows = [(run["run_id"], tag, event.step, event.value) for tag in tags for event in events.Scalars(tag)]
+        rows = [(run.run_id, tag, event.step, event.value) for tag in tags for event in events.Scalars(tag)]
         tables.append(pd.DataFrame(rows, columns=columns))
     for path in sorted(source.with_name("curves.csv") for source in sources if source.is_file()):
         if path.exists():
             found = read_curves(path)
-            tables += [own for _, own in found[found.run_id.isin(set(runs.run_id))].groupby("run_id")]
+            tables += [own for _, own in found[found.run_id.isin(runs.run_id)].groupby("run_id")]
     about = runs.assign(end=runs.global_step.fillna(runs.steps)).set_index("run_id")
     whole, lacks = {}, {}
     for table in filter(len, tables):
@@ -102,13 +104,11 @@ def curves_csv(curves: pd.DataFrame) -> str:
 
 
 def read_curves(path: Path) -> pd.DataFrame:
-    """run_id, tag, step, value; also of an older file, which has a line a point."""
+    """run_id, tag, step, value."""
     try:
-        table = pd.read_csv(path, dtype={"run_id": str, "tag": str})
-        if "run_id" not in table:
-            table = table.melt(["tag", "step"], var_name="run_id", value_name="value")
-        return table[["run_id", "tag", "step", "value"]].dropna().astype({"run_id": str, "step": int, "value": float})
-    except (OSError, ValueError, KeyError) as error:
+        table = pd.read_csv(path).melt(["tag", "step"], var_name="run_id").dropna()
+        return table[["run_id", "tag", "step", "value"]]
+    except (ValueError, KeyError) as error:
         fail(f"{path}: expected the curves.csv of a report ({str(error).splitlines()[0]})")
 
 
@@ -129,14 +129,14 @@ def cells(runs: pd.DataFrame) -> pd.DataFrame:
     return table.merge(published, how="left", on=["task", "noise", "algo"]).drop(columns="algo")
 
 
-def wins(table: pd.DataFrame, column: str = "mean") -> dict[tuple[str, str], tuple[int, int]]:
-    """(arm, other): in how many rows the arm's mean is the higher one, and of how many rows that have both."""
+def wins(table: pd.DataFrame, column: str = "mean") -> dict[tuple[str, str], str]:
+    """(arm, other) -> 3 of 5: in how many rows the arm's mean is the higher one, and of how many rows that have both."""
     wide, found = table.pivot_table(index=["env", "noise"], columns="arm", values=column), {}
     for arm, other in itertools.permutations(wide.columns, 2):
         both = wide[[arm, other]].dropna()
         one = column == "paper_mean" and (both[arm] == both[other]).all()  # the paper has one PPO on Atari
         if len(both) and not one:
-            found[arm, other] = (int((both[arm] > both[other]).sum()), len(both))
+            found[arm, other] = f"{(both[arm] > both[other]).sum()} of {len(both)}"
     return found
 
 
@@ -192,10 +192,11 @@ def aggregate(runs: pd.DataFrame, baseline: str, reps: int) -> pd.DataFrame:
 
 def describe_arms(runs: pd.DataFrame) -> str:
     """Of one script's runs: what each arm is, and the settings in which it differs."""
-    texts, methods = [], runs.groupby("arm").method.first()
+    texts = []
     for arm, text in what_differs(runs).items():
-        parts = [] if arm.startswith(methods[arm]) else [methods[arm]]
-        parts += [script for script in runs[runs.arm == arm].run_script.unique() if script != runs.script.iloc[0]]
+        mine = runs[runs.arm == arm]
+        parts = [] if arm.startswith(mine.method.iloc[0]) else [mine.method.iloc[0]]
+        parts += [script for script in mine.run_script.unique() if script != mine.script.iloc[0]]
         parts += [text[2:-1]] if text else []
         texts.append(f"{arm} ({', '.join(parts)})" if parts else arm)
     return f"Arms: {'; '.join(texts)}."
@@ -216,9 +217,9 @@ def scores(table: pd.DataFrame, roles: dict[str, str]) -> list[str]:
     ours, papers = wins(table), wins(table, "paper_mean")
     for other in [arm for arm in arms if is_reference(roles[arm])]:
         pairs = [(arm, other) for arm in arms]
-        texts = ["{} of {}".format(*ours[pair]) if pair in ours else "" for pair in pairs]
-        texts = [f"{text} [{papers[p][0]} of {papers[p][1]}]" if p in papers else text for text, p in zip(texts, pairs)]  # noqa: B905
-        rows.append([f"above {other}", *texts])
+        rows.append(
+            [f"above {other}", *(ours.get(pair, "") + (f" [{papers[pair]}]" if pair in papers else "") for pair in pairs)]
+        )
     return table_of(["", *arms], rows)
 
 
@@ -260,8 +261,7 @@ def equal_curves(runs: pd.DataFrame, curves: pd.DataFrame) -> list[str]:
 def measures(runs: pd.DataFrame) -> list[str]:
     """Of one script's runs that tell more than a score (RLHF): each measure before training, all runs, and after it by arm."""
     names = [name.removeprefix("after.") for name in runs if name.startswith("after.") and not name.endswith("_stderr")]
-    roles, rows = roles_of(runs), []
-    arms = order(list(roles), roles)
+    arms, rows = order(list(runs.arm.unique()), roles_of(runs)), []
     for name in [name for name in names if runs[f"after.{name}"].notna().any()]:
         before = runs.get(f"before.{name}", pd.Series(dtype=float)).groupby(runs.seed).mean()  # the arms of a seed start as one
         columns = [before, *(runs[runs.arm == arm][f"after.{name}"] for arm in arms)]
@@ -272,48 +272,41 @@ def measures(runs: pd.DataFrame) -> list[str]:
 def training(runs: pd.DataFrame, curves: pd.DataFrame) -> list[str]:
     """Of one script's runs: what they reached while they learned, a steadier number than one evaluation at the end."""
     merged = curves[curves.tag.isin(RETURNS)].merge(runs[["run_id", "env", "arm"]], on="run_id")
-    if merged.empty:
-        return []
     late = merged[merged.step > 0.9 * merged.groupby("run_id").step.transform("max")]
-    values = late.groupby(["env", "arm", "run_id"]).value.mean()
-    arms, rows = order(list(merged.arm.unique()), roles_of(runs)), []
-    for env in sorted(merged.env.unique()):
-        columns = [values[env].get(arm, pd.Series(dtype=float)) for arm in arms]
-        rows.append([env, *(f"{with_error(x.mean(), x.sem())} ({len(x)})" if len(x) else "" for x in columns)])
-    return ["While training, mean over the last tenth of it:", "", *table_of(["", *arms], rows), ""]
+    values = late.groupby(["env", "arm", "run_id"]).value.mean().groupby(["env", "arm"]).agg(mean_of).unstack(fill_value="")
+    arms = order(list(values), roles_of(runs))
+    rows = [[env, *texts] for env, *texts in values[arms].itertuples()]
+    return ["While training, mean over the last tenth of it:", "", *table_of(["", *arms], rows), ""] if rows else []
 
 
 def gradient(runs: pd.DataFrame, curves: pd.DataFrame) -> list[str]:
     """Of one script's runs: each part's share of the gradient's squared norm, and of the steps that the clip cuts."""
     merged = curves[curves.tag.isin(GRADIENT.values())].merge(runs[["run_id", "env", "arm"]], on="run_id")
-    if not merged.tag.eq(GRADIENT["policy"]).any():
-        return []
-    values = merged.groupby(["env", "arm", "run_id", "tag"]).value.mean().unstack()
-    told, roles, rows = {name: tag for name, tag in GRADIENT.items() if tag in values}, roles_of(runs), []
-    for env in sorted(merged.env.unique()):
-        for arm in order(list(values.loc[env].index.unique("arm")), roles):
-            columns = [values.loc[env, arm][tag].dropna() for tag in told.values()]
-            means = [with_error(x.mean(), x.sem()) if len(x) > 1 else f"{x.mean():.2g}" for x in columns]
-            rows.append([env, arm, *(f"{mean} ({len(x)})" if len(x) else "" for mean, x in zip(means, columns, strict=True))])
+    values = merged.groupby(["env", "arm", "tag", "run_id"]).value.mean().groupby(["env", "arm", "tag"]).agg(mean_of)
+    values = values.unstack(fill_value="").rename(columns={tag: name for name, tag in GRADIENT.items()})
+    told, rows = [name for name in GRADIENT if name in values], []
+    for env in values.index.unique("env"):
+        for arm in order(list(values.loc[env].index), roles_of(runs)):
+            rows.append([env, arm, *values.loc[(env, arm), told]])
     head = "Shares of the gradient's squared norm before the clip, mean over training, and of how many runs:"
-    return [head, "", *table_of(["", "", *told], rows), ""]
+    return [head, "", *table_of(["", "", *told], rows), ""] if rows else []
 
 
-def signs(shares: pd.DataFrame) -> list[str]:
-    rows = []
-    for (env, noise), group in shares.groupby(["env", "noise"]):
-        values = group.value * 100
-        rows.append([f"{env}, noise {noise}", f"{values.mean():.1f} % ({values.min():.1f} to {values.max():.1f})"])
+def signs(runs: pd.DataFrame, curves: pd.DataFrame) -> list[str]:
+    """Figure 2: share of advantages whose sign normalisation changes, by run the mean over training."""
+    merged = curves[curves.tag == SIGNS].merge(runs, on="run_id")
+    shares = 100 * merged.groupby(["env", "noise", "run_id"]).value.mean()
+    shares, rows = shares[shares > 0], []  # without normalisation there is none
+    for (env, noise), x in shares.groupby(["env", "noise"]):
+        rows.append([f"{env}, noise {noise}", f"{x.mean():.1f} % ({x.min():.1f} to {x.max():.1f})"])
     head = "### Advantages whose sign normalisation changes"
     return [head, "", *table_of(["", "share (range of the runs)"], rows)] if rows else []
 
 
 def aggregates(runs: pd.DataFrame, several: pd.DataFrame, baseline: str, found: pd.DataFrame) -> list[str]:
     """What `found` says, as a table; `several` are those of the runs whose cell has two seeds or more."""
-    roles = roles_of(several)
+    roles, counts = roles_of(several), several.groupby(["arm", "env"]).size()
     arms = order(list(roles), roles)
-    others = [arm for arm in arms if len(arms) <= 6 or is_reference(roles[arm])]
-    counts = several.groupby(["arm", "env"]).size()
     few = f", from {counts.min()} seeds and thus too narrow, as the bootstrap sees no others" if counts.min() < 10 else ""
     text = (
         f"Interquartile mean in units of {baseline}'s (each score divided by {baseline}'s mean in its environment), and chance "
@@ -327,14 +320,14 @@ def aggregates(runs: pd.DataFrame, several: pd.DataFrame, baseline: str, found: 
         text += " Where environments have different numbers of seeds, the first ones of each arm, as many as in its poorest."
     if single := [f"{run.arm} on {run.env}" for run in runs[~runs.index.isin(several.index)].itertuples()]:
         text += f" With one seed and left out: {', '.join(single)}."
-    values = {(x.what, x.arm, x.other): f"{x.value:.2f} ({x.low:.2f} to {x.high:.2f})" for x in found.itertuples()}
-    if clear(several, baseline):
-        values["IQM", baseline, baseline] = "1"
+    texts = found.apply(lambda x: f"{x.value:.2f} ({x.low:.2f} to {x.high:.2f})", axis=1)
+    values = dict(zip(found[["what", "arm", "other"]].itertuples(index=False, name=None), texts, strict=True))
+    values["IQM", baseline, baseline] = "1" if clear(several, baseline) else ""
+    others = [arm for arm in arms if len(arms) <= 6 or is_reference(roles[arm])]
     rows = []
     for arm in arms:
-        least, most = counts[arm].min(), counts[arm].max()
+        seeds = " to ".join(map(str, sorted({counts[arm].min(), counts[arm].max()})))
         chances = [values.get(("P(arm > other)", arm, other), "") for other in others]
-        seeds = least if least == most else f"{least} to {most}"
         rows.append([arm, values.get(("IQM", arm, baseline), ""), seeds, *chances])
     head = ["", f"interquartile mean / {baseline}'s", "seeds", *(f"P(better than {arm})" for arm in others)]
     return [text, "", *table_of(head, rows), ""]

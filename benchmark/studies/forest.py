@@ -25,6 +25,7 @@ except ModuleNotFoundError as error:
     print(f"{Path(__file__).name}: error: {needs}", file=sys.stderr)
     sys.exit(2)
 
+HEADS = {"SPPO": "SPPO, Atari", "SA2C": "SA2C, Atari", "DSPPO": "DSPPO, MuJoCo and Box2D", "DSA2C": "DSA2C, MuJoCo and Box2D"}
 SHORT = {"InvertedDoublePendulum": "IDP", "LunarLanderContinuous": "LunarLander"}
 
 
@@ -72,6 +73,7 @@ def cells() -> pd.DataFrame:
                 name += f", β {own.beta:g}" if several and "factored" not in own.method else ""
                 row = {
                     "name": name,
+                    "family": own.method.split()[0],
                     "percent": percent_of_papers(own),
                     "seeds": int((group.arm == arm).sum()),
                     "folder": path.parent.name,
@@ -82,52 +84,44 @@ def cells() -> pd.DataFrame:
                         found = chances.loc[(script, noise, arm, others[0])]
                         row |= {f"{what}_{key}": found[key] for key in ("value", "low", "high")}
                 rows.append(row)
-    return pd.DataFrame(rows).sort_values(["name", "first", "percent"], ignore_index=True)
+    table = pd.DataFrame(rows)
+    table["place"] = table.family.map(list(HEADS).index) + 0.5 * table.name.str.contains("factored")
+    return table.sort_values(["place", "percent", "name", "first"], ascending=[True, False, True, True], ignore_index=True)
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:
-    figure, axis = plt.subplots(figsize=(8, 0.36 * len(table) + 1.6))
-    looks = {"baseline": (-0.13, "o", ARM_COLOURS["SPPO"]), "control": (0.13, "s", CONTROL)}
-    for what, (shift, marker, colour) in looks.items():
-        for i, row in table.iterrows():
-            value, low, high = (row.get(f"{what}_{key}") for key in ("value", "low", "high"))
-            if not np.isnan(value):
-                axis.plot(
-                    [low, high], [i + shift] * 2, color=colour, linewidth=0.7 if row.seeds <= 3 else 2.2, solid_capstyle="butt"
-                )
-                axis.plot(
-                    value,
-                    i + shift,
-                    marker,
-                    color=colour,
-                    markersize=4.5,
-                    markerfacecolor=colour if what == "baseline" else "white",
-                )
-        axis.plot(
-            [],
-            [],
-            marker,
-            color=colour,
-            markerfacecolor=colour if what == "baseline" else "white",
-            label=f"against its {what}",
-            linestyle="-",
-        )
+    figure, axis = plt.subplots(figsize=(8.5, 0.34 * (len(table) + table.family.nunique()) + 1.4))
+    looks = {"baseline": (-0.15, "o", ARM_COLOURS["SPPO"], ARM_COLOURS["SPPO"]), "control": (0.15, "s", CONTROL, "white")}
+    places, labels, y = [], [], 0
+    for family, rows in table.groupby("family", sort=False):
+        axis.text(-0.04, y, HEADS[family], fontsize=8.5, fontweight="bold", va="center", ha="right")
+        for row in rows.itertuples():
+            y += 1
+            places.append(y)
+            labels.append(row.name.removeprefix(family).removeprefix(", ").strip() + (" *" if row.raw else ""))
+            for what, (shift, marker, colour, face) in looks.items():
+                value, low, high = (getattr(row, f"{what}_{key}") for key in ("value", "low", "high"))
+                width = 0.7 if row.seeds <= 3 else 2.2
+                axis.plot([low, high], [y + shift] * 2, color=colour, linewidth=width, solid_capstyle="butt")
+                axis.plot(value, y + shift, marker, color=colour, markersize=4.5, markerfacecolor=face)
+            seeds = f"{row.seeds} seeds" + (f" from {row.first}" if row.first > 1 else "")
+            axis.text(1.04, y, f"{row.percent:.0f} %, {seeds}", fontsize=8, va="center")
+        y += 1
+    for what, (_, marker, colour, face) in looks.items():
+        axis.plot([], [], marker, color=colour, markerfacecolor=face, linestyle="-", label=f"against its {what}")
+    axis.text(1.04, 0, "length, seeds", fontsize=8.5, fontweight="bold", va="center")
     axis.axvline(0.5, color="#555555", linewidth=1, zorder=0)
-    names = [f"{row.name_}{' *' if row.raw else ''}" for row in table.rename(columns={"name": "name_"}).itertuples()]
-    axis.set_yticks(range(len(table)), names, fontsize=8)
-    for i, row in table.iterrows():
-        seeds = f"{row.seeds} seeds" + (f" from {row['first']}" if row["first"] > 1 else "")
-        axis.text(1.03, i, f"{seeds}, {row.percent:.0f} %", fontsize=8, va="center")
-    axis.set(
-        xlim=(-0.02, 1.02),
-        ylim=(len(table) - 0.5, -0.5),
-        xlabel="chance that a run of the symmetric loss scores above the other",
+    axis.set_yticks(places, labels, fontsize=8)
+    axis.set(xlim=(-0.02, 1.02), ylim=(y - 0.2, -0.8))
+    axis.set_xlabel("chance that a run of the symmetric loss scores higher; 0.5: no difference", fontsize=9)
+    title = "Does the symmetric loss score higher than the plain loss, and than the plain loss with the same weight?"
+    note = (
+        "Baseline: plain loss (* with raw advantages). Control: plain loss with the symmetric loss's weight. Bars: bootstrap\n"
+        "intervals over the seeds, thin where there are only three, too few to trust them. Length: per cent of the paper's."
     )
-    title = (
-        "Bars: bootstrap intervals over the seeds; thin ones are of three seeds. Right: seeds, per cent of the paper's length."
-    )
-    axis.set_title(f"{title}\n* beside PPO with raw advantages", fontsize=8)
-    axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -1.6 / len(table)), ncols=2)
+    figure.suptitle(title, fontsize=9.5, fontweight="bold", y=0.98)
+    axis.set_title(note, fontsize=8)
+    axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -2 / y), ncols=2)
     save(figure, path)
 
 
