@@ -39,7 +39,6 @@ import ctypes
 import fcntl
 import functools
 import importlib.util
-import inspect
 import itertools
 import json
 import os
@@ -325,14 +324,12 @@ def check_with_scripts(runs: list[Run], args: Args) -> None:
         command = run.command(args)
         sys.argv = command  # whose name the script's message has
         script = load_script(run.script)
-        check = getattr(script, "check_args", getattr(script, "check", None))
-        if not (hasattr(script, "parse_args") and check):
+        if not (hasattr(script, "parse_args") and hasattr(script, "check")):
             continue  # it refuses its arguments when it starts
-        defaults = [script.OFFLINE if "--offline" in command else script.Args()]
         try:
-            own = script.parse_args(command[1:], *defaults[: len(inspect.signature(script.parse_args).parameters) - 1])
+            own = script.parse_args(command[1:])
             if not args.address:
-                check(own)
+                script.check(own)
         except Exception as error:  # the script's own refusals, and Gymnasium's of an environment
             fail(f"{run.script}: {first_line(error)}")
 

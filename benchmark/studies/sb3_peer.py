@@ -256,6 +256,11 @@ def check_followed(args) -> None:
             raise script.BadInput(f"--{name.replace('_', '-')} {given}: expected {value}, as SB3's run follows no other")
 
 
+def check(args) -> None:
+    """What the script refuses, and `check_followed`."""
+    sys.modules[type(args).__module__].check(args)
+
+
 def main(argv: list[str]) -> None:
     """As the script's command line: a message and exit status 2 for bad input."""
     try:
