@@ -1156,7 +1156,7 @@ def load_args(run_folder):
         raise BadInput(f"{run_folder} is a run of {saved['script']}; expected a run of {SCRIPT}")
     gone = saved["args"].keys() - {field.name for field in fields(Args)}
     if gone:
-        warnings.warn(f"{run_folder}: ignored arguments of an earlier version: {', '.join(sorted(gone))}", stacklevel=2)
+        warnings.warn(f"{run_folder}: ignored arguments of an earlier version: {', '.join(sorted(gone))}", stacklevel=1)
     return Args(**{name: value for name, value in saved["args"].items() if name not in gone})
 
 
