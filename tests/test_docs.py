@@ -164,7 +164,7 @@ def test_betas_by_task_are_the_papers():
 def test_cartpole_scores_what_the_readme_says(tmp_path):
     (words,) = [words for path, words in commands(README) if "CartPole-v1" in words]
     run("dsppo_continuous.py", *words, "--run-dir", tmp_path, env=ENV)
-    low, high = re.search(r"scores (\d+) of (\d+): each of five seeds did", README.read_text()).groups()
+    low, high = re.search(r"scores (\d+) of (\d+), with five of five seeds", README.read_text()).groups()
     assert int(low) <= json.loads((only(tmp_path) / "result.json").read_text())["score"] <= int(high)
 
 
