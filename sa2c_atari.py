@@ -111,7 +111,7 @@ class Args:
     cuda: bool = True  # use a GPU if there is one
     torch_deterministic: bool = True  # use deterministic cuDNN kernels
     bf16: bool = False  # run the network in bfloat16; faster only on hardware with bf16 instructions
-    compile: bool = False  # torch.compile acting and the loss, with CUDA graphs on a GPU; the first minute is slower
+    compile: bool = False  # torch.compile acting and the gradient step, with CUDA graphs on a GPU; the first minute is slower
     num_threads: NonNegativeInt = 0  # CPU threads of torch and of the games; 0: all cores
 
 
@@ -225,17 +225,9 @@ def make_envs(rom, num_envs, args, **preprocessing):
     `terminated` marks a lost life, and the game goes on. Unlike in SB3 and CleanRL nothing presses FIRE then, and the frame
     stack stays. A finished game restarts within the same step. 108,000 frames truncate a game.
     """
-    return AtariVectorEnv(
-        rom,
-        num_envs,
-        num_threads=min(args.num_threads, num_envs),
-        repeat_action_probability=args.repeat_action_probability,
-        reward_clipping=False,
-        episodic_life=False,
-        life_loss_info=True,
-        autoreset_mode=AutoresetMode.SAME_STEP,
-        **preprocessing,
-    )
+    settings = {"repeat_action_probability": args.repeat_action_probability, "reward_clipping": False, "episodic_life": False}
+    settings |= {"life_loss_info": True, "autoreset_mode": AutoresetMode.SAME_STEP}
+    return AtariVectorEnv(rom, num_envs, num_threads=min(args.num_threads, num_envs), **settings, **preprocessing)
 
 
 def games_over(dones, info, last_info):
@@ -284,18 +276,17 @@ def rmsprop_tf(parameters, square_avgs, learning_rate, alpha, eps):
         parameter.addcdiv_(parameter.grad, (square_avg + eps).sqrt_(), value=-learning_rate)
 
 
-def update(agent, square_avgs, learning_rate, loss_fn, args, batch):
+def update(agent, square_avgs, learning_rate, args, batch):
     """One gradient step on the whole rollout. Returns the statistics as tensors: .item() would wait for the GPU.
 
     batch: the inputs of `rollout_loss` after `args`, each [num_steps * num_envs, ...].
     """
-    agent.zero_grad()
-    loss, stats = loss_fn(agent, args, *batch)
+    loss, stats = rollout_loss(agent, args, *batch)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
     rmsprop_tf(agent.parameters(), square_avgs, learning_rate, args.rmsprop_alpha, args.rmsprop_eps)
-    stats |= {"losses/grad_norm": norm, "losses/grad_clipped": (norm > args.max_grad_norm).float()}
-    return {name: value.clone() for name, value in stats.items()}  # the next replay of a CUDA graph overwrites its outputs
+    agent.zero_grad()  # here, so that no gradient leaves compiled code
+    return stats | {"losses/grad_norm": norm, "losses/grad_clipped": (norm > args.max_grad_norm).float()}
 
 
 def train(args, run):
@@ -311,9 +302,12 @@ def train(args, run):
     run.cleanup.callback(envs.close)
     agent = Agent(int(envs.single_action_space.n), args.bf16).to(run.device)
     square_avgs = [torch.ones_like(parameter) for parameter in agent.parameters()]
-    act_fn, loss_fn = act, rollout_loss
+    act_fn, update_fn = act, update
     if args.compile:  # "reduce-overhead" records CUDA graphs on a GPU, and changes nothing on a CPU
-        act_fn, loss_fn = (torch.compile(function, mode="reduce-overhead") for function in (act, rollout_loss))
+        torch._dynamo.config.trace_autograd_ops = True  # compiles the backward pass in the same graph
+        for square_avg in square_avgs:  # a CUDA graph may change in place what keeps its address
+            torch._dynamo.mark_static_address(square_avg)
+        act_fn, update_fn = (torch.compile(function, mode="reduce-overhead") for function in (act, update))
     recent_returns = deque(maxlen=100)
     if run.checkpoint:
         agent.load_state_dict(run.checkpoint["agent"])
@@ -373,7 +367,10 @@ def train(args, run):
         batch = tuple(tensor.flatten(0, 1) for tensor in (obs, actions, advantages, returns))
         # at every second log: the three backward passes then take under 1 % of the time
         shares = grad_shares(agent, args, rollout_loss, batch) if (iteration + 1) % (2 * args.log_interval) == 0 else {}
-        history.append(update(agent, square_avgs, learning_rate, loss_fn, args, batch))
+        # compiled code sees a tensor change; it would be compiled anew for each number
+        rate = torch.tensor(learning_rate, device=run.device) if args.compile else learning_rate
+        stats = update_fn(agent, square_avgs, rate, args, batch)
+        history.append({name: value.clone() for name, value in stats.items()})  # a CUDA graph's next replay overwrites them
         fits.append(torch.stack([returns, values]))
         seconds += time.perf_counter() - start
 

@@ -113,7 +113,7 @@ class Args:
     cuda: bool = True  # use a GPU if there is one
     torch_deterministic: bool = True  # use deterministic cuDNN kernels
     bf16: bool = False  # run the network in bfloat16; faster only on hardware with bf16 instructions
-    compile: bool = False  # torch.compile acting and the loss, with CUDA graphs on a GPU; the first minute is slower
+    compile: bool = False  # torch.compile acting and the gradient step, with CUDA graphs on a GPU; the first minute is slower
     num_threads: NonNegativeInt = 0  # CPU threads of torch and of the games; 0: all cores
 
 
@@ -237,17 +237,9 @@ def make_envs(rom, num_envs, args, **preprocessing):
     `terminated` marks a lost life, and the game goes on. Unlike in SB3 and CleanRL nothing presses FIRE then, and the frame
     stack stays. A finished game restarts within the same step. 108,000 frames truncate a game.
     """
-    return AtariVectorEnv(
-        rom,
-        num_envs,
-        num_threads=min(args.num_threads, num_envs),
-        repeat_action_probability=args.repeat_action_probability,
-        reward_clipping=False,
-        episodic_life=False,
-        life_loss_info=True,
-        autoreset_mode=AutoresetMode.SAME_STEP,
-        **preprocessing,
-    )
+    settings = {"repeat_action_probability": args.repeat_action_probability, "reward_clipping": False, "episodic_life": False}
+    settings |= {"life_loss_info": True, "autoreset_mode": AutoresetMode.SAME_STEP}
+    return AtariVectorEnv(rom, num_envs, num_threads=min(args.num_threads, num_envs), **settings, **preprocessing)
 
 
 def games_over(dones, info, last_info):
@@ -283,22 +275,27 @@ def compute_gae(rewards, values, dones, next_values, gamma, gae_lambda):
     return advantages, advantages + values
 
 
-def update(agent, optimizer, loss_fn, args, clip_coef, batch):
+def gradient_step(agent, optimizer, args, clip_coef, indices, rows):
+    """One step on samples `indices` of `rows`, which are `batch` of `update`, frames NHWC. Returns statistics as tensors."""
+    obs, *others = (tensor.index_select(0, indices) for tensor in rows)
+    loss, stats = minibatch_loss(agent, args, clip_coef, obs.permute(0, 3, 1, 2), *others)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+    optimizer.step()
+    agent.zero_grad()  # here, so that no gradient leaves compiled code
+    return stats | {"losses/grad_norm": norm, "losses/grad_clipped": (norm > args.max_grad_norm).float()}
+
+
+def update(agent, optimizer, step_fn, args, clip_coef, batch):
     """`update_epochs` passes over the rollout in shuffled minibatches. Returns the mean of each statistic.
 
-    batch: the inputs of `minibatch_loss` after `clip_coef`, each [num_steps * num_envs, ...].
+    step_fn: `gradient_step`, also compiled. batch: inputs of `minibatch_loss` after `clip_coef`, [num_steps * num_envs, ...].
     """
     history = []
-    rows = (batch[0].permute(0, 2, 3, 1), *batch[1:])  # frames as they lie in memory, NHWC: index_select is fast on such rows
+    rows = (batch[0].permute(0, 2, 3, 1), *batch[1:])  # index_select is fast on rows that are contiguous
     for _ in range(args.update_epochs):
         for indices in torch.randperm(len(batch[0]), device=batch[0].device).split(args.minibatch_size):
-            obs, *others = (tensor.index_select(0, indices) for tensor in rows)
-            optimizer.zero_grad()
-            loss, stats = loss_fn(agent, args, clip_coef, obs.permute(0, 3, 1, 2), *others)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-            optimizer.step()
-            stats |= {"losses/grad_norm": norm, "losses/grad_clipped": (norm > args.max_grad_norm).float()}
+            stats = step_fn(agent, optimizer, args, clip_coef, indices, rows)
             history.append(torch.stack(list(stats.values())))  # no .item(), which would wait for the GPU
         if args.target_kl is not None and stats["losses/approx_kl"] > args.target_kl:
             break
@@ -317,14 +314,15 @@ def train(args, run):
     envs = make_envs(resolve_env(args.env_id)[1], args.num_envs, args)
     run.cleanup.callback(envs.close)
     agent = Agent(int(envs.single_action_space.n), args.bf16).to(run.device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=args.adam_eps, fused=True)
-    act_fn, loss_fn = act, minibatch_loss
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=args.adam_eps, fused=not args.compile)
+    act_fn, step_fn = act, gradient_step
     if args.compile:  # "reduce-overhead" records CUDA graphs on a GPU, and changes nothing on a CPU
-        act_fn, loss_fn = (torch.compile(function, mode="reduce-overhead") for function in (act, minibatch_loss))
+        torch._dynamo.config.trace_autograd_ops = True  # compiles the backward pass in the same graph
+        act_fn, step_fn = (torch.compile(function, mode="reduce-overhead") for function in (act, gradient_step))
     recent_returns = deque(maxlen=100)
     if run.checkpoint:
         agent.load_state_dict(run.checkpoint["agent"])
-        optimizer.load_state_dict(run.checkpoint["optimizer"])
+        optimizer.load_state_dict(run.checkpoint["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})
         recent_returns.extend(run.checkpoint["recent_returns"])
 
     shape = (args.num_steps, args.num_envs)
@@ -333,7 +331,7 @@ def train(args, run):
     actions = torch.zeros(shape, dtype=torch.int64, device=run.device)
     logprobs, values = torch.zeros(shape, device=run.device), torch.zeros(shape, device=run.device)
     rewards, dones = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
-    clip_coef = torch.tensor(args.clip_coef, device=run.device)  # a tensor, so that compiled code sees it change
+    clip_coef = torch.tensor(args.clip_coef, device=run.device)  # compiled code sees a tensor change, also the learning rate
     share_sample = torch.from_numpy(np.random.default_rng(0).permutation(batch_size)[: args.minibatch_size])
     game_returns, game_lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=int)
     next_obs, info = envs.reset(seed=game_seeds)
@@ -341,7 +339,8 @@ def train(args, run):
     for iteration in range(run.global_step // batch_size, num_iterations):
         start = time.perf_counter()
         fraction_left = 1.0 - iteration / num_iterations if args.anneal_lr else 1.0
-        optimizer.param_groups[0]["lr"] = fraction_left * args.learning_rate
+        learning_rate = fraction_left * args.learning_rate
+        optimizer.param_groups[0]["lr"] = torch.tensor(learning_rate, device=run.device) if args.compile else learning_rate
         clip_coef.fill_(fraction_left * args.clip_coef)
 
         # act
@@ -376,13 +375,14 @@ def train(args, run):
         # learn
         with torch.no_grad():
             _, next_values = agent(torch.as_tensor(next_obs, device=run.device))
-            rewards_t, dones_t = torch.as_tensor(np.stack([rewards, dones]), device=run.device)  # one transfer
-            advantages, returns = compute_gae(rewards_t, values, dones_t, next_values, args.gamma, args.gae_lambda)
+            # on the CPU: on a GPU each of its small steps would be several launches
+            arrays = torch.from_numpy(rewards), values.cpu(), torch.from_numpy(dones), next_values.cpu()
+            advantages, returns = torch.stack(compute_gae(*arrays, args.gamma, args.gae_lambda)).to(run.device)
         batch = tuple(tensor.flatten(0, 1) for tensor in (obs, actions, logprobs, advantages, returns))
         shares = {}
         if iteration % 20 == 0:  # three more backward passes, in all under 1 % of the time
             shares = grad_shares(agent, args, minibatch_loss, (clip_coef, *(tensor[share_sample] for tensor in batch)))
-        stats = update(agent, optimizer, loss_fn, args, clip_coef, batch) | shares
+        stats = update(agent, optimizer, step_fn, args, clip_coef, batch) | shares
 
         # log
         recent_returns.extend(finished_returns)
@@ -395,7 +395,7 @@ def train(args, run):
         if returns.var(correction=0) > 1e-10:  # else there is nothing to explain but rounding
             unexplained = (returns - values).var(correction=0) / returns.var(correction=0)
             stats["losses/explained_variance"] = (1 - unexplained).item()
-        stats["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+        stats["charts/learning_rate"] = learning_rate
         run.log(stats, time.perf_counter() - start)
         last = iteration + 1 == num_iterations
         if args.eval_interval and run.global_step % args.eval_interval < batch_size and not last:

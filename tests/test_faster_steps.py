@@ -13,20 +13,23 @@ import sppo_atari
 CONTINUOUS = [importlib.import_module(name) for name in ("dsppo_continuous", "dsa2c_continuous")]
 
 
-def test_minibatches_of_frames_are_rows_of_the_rollout_bit_for_bit():
+def test_minibatches_of_frames_are_rows_of_the_rollout_bit_for_bit(monkeypatch):
     """In the memory order of the convolutions, too: it decides how they round."""
     torch.manual_seed(0)
     obs = torch.randint(0, 256, (8, 84, 84, 4), dtype=torch.uint8).permute(0, 3, 1, 2)
     batch, seen = (obs, *torch.arange(32.0).view(4, 8)), []
 
-    def loss_fn(agent, args, clip_coef, *minibatch):
+    def minibatch_loss(agent, args, clip_coef, *minibatch):
         seen.append(minibatch)
         return agent.actor.bias.sum(), {"losses/approx_kl": torch.zeros(())}
+
+    monkeypatch.setattr(sppo_atari, "minibatch_loss", minibatch_loss)
 
     agent = sppo_atari.Agent(3)
     args = sppo_atari.Args(minibatch_size=4, update_epochs=2)
     torch.manual_seed(5)
-    sppo_atari.update(agent, torch.optim.Adam(agent.parameters()), loss_fn, args, torch.tensor(0.1), batch)
+    optimizer = torch.optim.Adam(agent.parameters())
+    sppo_atari.update(agent, optimizer, sppo_atari.gradient_step, args, torch.tensor(0.1), batch)
     torch.manual_seed(5)
     expected = [indices for _ in range(2) for indices in torch.randperm(8).split(4)]
     assert len(seen) == len(expected) == 4

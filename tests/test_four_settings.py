@@ -83,7 +83,7 @@ def train(args, make_optimizer, update=sppo_atari.update):
             logprobs = agent(obs)[0].gather(-1, actions[:, None]).squeeze(-1)
         batch = (obs[..., None, None], actions, logprobs, advantages, returns)  # `update` takes frames
         clip_coef = torch.tensor(args.clip_coef, dtype=torch.float64)
-        update(agent, optimizer, sppo_atari.minibatch_loss, args, clip_coef, batch)
+        update(agent, optimizer, sppo_atari.gradient_step, args, clip_coef, batch)
     return torch.cat([parameter.detach().flatten() for parameter in agent.parameters()]) - first
 
 
@@ -179,14 +179,14 @@ def test_an_adam_state_carried_over_is_divided_by_w_and_its_square(monkeypatch):
     def switched(divide_first, divide_second):
         rollouts = iter([sppo, divided(sppo), divided(sppo), divided(sppo)])
 
-        def update(agent, optimizer, loss_fn, _, clip_coef, batch):
+        def update(agent, optimizer, step_fn, _, clip_coef, batch):
             args = next(rollouts)
             if args.beta == 0 and optimizer.param_groups[0]["eps"] == sppo.adam_eps:
                 optimizer.param_groups[0]["eps"] = args.adam_eps
                 for state in optimizer.state.values():
                     state["exp_avg"] /= divide_first
                     state["exp_avg_sq"] /= divide_second
-            return sppo_atari.update(agent, optimizer, loss_fn, args, clip_coef, batch)
+            return sppo_atari.update(agent, optimizer, step_fn, args, clip_coef, batch)
 
         return train(sppo, adam, update)
 
@@ -281,7 +281,7 @@ def test_norm_and_share_of_the_clip(script):
         else:
             optimizer = [torch.optim.SGD(weights or agent.parameters(), lr=0.0)]
         generator = (torch.Generator(),) if script is dsppo_continuous else ()
-        step_fn = {dsppo_continuous: (dsppo_continuous.gradient_step,), dsa2c_continuous: ()}.get(script, (loss_fn,))
+        step_fn = (script.gradient_step,) if ratio else ()
         stats = script.update(agent, *weights, *optimizer, *step_fn, args, *clip_coef, batch, *generator)
         assert float(stats["losses/grad_norm"]) == pytest.approx(norm) and float(stats["losses/grad_clipped"]) == clipped
 

@@ -21,7 +21,17 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(ROOT.glob("*.py"))
 OWN = {"Args", "update", "train", "name_arm", "check"}  # what each script has in a form of its own
 # what the control scripts of one family of environments share, and the other family has in another form
-FAMILY = {"Agent", "act", "evaluate", "load_agent", "load_policy", "minibatch_loss", "resolve_env", "rollout_loss"}
+FAMILY = {
+    "Agent",
+    "act",
+    "evaluate",
+    "gradient_step",
+    "load_agent",
+    "load_policy",
+    "minibatch_loss",
+    "resolve_env",
+    "rollout_loss",
+}
 # What differs between the RLHF scripts: a classifier and a trained model there, adapters on one base here
 RLHF_OWN = {"Agent", "encode", "evaluate", "load_models", "load_texts", "rollout", "save_policy", "score"}
 RLHF_OWN |= {"trained_parameters", "check_task", "load_reward"}

@@ -115,7 +115,7 @@ def test_stable_baselines3s_recipe_is_sppo(monkeypatch):
     for left, obs, actions, *rest in rollouts:
         optimizer.param_groups[0]["lr"] = left * args.learning_rate
         clip_coef = torch.tensor(left * args.clip_coef, dtype=torch.float64)
-        sppo_atari.update(agent, optimizer, sppo_atari.minibatch_loss, args, clip_coef, (obs, actions.long(), *rest))
+        sppo_atari.update(agent, optimizer, sppo_atari.gradient_step, args, clip_coef, (obs, actions.long(), *rest))
     for module, ours in pairs(theirs):
         for name, parameter in ours.named_parameters():
             torch.testing.assert_close(parameter, module.get_parameter(name), atol=1e-7, rtol=0)
@@ -149,7 +149,7 @@ def fast_adam(parameters, args):
 def cleanrl_update(settings, alpha=1.0, beta=0.0, eps=1e-5):
     """An update like CleanRL's: half a mean square as value loss, clipped or not. `alpha` and `beta` weight Eq. 3 and 8."""
 
-    def update(agent, optimizer, loss_fn, args, clip_coef, batch):
+    def update(agent, optimizer, step_fn, args, clip_coef, batch):
         obs, actions, old_logprobs, all_advantages, all_returns = batch
         eps_low, eps_high = 1 - settings.clip_coef, 1 + settings.clip_coef
         optimizer.param_groups[0]["eps"] = eps

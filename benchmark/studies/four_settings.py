@@ -72,7 +72,7 @@ def differences(args: sppo_atari.Args) -> dict[str, float]:
         agent = copy.deepcopy(first)
         optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=args.adam_eps, fused=True)
         torch.manual_seed(order)
-        sppo_atari.update(agent, optimizer, sppo_atari.minibatch_loss, args, clip_coef, batch)
+        sppo_atari.update(agent, optimizer, sppo_atari.gradient_step, args, clip_coef, batch)
         moved = [(new - old).flatten() for new, old in zip(agent.parameters(), first.parameters(), strict=True)]
         return torch.cat(moved).detach().double()
 

@@ -17,8 +17,9 @@ speed="$python benchmark/studies/speed.py"
 part 60 phases $speed atari-ppo --cuda --phases --blocks 8
 part 60 phases-not-deterministic $speed atari-ppo --cuda --phases --blocks 8 --more=--no-torch-deterministic
 part 60 phases-eight-threads $speed atari-ppo --cuda --phases --blocks 8 --more='--num-threads 8'
+part 90 phases-compile $speed atari-ppo --cuda --phases --blocks 8 --more=--compile
 # equal numbers with and without --compile, on the GPU
-part 60 equal env CUDA_VISIBLE_DEVICES=0 "$python" -m pytest tests/test_faster_steps.py -n 0 -q
+part 120 equal env CUDA_VISIBLE_DEVICES=0 "$python" -m pytest tests/test_faster_steps.py tests/test_update.py -k compiled -n 0 -q
 # side by side with Stable-Baselines3, A B A B
 part 170 atari-ppo $speed atari-ppo --cuda --rounds 2 --blocks 8
 part 130 atari-a2c $speed atari-a2c --cuda --rounds 2 --blocks 6

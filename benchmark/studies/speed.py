@@ -261,10 +261,10 @@ def atari_parts(suite: Suite, script):
     batch = (obs, actions, *old, torch.randn(size), values)
     if suite.algorithm == "ppo":
         optimizer = torch.optim.Adam(agent.parameters(), lr=1e-5, eps=1e-5, fused=True)
-        before = (agent, optimizer, script.minibatch_loss, args, torch.tensor(0.1))
+        before = (agent, optimizer, script.gradient_step, args, torch.tensor(0.1))
     else:
         square_avgs = [torch.ones_like(parameter) for parameter in agent.parameters()]
-        before = (agent, square_avgs, 1e-5, script.rollout_loss, args)
+        before = (agent, square_avgs, 1e-5, args)
     return play, think, lambda: script.update(*before, batch)
 
 
@@ -358,8 +358,15 @@ def loop_phases(args: Args, suite: Suite) -> list[str]:
             seconds[label] += time.perf_counter() - begin
             return result
 
+        call.inside = function, label
         return call
 
+    def compile_inside(function, **options):  # a clock within compiled code would break its graph
+        inside, label = getattr(function, "inside", (function, None))
+        compiled = torch_compile(inside, **options)
+        return clocked(label, compiled) if label else compiled
+
+    torch_compile, torch.compile = torch.compile, compile_inside
     for label, name in (("acting", "act"), ("advantages", "compute_gae"), ("update", "update"), ("shares", "grad_shares")):
         setattr(script, name, clocked(label, getattr(script, name)))
     if "atari" in suite.script:
