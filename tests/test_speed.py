@@ -46,11 +46,28 @@ def test_the_phases_of_each_script_can_be_measured(name, monkeypatch):
     assert found["update, symmetric / plain"] == found["update"] / found["update, plain"]  # of one pair
 
 
+def test_a_suite_says_when_compiling_pays(monkeypatch, tmp_path):
+    """30 s more of warm-up, made good at 300 steps/s against 200: n / 200 - n / 300 = 30, n = 18,000."""
+    (tmp_path / "benchmark/results/speed").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+
+    def measure(args, suite, arm, threads):
+        compiled = "--compile" in arm
+        return [300.0 if compiled else 200.0], 1.0, 40.0 if compiled else 10.0
+
+    monkeypatch.setattr(speed, "measure", measure)
+    monkeypatch.setattr(speed, "phases", lambda *_: {})
+    speed.measure_suite(speed.Args("dppo", rounds=1))
+    table = (tmp_path / "benchmark/results/speed/dppo.md").read_text()
+    assert "DSPPO with --compile: 30 s more until the end of the warm-up, made good after 18,000 steps." in table
+    assert table.count("made good") == 1
+
+
 @pytest.mark.parametrize("arm", [speed.SB3, "DSA2C (α 0.5, β 0.2)"])
 def test_a_process_is_measured(arm, monkeypatch):
     monkeypatch.chdir(ROOT)
     suite = dataclasses.replace(speed.SUITES["da2c"], env_id="Pendulum-v1", block=2)
-    rates, peak = speed.measure(speed.Args(blocks=3), suite, speed.commands("da2c")[arm], 1)
+    rates, peak, _ = speed.measure(speed.Args(blocks=3), suite, speed.commands("da2c")[arm], 1)
     assert len(rates) == 3 and min(rates) > 0 and 50 < peak < 5000
 
 
@@ -139,7 +156,7 @@ def test_on_a_gpu_the_peak_is_that_of_torchs_allocator(monkeypatch):
     suite = dataclasses.replace(speed.SUITES["atari-a2c"], block=2)
     arms = speed.commands("atari-a2c", cuda=True)
     assert list(arms) == [speed.SB3, "SA2C (α 0.5, β 5)", "SA2C (α 0.5, β 5) with --compile"]
-    rates, peak = speed.measure(speed.Args(blocks=2, cuda=True), suite, arms["SA2C (α 0.5, β 5)"], 1)
+    rates, peak, _ = speed.measure(speed.Args(blocks=2, cuda=True), suite, arms["SA2C (α 0.5, β 5)"], 1)
     assert len(rates) == 2 and min(rates) > 0 and peak == 3.0
     assert "--cuda" in commands[0] and commands[0][3] == "sa2c_atari.py"
 

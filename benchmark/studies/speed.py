@@ -91,6 +91,7 @@ SUITES = {
             "PPO (α 1, β 0)": "--alpha 1 --beta 0",
             "SPPO (α 0.5, β 10)": "--alpha 0.5 --beta 10",
             "SPPO with --bf16": "--alpha 0.5 --beta 10 --bf16",
+            "SPPO with --bf16 --compile": "--alpha 0.5 --beta 10 --bf16 --compile",
         },
     ),
     "atari-a2c": Suite(
@@ -105,6 +106,7 @@ SUITES = {
             "A2C (α 1, β 0)": "--alpha 1 --beta 0",
             "SA2C (α 0.5, β 5)": "--alpha 0.5 --beta 5",
             "SA2C with --bf16": "--alpha 0.5 --beta 5 --bf16",
+            "SA2C with --bf16 --compile": "--alpha 0.5 --beta 5 --bf16 --compile",
         },
     ),
     "dppo": Suite(
@@ -184,9 +186,9 @@ def commands(suite: str, cuda: bool = False) -> dict[str, str]:
     return found | {label: f"{script} {arm}" for label, arm in arms.items()}
 
 
-def measure(args: Args, suite: Suite, arm: str, threads: int) -> tuple[list[float], float]:
-    """Of a fresh process: environment steps per second of each counted block, and the peak of memory in MiB, on a CPU all that
-    is resident, on a GPU what torch's allocator holds."""
+def measure(args: Args, suite: Suite, arm: str, threads: int) -> tuple[list[float], float, float]:
+    """Of a fresh process: environment steps per second of each counted block, the peak of memory in MiB, on a CPU all that is
+    resident, on a GPU what torch's allocator holds, and the seconds to the end of the warm-up, with nothing compiled before."""
     batch = suite.num_envs * suite.num_steps * suite.block
     total = str(batch * (WARM_UP + args.blocks))
     with tempfile.TemporaryDirectory() as folder:
@@ -195,7 +197,9 @@ def measure(args: Args, suite: Suite, arm: str, threads: int) -> tuple[list[floa
         if suite.block > 1:
             command += ["--log-interval", str(suite.block), "--checkpoint-interval", str(1000 * suite.block)]
         environment = {**ENVIRONMENT, "OMP_NUM_THREADS": str(threads), "GPU_PEAK": f"{folder}/gpu_peak"}
+        environment["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/compiled"
         wrapper, said = ["-c", GPU_PEAK] if args.cuda else [], Path(folder, "said")
+        begin = time.time()
         with said.open("w") as output:
             process = subprocess.Popen([sys.executable, *wrapper, *command], env=environment, stdout=output, stderr=output)
             _, status, usage = os.wait4(process.pid, 0)
@@ -205,7 +209,7 @@ def measure(args: Args, suite: Suite, arm: str, threads: int) -> tuple[list[floa
         events = EventFileLoader(str(path)).Load()  # the time at which each block was logged
         times = [e.wall_time for e in events for v in e.summary.value if v.tag == "charts/SPS"]
         peak = float(Path(folder, "gpu_peak").read_text()) if args.cuda else usage.ru_maxrss / 1024
-    return (batch / np.diff(times)[-args.blocks :]).tolist(), peak
+    return (batch / np.diff(times)[-args.blocks :]).tolist(), peak, times[WARM_UP - 1] - begin
 
 
 def timed(function, count: int = 1) -> float:
@@ -425,7 +429,7 @@ def growth(args: Args, suite: Suite) -> list[str]:
             grown = suite if name == "bins" else dataclasses.replace(suite, **{name: getattr(suite, name) * times})
             flags = f" --num-bins {11 * times}" if name == "bins" else ""
             flags += f" --num-envs {grown.num_envs} --num-steps {grown.num_steps} {args.more}"
-            rates, peak = measure(args, grown, f"{suite.script}.py {arm}{flags}", suite.threads or os.cpu_count())
+            rates, peak, _ = measure(args, grown, f"{suite.script}.py {arm}{flags}", suite.threads or os.cpu_count())
             taken = grown.num_envs * grown.num_steps / float(np.median(rates))
             lines.append(f"| {name} | {times} | {taken:.3f} | {f'{taken / last:.2f}' if last else ''} | {peak:,.0f} |")
             print(lines[-1], flush=True)
@@ -529,12 +533,13 @@ def measure_suite(args: Args) -> None:
     """Measures one script beside Stable-Baselines3 and writes what the docstring above says."""
     suite, commit = SUITES[args.suite], git_commit()  # before the files of the results change
     threads = suite.threads or os.cpu_count()
-    speeds, memory = defaultdict(list), defaultdict(float)
+    speeds, memory, warm_up = defaultdict(list), defaultdict(float), defaultdict(list)
     arms = commands(args.suite, args.cuda)
     for turn in range(args.rounds):
         for label, arm in arms.items():
-            rates, peak = measure(args, suite, arm, threads)
+            rates, peak, seconds = measure(args, suite, arm, threads)
             speeds[label] += rates
+            warm_up[label].append(seconds)
             memory[label] = max(memory[label], peak)
             print(f"round {turn + 1}, {label}: {np.median(rates):.0f} steps/s, {peak:.0f} MiB", flush=True)
     parts = {} if args.cuda else phases(args, suite, threads)
@@ -561,12 +566,20 @@ def measure_suite(args: Args) -> None:
         lines.append(
             f"| {label} | {medians[label]:,.0f} ({low:,.0f} to {high:,.0f}) | {ratio:.2f} x | {memory[label]:.0f} MiB |"
         )
+    labels = {arm: label for label, arm in arms.items()}
+    for label, arm in arms.items():
+        plain = labels.get(arm.removesuffix(" --compile"))
+        if plain and medians[label] > medians[plain] and plain != label:
+            first = float(np.median(warm_up[label]) - np.median(warm_up[plain]))
+            pays = first / (1 / medians[plain] - 1 / medians[label])
+            lines += ["", f"{label}: {first:.0f} s more until the end of the warm-up, made good after {pays:,.0f} steps."]
     if parts:
         lines += phases_table(suite, parts, medians, args.pairs)
     stem = Path("benchmark/results/speed") / f"{args.suite}{'-gpu' if gpu else ''}"
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
     about = {"commit": commit, "versions": versions, "cpu": cpu} | ({"gpu": gpu} if gpu else {})
-    content = {**about, "steps_per_second": speeds, "peak_mib": memory} | ({"phases": parts} if parts else {})
+    content = {**about, "steps_per_second": speeds, "peak_mib": memory, "warm_up_seconds": warm_up}
+    content |= {"phases": parts} if parts else {}
     stem.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
     print("\n".join(lines))
 
