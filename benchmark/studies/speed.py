@@ -106,7 +106,6 @@ SUITES = {
             "A2C (α 1, β 0)": "--alpha 1 --beta 0",
             "SA2C (α 0.5, β 5)": "--alpha 0.5 --beta 5",
             "SA2C with --bf16": "--alpha 0.5 --beta 5 --bf16",
-            "SA2C with --bf16 --compile": "--alpha 0.5 --beta 5 --bf16 --compile",
         },
     ),
     "dppo": Suite(
