@@ -5,6 +5,7 @@ import json
 import os
 import statistics
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -813,6 +814,7 @@ def test_a_wandb_project_gives_the_same_report_as_its_folders(tmp_path):
         summary = {name: one[name] for name in ("score", "seconds", "global_step")} | {"charts/SPS": 9.0}
         points = [{"global_step": step, "charts/episodic_return": one["score"] * step / 1000} for step in range(100, 1001, 100)]
         history = [{**point, "charts/adv_sign_change": one["args"]["seed"] / 100, "_step": 1} for point in points]
+        history.insert(0, {**history[3], "charts/episodic_return": 1e9})  # logged before a kill, and again when it was resumed
         state = "crashed" if one is crashed else "finished"
         logged.append({"id": one["run_id"], "state": state, "config": config, "summary": summary, "history": history})
     for one in (crashed, short):
@@ -841,15 +843,22 @@ def test_what_has_no_score_or_no_end_is_left_out_and_named(tmp_path):
     assert said in text and text.startswith("17 runs")
 
 
-def test_rlhf_measures_before_and_after(tmp_path):
-    """Before: one value a seed, whatever the arms, which start alike."""
+def test_rlhf_measures_before_and_after(tmp_path, monkeypatch):
+    """Before: one value a seed, whatever the arms, which start alike. From W&B: the last values logged."""
     before, after = {1: 30.0, 2: 40.0}, {("PPO", 1): 50.0, ("PPO", 2): 60.0, ("DSPPO", 1): 35.0, ("DSPPO", 2): 45.0}
+    logged = []
     for (arm, seed), value in after.items():
         one = result(arm=arm, seed=seed, score=0.5, script="sppo_rlhf_imdb.py", env_id="imdb")
         save(tmp_path / "runs", one | {"before": {"perplexity": before[seed]}, "after": {"perplexity": value}})
+        config = one["args"] | {name: one[name] for name in ("script", "run_id", "versions", "env_id")}
+        last = {"score": 0.5, "global_step": 1000, "eval/perplexity": value, "test/perplexity": -1.0}
+        logged.append(SimpleNamespace(id=one["run_id"], name="x", state="finished", config=config, summary_metrics=last))
     text = make([tmp_path / "runs"], tmp_path / "one")
     assert "| | before | PPO | SPPO |" in text
     assert "| perplexity | 35.0 ± 5.0 | 55.0 ± 5.0 | 40.0 ± 5.0 |" in text  # stderr of 30, 40: 7.07 / sqrt 2
+    api = SimpleNamespace(runs=lambda project, lazy: logged)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Api=lambda: api, Error=ValueError))
+    assert "| perplexity |  | 55.0 ± 5.0 | 40.0 ± 5.0 |" in tables.measures(reading.load_runs((), "me/rl"))
 
 
 @pytest.mark.parametrize(

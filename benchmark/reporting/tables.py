@@ -81,7 +81,7 @@ def load_curves(runs: pd.DataFrame, sources: tuple[Path, ...]) -> tuple[pd.DataF
             history = run.wandb.history(samples=10_000, pandas=False)  # the paper's runs have 4,882 rows at most
             points = [(tag, row.get("global_step"), value) for row in history for tag, value in row.items()]
         rows = [(run.run_id, *point) for point in points if point[0] in KEPT]
-        tables.append(pd.DataFrame(rows, columns=columns))
+        tables.append(pd.DataFrame(rows, columns=columns).drop_duplicates(columns[:3], keep="last"))  # of a resumed run
     for path in sorted(source.with_name("curves.csv") for source in sources if source.is_file()):
         if path.exists():
             found = read_curves(path)
@@ -100,8 +100,7 @@ def load_curves(runs: pd.DataFrame, sources: tuple[Path, ...]) -> tuple[pd.DataF
 
 def curves_csv(curves: pd.DataFrame) -> str:
     """A line a tag and step, a column a run: a fifth of the size of a line a point."""
-    points = curves.drop_duplicates(["run_id", "tag", "step"], keep="last")
-    return points.pivot(index=["tag", "step"], columns="run_id", values="value").to_csv(float_format="%.6g")
+    return curves.pivot(index=["tag", "step"], columns="run_id", values="value").to_csv(float_format="%.6g")
 
 
 def read_curves(path: Path) -> pd.DataFrame:
