@@ -47,10 +47,10 @@ except ModuleNotFoundError as error:
 class Args:
     sources: tyro.conf.Positional[tuple[Path, ...]]
     """folders, searched for finished runs, and runs.csv of other reports"""
-    wandb: str | None = None
-    """ENTITY/PROJECT, whose finished runs and curves are read from W&B"""
     out: Path = Path("report")
     """folder to write into"""
+    wandb: str | None = None
+    """ENTITY/PROJECT, whose finished runs and curves are read from W&B"""
     allow_mixed: bool = False
     """report although settings, lengths or versions differ, and say so"""
     reps: PositiveInt = 2000
