@@ -813,7 +813,7 @@ def test_a_wandb_project_gives_the_same_report_as_its_folders(tmp_path):
         config = one["args"] | {name: one[name] for name in ("script", "run_id", "versions", "commit", "device", "env_id")}
         summary = {name: one[name] for name in ("score", "seconds", "global_step")} | {"charts/SPS": 9.0}
         points = [{"global_step": step, "charts/episodic_return": one["score"] * step / 1000} for step in range(100, 1001, 100)]
-        history = [{**point, "charts/adv_sign_change": one["args"]["seed"] / 100, "_step": 1} for point in points]
+        history = [{**point, "charts/adv_sign_change": one["args"]["seed"] / 100} for point in points]
         history.insert(0, {**history[3], "charts/episodic_return": 1e9})  # logged before a kill, and again when it was resumed
         state = "crashed" if one is crashed else "finished"
         logged.append({"id": one["run_id"], "state": state, "config": config, "summary": summary, "history": history})

@@ -78,7 +78,7 @@ def load_curves(runs: pd.DataFrame, sources: tuple[Path, ...]) -> tuple[pd.DataF
             events = EventAccumulator(run.folder, size_guidance={"scalars": 0}).Reload()
             points = [(tag, event.step, event.value) for tag in events.Tags()["scalars"] for event in events.Scalars(tag)]
         elif not pd.isna(run.wandb):
-            history = run.wandb.history(samples=10_000, pandas=False)  # the paper's runs have 4,882 rows at most
+            history = run.wandb.scan_history()
             points = [(tag, row.get("global_step"), value) for row in history for tag, value in row.items()]
         rows = [(run.run_id, *point) for point in points if point[0] in KEPT]
         tables.append(pd.DataFrame(rows, columns=columns).drop_duplicates(columns[:3], keep="last"))  # of a resumed run
