@@ -1,42 +1,40 @@
 """Tables and figures from finished runs, in the paper's layout, with its published numbers beside ours.
 
-    python benchmark/report.py runs/grid/continuous-ppo                    # every finished run below a folder
-    python benchmark/report.py runs/grid/atari-ppo wandb_export.csv        # or a table of runs exported from W&B
-    python benchmark/report.py runs/a runs/b --out reports/mine --allow-mixed
+    python benchmark/report.py runs/grid/continuous-ppo             # every finished run below a folder
+    python benchmark/report.py --wandb ENTITY/PROJECT               # every finished run of a W&B project, with its curves
+    python benchmark/report.py runs/a runs/b/runs.csv --out reports/mine --allow-mixed
 
-A run's score is the mean over the episodes of its last evaluation (`--eval-episodes`, 10; result.json, W&B's summary), a cell
-the mean over seeds ± its standard error. Writes into --out
+A run's score is the mean over the episodes of its last evaluation (`--eval-episodes`, 10), a cell the mean over seeds ± its
+standard error. Writes into --out
 
-    report.md       tables by noise (best in bold, wins; returns while training; how long a control stays equal), aggregates,
-                    sign changes (Figure 2)
-    runs.csv        one line a run, as a table exported from W&B; may be given back to this script, with curves.csv beside it
+    report.md       tables by noise: best in bold, wins, returns while training, aggregates, sign changes (Figure 2)
+    runs.csv        one line a run; may be given back to this script, with curves.csv beside it
     cells.csv       one line a cell: mean, standard error, seeds; the paper's
     aggregates.csv  interquartile mean and probability of improvement with 95 % stratified bootstrap intervals (rliable)
-    curves.csv      learning curves, advantage sign changes and shares of the gradient of local runs: tag, step, a column a run
+    curves.csv      learning curves, advantage sign changes and shares of the gradient: tag, step, a column a run
     *.svg, *.png    learning curves (Figure 3), the policy's share of the gradient, KL (RLHF)
 
 An arm is called by its runs' --exp-name, which run.py takes from the TOML file; runs of our scripts without one by what their
 settings make of them (PPO, SPPO, control PPO). A control has alpha = a symmetric arm's alpha + beta |Z| (A2C: --mean-weight).
-The baseline is the TOML file's `baseline`, else PPO or A2C. The paper's numbers stand beside an arm only if it is of one of our
-scripts with the paper's settings; the length may differ.
+The baseline is the TOML file's `baseline`, which W&B does not know, else PPO or A2C. The paper's numbers stand beside an arm
+only if it is of one of our scripts with the paper's settings; the length may differ.
 
 Runs of an arm whose settings, lengths or versions differ are refused, unless --allow-mixed, which says so in the report. Runs
 that have not finished, and curves that end early or have a hole, are left out, and named.
 """
 
-import contextlib
-import os
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 INSTALL = "pip install -r benchmark/requirements.txt"
 try:
     import pandas as pd
     import tyro
+    from pydantic import PositiveInt
+    from pydantic.dataclasses import dataclass
     from reporting import figures, runs, tables
-    from reporting.arms import FAMILIES, fail, order, roles_of
+    from reporting.arms import fail, order, roles_of
 except ModuleNotFoundError as error:
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__)
@@ -48,38 +46,32 @@ except ModuleNotFoundError as error:
 @dataclass
 class Args:
     sources: tyro.conf.Positional[tuple[Path, ...]]
-    """folders, searched for finished runs, and csv files of runs"""
+    """folders, searched for finished runs, and runs.csv of other reports"""
     out: Path = Path("report")
     """folder to write into"""
+    wandb: str | None = None
+    """ENTITY/PROJECT, whose finished runs and curves are read from W&B"""
     allow_mixed: bool = False
     """report although settings, lengths or versions differ, and say so"""
-    reps: int = 2000
+    reps: PositiveInt = 2000
     """bootstrap samples"""
 
 
 def first_lines(found: pd.DataFrame, mixture: list[str], curves: pd.DataFrame, lacking: list[str]) -> list[str]:
     """What was made where, what a score is, and all that was left out."""
-    hours = (
-        f"{found.seconds.sum() / 3600:.1f} hours of training" if found.seconds.notna().all() else "hours of training unknown"
-    )
     made = []
     for name in ("commit", "device"):
-        values = found[name].fillna("unknown") if name in found else ["?"]
-        values = sorted({re.sub("([0-9a-f]{12})[0-9a-f]{28}", r"\1", str(value)) for value in values})
+        values = sorted({re.sub("([0-9a-f]{12})[0-9a-f]{28}", r"\1", value) for value in found[name].fillna("unknown")})
         made.append(f"{name} {values[0]}" if len(values) == 1 else f"**{len(values)} {name}s: {', '.join(values)}**")
     lines = [
-        f"{len(found)} runs, {hours}; {'; '.join(made)}. A score is the mean over the episodes of a run's last evaluation, of "
-        "the trained policy without noise; actions are sampled on Atari and IMDB, greedy elsewhere. Mean ± standard error of "
-        "the seeds (their number) [the paper's, at its own length and settings, of the last 10 episodes]; our best in bold."
+        f"{len(found)} runs, {found.seconds.sum() / 3600:.1f} hours of training; {'; '.join(made)}. A score is the mean over "
+        "the episodes of a run's last evaluation, of the trained policy without noise; actions are sampled on Atari and IMDB, "
+        "greedy elsewhere. Mean ± standard error of the seeds (their number) [the paper's, at its own length and settings, of "
+        "the last 10 episodes]; our best in bold."
     ]
-    about, without = found.attrs, len(found) - curves.run_id.nunique() - len(lacking)
-    if about["left out"]:
-        lines.append(f"**Left out: {'; '.join(about['left out'])}. What is left may flatter these arms.**")
-    if about["others"]:
-        lines.append(f"{about['others']} lines were of something else than these scripts' runs.")
-    if about["twice"]:
-        lines.append(f"{about['twice']} lines were of runs that had been read already.")
-    lines += [f"**{text}: runs that differ in these settings are taken as alike.**" for text in about["lacks"]]
+    left_out, without = found.attrs["left out"], len(found) - curves.run_id.nunique() - len(lacking)
+    if left_out:
+        lines.append(f"**Left out: {'; '.join(left_out)}. What is left may flatter these arms.**")
     if lacking:
         lines.append(f"**Curves left out, as their files are damaged or not whole: {'; '.join(lacking)}.**")
     if without:
@@ -99,26 +91,19 @@ def section(mine: pd.DataFrame, cells: pd.DataFrame, curves: pd.DataFrame) -> li
     lines += [tables.describe_arms(mine), "", *tables.scores(cells, roles), ""]
     beside = order(list(mine[(mine.script == "sppo_atari.py") & (mine.paper == "PPO")].arm.unique()), roles)
     if beside and cells.paper_mean.notna().any():
-        lines += [
-            f"The paper's PPO stands beside {' and '.join(beside)}: its released script does not normalise its advantages; "
-            "whether its table was made so is not known (docs/loss.md, fact 7).",
-            "",
-        ]
+        text = f"The paper's PPO stands beside {' and '.join(beside)}: its released script does not normalise its advantages; "
+        lines += [f"{text}whether its table was made so is not known (docs/loss.md, fact 7).", ""]
     lines += tables.training(mine, curves) + tables.gradient(mine, curves) + tables.measures(mine)
-    if script in FAMILIES and "ppo" in script:
-        lines += tables.equal_curves(mine, curves)
-        without = set(mine[mine.beta > 0].env) - set(mine[mine.method.str.startswith("control")].env)
-        if without:
-            lines += [f"**No control (α + β|Z|, β 0) beside the symmetric loss on {', '.join(sorted(without))}.**", ""]
+    symmetric = mine[(mine.beta > 0) & mine.method.str.contains("SPPO")]
+    if without := sorted(set(symmetric.env) - set(mine[mine.method.str.startswith("control")].env)):
+        lines += [f"**No control (α + β|Z|, β 0) beside the symmetric loss on {', '.join(without)}.**", ""]
     return lines
 
 
 def main(args: Args) -> None:
-    if not args.sources:
-        fail("expected folders with finished runs, or csv files with a line a run; see --help")
-    if args.reps < 1:
-        fail(f"--reps {args.reps}: expected 1 or more")
-    found = runs.load_runs(args.sources)
+    if not args.sources and not args.wandb:
+        fail("expected folders with finished runs, runs.csv of a report, or --wandb; see --help")
+    found = runs.load_runs(args.sources, args.wandb)
     mixture = runs.find_mixture(found)
     if mixture and not args.allow_mixed:
         rest = f"; and {len(mixture) - 1} more differences" if len(mixture) > 1 else ""
@@ -151,18 +136,15 @@ def main(args: Args) -> None:
     lines += tables.signs(found, curves)
     lines += ["", *(f"![{text}]({name}.svg)" for name, text in pictures.items() if (args.out / f"{name}.svg").exists())]
     made_here = ["env", "arm", "given", "method", "named", "paper", "steps", "run_script"]
-    paths = ["folder", "run_dir", "resume"]  # of this machine
+    paths = ["folder", "wandb", "run_dir", "resume"]  # of this machine
     table = found.assign(script=found.run_script).drop(columns=[*made_here, *paths], errors="ignore")
     files = {"runs.csv": table.to_csv(index=False), "cells.csv": cells.to_csv(index=False, float_format="%.8g")}
     files |= {"curves.csv": tables.curves_csv(curves), "report.md": "\n".join(lines) + "\n"}
     if aggregates:
         files["aggregates.csv"] = pd.concat(aggregates).to_csv(index=False, float_format="%.6g")
     for name, text in files.items():
-        figures.write_atomically(args.out / name, text.encode())
-    with contextlib.suppress(BrokenPipeError):  # `| head` has seen enough
-        print("\n".join(lines), flush=True)
-        return
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit
+        figures.write_whole(args.out / name, text)
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

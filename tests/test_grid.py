@@ -18,7 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, unchanged_process, wait_for
 from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(ROOT / "benchmark"))
@@ -110,18 +110,11 @@ def test_every_cell_has_the_papers_alpha_beta_and_steps(name):
     [
         ("atari-ppo", "Alien", "bsc", "sppo",
          "sppo_atari.py --env-id Alien --noise bsc --alpha 0.5 --beta 10 --total-timesteps 5000000"),
-        ("continuous-ppo", "Walker2d-v4", "gaussian", "control",
-         "dsppo_continuous.py --env-id Walker2d-v4 --noise gaussian --alpha 25.5 --beta 0 --total-timesteps 5000000"),
-        ("continuous-a2c", "Swimmer-v4", "none", "da2c",
-         "dsa2c_continuous.py --env-id Swimmer-v4 --alpha 1 --beta 0 --gamma 0.9999 --total-timesteps 2000000"),
         ("imdb", "imdb", "none", "control", "sppo_rlhf_imdb.py --alpha 0.9 --beta 0 --iterations 60"),
         ("tldr", "tldr", "none", "sppo_raw", "sppo_rlhf_tldr.py --alpha 0.5 --beta 0.2 --no-norm-adv --iterations 100"),
         ("atari-ppo", "Alien", "bsc", "reweighted",  # 0.5 / 10.5, 0.01 / 10.5, 0.5 / 10.5, 1e-5 / 10.5
          "sppo_atari.py --env-id Alien --noise bsc --alpha 1 --beta 0 --vf-coef 0.0476190476 --ent-coef 0.000952380952 "
          "--max-grad-norm 0.0476190476 --adam-eps 9.52380952e-07 --total-timesteps 5000000"),
-        ("which-setting", "Alien", "none", "reweighted_clip_eps",  # divided by 1.5
-         "sppo_atari.py --env-id Alien --alpha 1 --beta 0 --max-grad-norm 0.333333333 --adam-eps 6.66666667e-06 "
-         "--total-timesteps 5000000"),
         ("sb3_atari", "RoadRunner", "none", "sb3",
          "benchmark/studies/sb3_peer.py --env-id RoadRunner --peer-of sppo_atari.py --total-timesteps 200000"),
     ],
@@ -289,9 +282,8 @@ def test_bad_grids_are_one_line(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(
-    ("changed", "expected"),
-    [
+def test_bad_arguments_are_one_line(capsys):
+    for changed, expected in (
         ({"filter": "env=Pong"}, "--filter env=Pong: expected env= one of Alien"),
         ({"filter": "game=Alien"}, "--filter game=Alien: expected env=, noise=, arm= or seed="),
         ({"args": "--exp-name 'a"}, "expected options as a shell would take them (No closing quotation)"),
@@ -299,27 +291,57 @@ def test_bad_grids_are_one_line(tmp_path, capsys, monkeypatch):
         ({"args": "--track --beta=0"}, "expected options other than --beta, which the grid sets"),
         ({"grid": "adv-norm", "args": "--norm-adv"}, "expected options other than --norm-adv, which the grid sets"),
         ({"args": "--Z -2"}, "expected options other than --Z, which the grid sets"),
-    ],
-)
-def test_bad_arguments_are_one_line(changed, expected, capsys):
-    assert expected in refused(capsys, grid.main, grid.Args(**{"grid": "atari-ppo", "dry_run": True, **changed}))
+    ):
+        assert expected in refused(capsys, grid.main, grid.Args(**{"grid": "atari-ppo", "dry_run": True, **changed}))
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 SMALL = """
-script = "dsppo_continuous.py"
+script = "{script}"
 envs = ["Pendulum-v1"]
 seeds = {seeds}
 total_timesteps = {steps}
 [arms]
-dppo = "--alpha 1 --beta 0 --num-steps 512 --update-epochs 4 --checkpoint-interval 1 --eval-episodes 1"
+dppo = "--alpha 1 --beta 0"
 """
+COUNTS_STEPS = f"""{MINE}
+import json, os, signal, sys, time
+from pathlib import Path
+
+def main():
+    options, signals = dict(zip(sys.argv[1::2], sys.argv[2::2])), []
+    if options.get("--env-id") == "Broken-v0":
+        raise RuntimeError("the wheel came off")
+    folder = Path(options.get("--resume") or options["--run-dir"] + "/a_run")
+    checkpoint = folder / "checkpoint.pt"
+    if "--resume" not in options:
+        folder.mkdir(parents=True)
+        (folder / "args.json").write_text(json.dumps(options))
+    end = int(json.loads((folder / "args.json").read_text())["--total-timesteps"])
+    signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
+    for step in range(int(checkpoint.read_text()) if checkpoint.exists() else 0, end):
+        time.sleep(0.01)
+        (folder / "new").write_text(str(step + 1))
+        os.replace(folder / "new", checkpoint)
+        if signals:
+            print("SIGTERM at step", step + 1)
+            sys.exit(128 + signals[0])
+        if (Path(__file__).parent / "enough").exists():
+            break
+    (folder / "result.json").write_text("{{}}")
+    print(folder / "result.json")
+
+if __name__ == "__main__":
+    main()
+"""  # what run.py sees of a training script, without the seconds that torch takes to start
+
 ENV = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONWARNINGS": "ignore"}
 
 
-def write_grid(tmp_path, seeds, steps):
-    (tmp_path / "small.toml").write_text(SMALL.format(seeds=seeds, steps=steps))
+def write_grid(tmp_path, seeds, steps, script="counts_steps.py"):
+    (tmp_path / "counts_steps.py").write_text(COUNTS_STEPS)
+    (tmp_path / "small.toml").write_text(SMALL.format(script=script, seeds=seeds, steps=steps))
     return tmp_path / "small.toml", tmp_path / "runs" / "small" / str(steps)
 
 
@@ -330,16 +352,14 @@ def test_a_folder_belongs_to_one_command(tmp_path, capsys):
     (args.folder / run.folder).mkdir(parents=True)
     (args.folder / run.folder / "command.json").write_text(json.dumps(run.command(args)))
     grid.check_commands([run], grid.Args(str(path), folder=args.folder, cpus=4, args="--track"))
-    for changed in ({"args": "--gamma 0.9"}, {"options": run.options + " --learning-rate 1"}):
-        other = grid.Run(**{**vars(run), **changed}) if "options" in changed else run
-        with pytest.raises(SystemExit):
-            grid.check_commands([other], grid.Args(str(path), folder=args.folder, args=changed.get("args", "")))
-        err = capsys.readouterr().err
-        assert "begun as dsppo_continuous.py" in err and "expected that command, or another --folder" in err
+    for options, more in ((run.options, "--gamma 0.9"), (run.options + " --learning-rate 1", "")):
+        other = grid.Run(**{**vars(run), "options": options})
+        err = refused(capsys, grid.check_commands, [other], grid.Args(str(path), folder=args.folder, args=more))
+        assert f"begun as {tmp_path / 'counts_steps.py'}" in err and "expected that command, or another --folder" in err
 
 
-def test_half_a_command_begins_anew(tmp_path):
-    """What a kill or a full disk left of command.json; if the run has gone on, its log still has the command."""
+def test_half_a_file_is_none(tmp_path):
+    """What a kill or a full disk left of command.json, if the run has gone on its log still has the command; of a result."""
     path, _ = write_grid(tmp_path, [1], 1024)
     (run,) = grid.cells(str(path))
     args = grid.Args(str(path), folder=tmp_path / "runs")
@@ -359,14 +379,11 @@ def test_half_a_command_begins_anew(tmp_path):
         with pytest.raises(SystemExit):
             grid.check_commands([run], args)
 
-
-def test_half_a_result_is_no_result(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/checkpoint.pt").write_text("")
-    (tmp_path / "a/result.json").write_text('{"score": 1')
-    assert grid.find_state(tmp_path) == ("begun", tmp_path / "a")
-    (tmp_path / "a/result.json").write_text('{"score": 1}')
-    assert grid.find_state(tmp_path) == ("finished", tmp_path / "a")
+    for text, state in (('{"score": 1', "begun"), ('{"score": 1}', "finished")):
+        (tmp_path / "a/result.json").write_text(text)
+        assert grid.find_state(tmp_path) == (state, tmp_path / "a")
 
 
 @pytest.mark.parametrize(("name", "logged", "shown"), [("imdb", [112, 224, 560], 5), ("continuous-ppo", [2048, 4096], 4096)])
@@ -434,39 +451,13 @@ def test_a_run_in_other_hands_is_left_to_them(tmp_path, monkeypatch):
     assert not grid.is_running(tmp_path) and not (tmp_path / "log.txt").exists()
 
 
-def start_grid(path, tmp_path, *more, env=ENV):
+def start_grid(path, tmp_path, *more):
     command = [sys.executable, str(ROOT / "benchmark/run.py"), str(path), "--folder", str(tmp_path / "runs"), *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True)
-
-
-def wait_for(condition, seconds=180):
-    end = time.time() + seconds
-    while not condition():
-        assert time.time() < end
-        time.sleep(0.2)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV, start_new_session=True)
 
 
 def commands(folder):
     return [line for line in (folder / "log.txt").read_text().splitlines() if line.startswith("$ python")]
-
-
-BROKEN_ENV = """
-import gymnasium
-import numpy as np
-
-class Broken(gymnasium.Env):
-    observation_space = action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
-    steps = 0
-    def reset(self, **kwargs):
-        return np.zeros(1, np.float32), {}
-    def step(self, action):
-        self.steps += 1
-        if self.steps > 3:  # not in the script's check before the run
-            raise RuntimeError("the wheel came off")
-        return np.zeros(1, np.float32), 0.0, False, False, {}
-
-gymnasium.register("Broken-v0", Broken, max_episode_steps=100)
-"""
 
 
 def test_what_a_script_refuses_is_refused_before_any_run(tmp_path, monkeypatch, capsys):
@@ -479,36 +470,54 @@ def test_what_a_script_refuses_is_refused_before_any_run(tmp_path, monkeypatch, 
         ("Pendulum-v1", "Pendulum-v9", "", "Pendulum"),
         ("", "", "--gamma 2", "gamma"),
     ):
-        path, folder = write_grid(tmp_path, [1, 2], 1024)
+        path, folder = write_grid(tmp_path, [1, 2], 1024, "dsppo_continuous.py")
         path.write_text(path.read_text().replace(old, new))
         with pytest.raises(SystemExit) as stopped:
             grid.main(grid.Args(str(path), folder=tmp_path / "runs", args=more))
         said = capsys.readouterr().err.replace("_", "-")
         assert stopped.value.code == 2 and expected in said and not folder.exists(), said
     (tmp_path / "file").write_text("")
-    path, folder = write_grid(tmp_path, [1], 1024)
-    args = grid.Args(str(path), folder=tmp_path / "file/runs")
+    args = grid.Args(str(write_grid(tmp_path, [1], 1024)[0]), folder=tmp_path / "file/runs")
     assert f"--folder {args.folder}: expected a folder to write in" in refused(capsys, grid.main, args)
 
 
-def test_a_run_that_fails_is_tried_again_twice_and_does_not_stop_the_rest(tmp_path):
-    path, folder = write_grid(tmp_path, [1], 1024)
-    path.write_text(path.read_text().replace('["Pendulum-v1"]', '["broken_env:Broken-v0", "Pendulum-v1"]'))
-    (tmp_path / "broken_env.py").write_text(BROKEN_ENV)
-    process = start_grid(path, tmp_path, env={**ENV, "PYTHONPATH": str(tmp_path)})
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 1, err
-    broken, good = (folder / f"{env}__none__dppo__1" for env in ("broken_env_Broken-v0", "Pendulum-v1"))
+def run_here(monkeypatch, call):
+    """run_all without Ray's seconds: `call` is what a worker would do, done at once."""
+    results = []
+
+    def submit(*args):
+        results.append(call(*args))
+        return len(results) - 1
+
+    ray = SimpleNamespace(
+        init=lambda **options: None,
+        nodes=lambda: [{"Alive": True, "Resources": {"CPU": 2}}],
+        remote=lambda function: SimpleNamespace(options=lambda **resources: SimpleNamespace(remote=submit)),
+        wait=lambda references, **options: (references[:1], references[1:]),
+        get=results.__getitem__,
+        exceptions=SimpleNamespace(RayTaskError=ZeroDivisionError, RayError=ZeroDivisionError),
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(sys, "argv", sys.argv)  # check_with_scripts sets it
+
+
+def test_a_run_that_fails_is_tried_again_twice_and_does_not_stop_the_rest(tmp_path, monkeypatch, capsys):
+    path, folder = write_grid(tmp_path, [1], 5)
+    path.write_text(path.read_text().replace('["Pendulum-v1"]', '["Broken-v0", "Pendulum-v1"]'))
+    monkeypatch.setattr(grid.importlib.util, "find_spec", lambda name: name)
+    run_here(monkeypatch, grid.execute)
+    with unchanged_process(), pytest.raises(SystemExit) as stopped:
+        grid.main(grid.Args(str(path), folder=tmp_path / "runs"))
+    err = capsys.readouterr().err
+    assert stopped.value.code == 1, err
+    broken, good = (folder / f"{env}__none__dppo__1" for env in ("Broken-v0", "Pendulum-v1"))
     assert len(commands(broken)) == 3 and len(commands(good)) == 1
     assert f"run.py: failed: {broken / 'log.txt'}" in err and "the wheel came off" in err
-    (result,) = good.glob("*/result.json")
-    assert json.loads(result.read_text())["args"]["total_timesteps"] == 1024
+    assert (good / "a_run/checkpoint.pt").read_text() == "5" and (good / "a_run/result.json").exists()
 
 
 def test_seeds_take_turns_and_who_is_tried_again(tmp_path, monkeypatch):
-    """Finished before: not run. Refused: never again. Crashed: twice. In other hands: until they are done, here the fifth time.
-
-    run_all with a Ray that runs nothing: only what is submitted, in which order, and what follows from an exit status."""
+    """Finished before: not run. Refused: never again. Crashed: twice. In other hands: until done, here the fifth time."""
     path, folder = write_grid(tmp_path, [1, 2], 1024)
     path.write_text(path.read_text() + 'refused = "--alpha 2"\ncrashes = "--alpha 3"\nheld = "--alpha 4"\nwas = "--alpha 5"\n')
     for seed in (1, 2):
@@ -517,31 +526,15 @@ def test_seeds_take_turns_and_who_is_tried_again(tmp_path, monkeypatch):
         (finished / "result.json").write_text("{}")
     submitted = []
 
-    def status(arm):
-        if arm == "held" and sum(name == "held" for name, _ in submitted) < 2 * 5:
-            return grid.HELD
-        return {"refused": 2, "crashes": 1}.get(arm, 0)
+    def call(command, folder, *rest):
+        arm, seed = folder.name.split("__")[2:]
+        submitted.append((arm, seed))
+        held = arm == "held" and sum(name == "held" for name, _ in submitted) <= 2 * 4
+        return grid.HELD if held else {"refused": 2, "crashes": 1}.get(arm, 0), "last line"
 
-    def submit(command, folder, *rest):
-        submitted.append(tuple(folder.name.split("__")[2:]))
-        return len(submitted) - 1
-
-    task = SimpleNamespace(options=lambda **resources: SimpleNamespace(remote=submit))
-    ray = SimpleNamespace(
-        init=lambda **options: None,
-        nodes=lambda: [{"Alive": True, "Resources": {"CPU": 2}}],
-        remote=lambda function: task,
-        wait=lambda references, **options: (references[:1], references[1:]),
-        get=lambda reference: (status(submitted[reference][0]), "last line"),
-        exceptions=SimpleNamespace(RayTaskError=ZeroDivisionError, RayError=ZeroDivisionError),
-    )
-    monkeypatch.setitem(sys.modules, "ray", ray)
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    run_here(monkeypatch, call)
+    with unchanged_process():
         failed = grid.run_all(grid.cells(str(path)), grid.Args(str(path), folder=tmp_path / "runs"))
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
     arms = ("dppo", "refused", "crashes", "held")
     assert submitted[:8] == [(arm, seed) for seed in "12" for arm in arms]
     assert [run for run in submitted[8:] if run[0] != "held"] == [("crashes", seed) for seed in "1212"]  # twice more each
@@ -550,27 +543,23 @@ def test_seeds_take_turns_and_who_is_tried_again(tmp_path, monkeypatch):
 
 def test_a_signal_saves_and_the_next_start_goes_on(tmp_path):
     """Ctrl-C in a terminal; kill for a background job, which a shell starts with SIGINT ignored."""
-    path, folder = write_grid(tmp_path, [1], 30_720)
-    cell = folder / "Pendulum-v1__none__dppo__1"
+    path, folder = write_grid(tmp_path, [1], 6_000)
+    cell, steps = folder / "Pendulum-v1__none__dppo__1", [0]
+    checkpoint = cell / "a_run/checkpoint.pt"
     for signum, ignored in ((signal.SIGINT, False), (signal.SIGTERM, True)):
         before = signal.signal(signal.SIGINT, signal.SIG_IGN) if ignored else signal.getsignal(signal.SIGINT)
         process = start_grid(path, tmp_path)
         signal.signal(signal.SIGINT, before)
-        wait_for(lambda ignored=ignored: cell.exists() and len(commands(cell)) == 1 + ignored)
-        wait_for(lambda: list(cell.glob("*/checkpoint.pt")))
+        wait_for(lambda: checkpoint.exists() and int(checkpoint.read_text()) > steps[-1], 180)
         process.send_signal(signum)
         _, err = process.communicate(timeout=200)
         assert process.returncode == 130 and "stopping; the runs save their checkpoints" in err, err
-        assert "SIGTERM at step" in (cell / "log.txt").read_text() and not list(cell.glob("*/result.json"))
-    process = start_grid(path, tmp_path)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert ["--resume" in command for command in commands(cell)] == [False, True, True]
-    assert len(list(cell.glob("*/result.json"))) == 1
+        steps.append(int(re.findall(r"SIGTERM at step (\d+)", (cell / "log.txt").read_text())[-1]))
+    assert 0 < steps[1] < steps[2] and ["--resume" in command for command in commands(cell)] == [False, True]
 
 
 def test_a_signal_before_the_first_run_leaves_nothing(tmp_path):
-    path, folder = write_grid(tmp_path, [1], 1024)
+    path, folder = write_grid(tmp_path, [1], 1024, "dsppo_continuous.py")
     process = start_grid(path, tmp_path)
 
     def handled():  # the mask of the signals that the process catches
@@ -578,7 +567,7 @@ def test_a_signal_before_the_first_run_leaves_nothing(tmp_path):
         (line,) = [line for line in status.splitlines() if line.startswith("SigCgt")]
         return int(line.split()[1], 16) >> (signal.SIGTERM - 1) & 1
 
-    wait_for(handled)
+    wait_for(handled, 180)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=100)
     assert (process.returncode, out, err) == (130, "", "") and not folder.exists()
@@ -588,21 +577,24 @@ def test_a_cluster_that_loses_a_machine_finishes_every_run_once(tmp_path):
     """Two nodes of one core; the second is killed when its run has a checkpoint."""
     from ray.cluster_utils import Cluster
 
-    path, folder = write_grid(tmp_path, [1, 2, 3], 15_360)
+    path, folder = write_grid(tmp_path, [1, 2, 3], 100_000)
+    folders = [folder / f"Pendulum-v1__none__dppo__{seed}" for seed in (1, 2, 3)]
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         second = cluster.add_node(num_cpus=1)
         cluster.wait_for_nodes()
         process = start_grid(path, tmp_path, "--address", cluster.address)
-        wait_for(lambda: len(list(folder.glob("*/*/checkpoint.pt"))) == 2)
+        at_work = [lambda cell=cell: grid.is_running(cell) and (cell / "a_run/checkpoint.pt").exists() for cell in folders]
+        wait_for(lambda: sum(each() for each in at_work) == 2, 180)
         cluster.remove_node(second, allow_graceful=False)
+        wait_for(lambda: sum(each() for each in at_work) == 1, 180)
+        (tmp_path / "enough").touch()
         out, err = process.communicate(timeout=400)
         assert process.returncode == 0, err
     finally:
         cluster.shutdown()
     resumed = 0
-    for seed in (1, 2, 3):
-        cell = folder / f"Pendulum-v1__none__dppo__{seed}"
+    for cell in folders:
         first, *rest = commands(cell)
         assert "--resume" not in first and all("--resume" in command for command in rest) and len(rest) <= 1
         resumed += len(rest)

@@ -23,10 +23,11 @@ BASELINES = ("PPO", "A2C", "DPPO", "DA2C")
 SYMMETRIC = ("SPPO", "SA2C", "DSPPO", "DSA2C")
 # names of arms in run.py's grids of the paper's tables
 GRID_ARMS = ("ppo", "ppo_raw", "sppo", "a2c", "a2c_half", "sa2c", "dppo", "dsppo", "da2c", "da2c_half", "dsa2c", "control")
+DEFAULT_NAME = (  # an --exp-name that a script makes of its settings
+    r"d?(ppo|a2c|s(ppo|a2c)_a[\d.e-]+_b[\d.e-]+)(_a[\d.e-]+)?(_(raw|norm|literal|factored|mean|bsc|gaussian|Z|\d+bins)[\w.-]*)?"
+)
 # Arguments that runs of one row may differ in: what makes an arm, what names a run, and what is no other experiment
 ARM = ("alpha", "beta", "Z", "num_bins", "reverse_prob", "norm_adv", "literal_signs", "mean_weight")
-DIVIDED = ("vf_coef", "ent_coef", "max_grad_norm", "adam_eps")  # in which run.py's reweighted arms differ from PPO
-TELLING = (*ARM, *DIVIDED, "noise", "exp_name")  # without which a table of runs cannot be told apart
 LENGTHS = ("total_timesteps", "iterations")  # one of them is a script's; compared apart
 FREE = {
     *("seed", "env_id", "noise", "exp_name", "run_dir", "resume", "track", "wandb_project_name", "wandb_entity", "prompts"),
@@ -36,7 +37,7 @@ FREE = {
 MACHINE = {"cuda", "torch_deterministic", "bf16", "compile", "eval_episodes", "max_episode_steps"}  # not the paper's to set
 RECORD = {  # columns that are no argument of a script
     *("score", "score_stderr", "returns", "global_step", "seconds", "steps_per_second", "script", "run_id", "commit", "device"),
-    *("folder", "env", "arm", "given", "method", "named", "paper", "steps", "run_script", "scored", "env_id", "seed"),
+    *("Name", "folder", "wandb", "env", "arm", "given", "method", "named", "paper", "steps", "run_script", "env_id", "seed"),
 }
 
 
@@ -62,25 +63,16 @@ def hyperparameters() -> dict:
 
 
 def settings(runs: pd.DataFrame) -> set[str]:
-    """The columns that are arguments of a script: those of ours, and all that are neither measured nor W&B's own."""
-    ours = {name for script in FAMILIES for name in defaults(script)}
-    theirs = {name for name in runs.dropna(axis=1, how="all") if re.fullmatch(r"[a-z]\w*", name) and name not in RECORD}
-    return (ours & set(runs)) | theirs
+    """The columns that are arguments of a script: all that are not measured, without a dot in their names."""
+    return {name for name in runs if re.fullmatch(r"\w+", name)} - RECORD
 
 
 def name_of(run: dict) -> str | None:
     """The arm's name, which run.py gives as --exp-name; None where it is a script's default: its own name or the arm's."""
     name = run.get("exp_name")
-    if not isinstance(name, str) or name in {Path(script).stem for script in (*FAMILIES, run["script"])}:
-        return None
-    if run["script"] in FAMILIES and name not in GRID_ARMS:
-        bins = "d" if "continuous" in run["script"] and run.get("num_bins") else ""
-        algorithm = "a2c" if "a2c" in run["script"] else "ppo"
-        weight = "" if run["alpha"] == 1 else f"_a{run['alpha']:g}"
-        own = f"{bins}s{algorithm}_a{run['alpha']:g}_b{run['beta']:g}" if run["beta"] else f"{bins}{algorithm}{weight}"
-        if re.fullmatch(rf"{re.escape(own)}(_(raw|norm|literal|factored|mean|bsc|gaussian|Z|\d+bins)[\w.-]*)?", name):
-            return None
-    return name
+    stems = {Path(script).stem for script in (*FAMILIES, run["script"])}
+    default = run["script"] in FAMILIES and name not in GRID_ARMS and re.fullmatch(DEFAULT_NAME, str(name))
+    return None if not isinstance(name, str) or name in stems or default else name
 
 
 def label(run: dict) -> str:

@@ -1,8 +1,6 @@
 """The pictures of a report, as SVG and PNG: curves (Figure 3), the policy's share of the gradient, KL."""
 
-import io
 import itertools
-import os
 import textwrap
 from collections import Counter
 from pathlib import Path
@@ -65,24 +63,19 @@ def spread_of(runs: pd.DataFrame) -> str:
     return f"mean ± standard error, {least if least == most else f'{least} to {most}'} seeds"
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_whole(path: Path, text: str) -> None:
     """A kill at any moment leaves the old file or the new one, whole."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def save(figure, path: Path) -> None:
     """As SVG and as PNG; the same numbers give the same bytes."""
     figure.tight_layout()
     for suffix, options in ((".svg", {"metadata": {"Date": None}}), (".png", {"dpi": 200})):
-        buffer = io.BytesIO()
         with plt.rc_context({"svg.hashsalt": "report"}):
-            figure.savefig(buffer, format=suffix[1:], bbox_inches="tight", **options)
-        write_atomically(path.with_suffix(suffix), buffer.getvalue())
+            figure.savefig(path.with_suffix(suffix), bbox_inches="tight", **options)
     plt.close(figure)
 
 

@@ -10,6 +10,8 @@ import pandas as pd
 from reporting import arms
 from reporting.arms import ARM, FREE, LENGTHS, differences, fail, label, name_of, settings
 
+EVALUATION = {"sppo_rlhf_imdb.py": "eval/", "sppo_rlhf_tldr.py": "test/"}  # the last one is of the trained policy
+
 
 def flatten(result: dict) -> dict:
     """A result.json as a line of W&B's table of runs: arguments by their own names, versions as versions.NAME.
@@ -53,93 +55,63 @@ def read_folder(source: Path, left_out: Counter) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def read_csv(source: Path, left_out: Counter) -> tuple[pd.DataFrame, list[str]]:
-    """The finished runs of a table, as this script writes it or W&B exports it, and the names of the settings that it lacks.
-
-    Refuses a table whose arms cannot be told apart."""
+def read_csv(source: Path) -> pd.DataFrame:
+    """runs.csv of a report."""
     try:
-        texts = dict.fromkeys(("run_id", "ID", "exp_name", "grid.script", "grid.baseline"), str)  # an arm may be called 10
+        texts = dict.fromkeys(("run_id", "exp_name", "grid.script", "grid.baseline"), str)  # an arm may be called 10
         table = pd.read_csv(source, float_precision="round_trip", dtype=texts)
-    except (OSError, ValueError) as error:
-        fail(f"{source}: expected a folder with finished runs, or a csv with a line a run ({str(error).splitlines()[0]})")
-    own = table["ID"] if "ID" in table else pd.Series([f"{source}:{i}" for i in table.index], dtype=str)
-    table["run_id"] = table["run_id"].fillna(own) if "run_id" in table else own
-    scripts = dict(list(table.groupby("script"))) if "script" in table else {}
-    missing = {"script", "env_id", "seed", "score", *(() if scripts else ("alpha", "beta"))} - set(table)
-    for script in scripts:
-        missing |= (({*arms.TELLING, *LENGTHS} & set(arms.defaults(script))) or {"exp_name"}) - set(table)
-    if missing:
-        names = ", ".join(sorted(missing))
-        fail(f"{source}: no column {names}; expected what the scripts log to W&B, with all settings that tell arms apart")
-    lacks, keep = set(), pd.Series(True, table.index)
-    for script, rows in scripts.items():
-        known = {"env_id": "", "seed": 1} | (arms.defaults(script) or {"exp_name": ""})
-        lacks |= set(known) - {*table, *FREE}
-        for name in known.keys() & set(table):
-            default, values = known[name], rows[name]
-            try:
-                if isinstance(default, bool):  # W&B writes true
-                    values = values.map(lambda value: {"true": True, "false": False}[str(value).lower()], na_action="ignore")
-                elif isinstance(default, int | float):
-                    values = pd.to_numeric(values)
-            except (ValueError, KeyError) as error:
-                fail(f"{source}: {name} of {script}: {error}; expected one of its settings")
-            if values.isna().any() and (name in ("env_id", "seed", "exp_name", *LENGTHS) or name in arms.TELLING):
-                fail(f"{source}: line {values.isna().idxmax() + 2}: no {name}; expected the setting of this run of {script}")
-            if isinstance(default, bool | int | float):
-                table[name] = table[name].astype(object)
-                table.loc[rows.index, name] = values.astype(object)
-        empty = pd.Series(np.nan, rows.index)
-        step, total = (pd.to_numeric(rows.get(name, empty), errors="coerce") for name in ("global_step", "total_timesteps"))
-        batch = [rows.get(name, known.get(name, 1)) for name in ("num_envs", "num_steps")]  # runs end at a whole rollout
-        unfinished = rows.get("State", empty).fillna("finished").ne("finished") | (step + batch[0] * batch[1] <= total)
-        left_out.update(("not finished", name_of(run) or label(run)) for run in rows[unfinished].to_dict("records"))
-        keep[rows.index[unfinished]] = False
-    return table[keep].infer_objects(), sorted(lacks)
+        return table.dropna(subset=["script", "run_id", "env_id", "seed", "score"])
+    except (OSError, ValueError, KeyError) as error:
+        fail(f"{source}: expected a folder with finished runs, or runs.csv of a report ({str(error).splitlines()[0]})")
 
 
-def load_runs(sources: tuple[Path, ...]) -> pd.DataFrame:
-    """One line a run; those of local folders have their folder in the column `folder`. The order of the sources is nothing.
+def read_wandb(project: str, left_out: Counter) -> pd.DataFrame:
+    """The finished runs of a W&B project, one line each; counts the others of these scripts in `left_out`."""
+    import wandb
+
+    rows = []
+    try:
+        for run in wandb.Api().runs(project, lazy=False):
+            if not {"script", "env_id", "seed"} <= run.config.keys():  # another program's
+                continue
+            last, prefix = run.summary_metrics, EVALUATION.get(run.config["script"], "none")
+            args = {name: value for name, value in run.config.items() if name not in ("earlier", "versions")}
+            measured = {name.removeprefix(prefix): value for name, value in last.items() if name.startswith(prefix)}
+            scores = {name: last[name] for name in arms.RECORD & last.keys()}
+            row = flatten(scores | run.config | {"args": args, "after": measured})
+            rollout = args.get("num_envs", 1) * args.get("num_steps", 1)  # runs end with a whole one
+            if run.state == "finished" and last.get("global_step", 0) + rollout > args.get("total_timesteps", 0):
+                rows.append({**row, "run_id": run.id, "env_id": args["env_id"], "Name": run.name, "wandb": run})
+            else:
+                left_out["not finished", name_of(row) or label(row)] += 1
+    except (ValueError, wandb.Error) as error:
+        fail(f"--wandb {project}: expected ENTITY/PROJECT that your login may read ({str(error).splitlines()[0]})")
+    return pd.DataFrame(rows)
+
+
+def load_runs(sources: tuple[Path, ...], wandb: str | None = None) -> pd.DataFrame:
+    """One line a run; those of local folders have their folder in the column `folder`, those of W&B its Run in `wandb`.
 
     Of a run that is there twice the line with a folder counts, else the one that has got further. Columns made here: `script`
     is the grid's, under which runs are compared (`run_script`: the one that ran), `method` what the settings make of a run,
-    `arm` what it is called, `paper` the paper's name for it. attrs: lines of text on what is left out or unknown.
+    `arm` what it is called, `paper` the paper's name for it. attrs: lines of text on what is left out.
     """
-    tables, left_out, lacks = [], Counter(), []
-    for source in sorted(sources, key=lambda source: (not source.is_dir(), str(source))):
-        if source.is_dir():
-            tables.append(read_folder(source, left_out))
-        else:
-            table, lack = read_csv(source, left_out)
-            tables.append(table)
-            lacks += [f"{source.name} lacks {', '.join(lack)}"] if lack else []
-    runs = pd.concat([table for table in tables if len(table)] or tables[:1], ignore_index=True)
-    if runs.empty:
-        fail(
-            f"{' '.join(map(str, sources))}: no finished run there; expected some result.json below (or name a runs.csv itself)"
-        )
+    left_out = Counter()
+    tables = [read_folder(source, left_out) if source.is_dir() else read_csv(source) for source in sorted(sources)]
+    runs = pd.concat([*tables, read_wandb(wandb, left_out)] if wandb else tables, ignore_index=True)
+    if not len(runs) or pd.to_numeric(runs.score, errors="coerce").isna().all():
+        got = " ".join(map(str, [*sources, wandb or ""]))
+        fail(f"{got}: no finished run with a score there; expected some result.json below (or name a runs.csv itself)")
     for name in ("seed", "alpha", "beta", "Z", "score", "global_step", "seconds"):
         runs[name] = pd.to_numeric(runs[name], errors="coerce") if name in runs else np.nan
-    known = runs[["script", "env_id", "seed"]].notna().all(axis=1) & runs.script.astype(str).str.endswith(".py")
-    others, runs = int((~known).sum()), runs[known]
     runs = runs.assign(scored=np.isfinite(runs.score), local=runs.folder.notna() if "folder" in runs else False)
-    runs = runs.sort_values(["local", "scored", "global_step"], ascending=False, kind="stable").drop(columns="local")
-    twice = int(runs.duplicated("run_id").sum())
+    runs = runs.sort_values(["local", "scored", "global_step"], ascending=False, kind="stable")
     runs = runs.drop_duplicates("run_id").sort_index(ignore_index=True)
     runs = runs.assign(noise=runs.noise.fillna("none") if "noise" in runs else "none", Z=runs.Z.fillna(-1.0))
-    runs = name_arms(runs)
-    left_out.update(("without a score", arm) for arm in runs[~runs.scored].arm)
-    runs = runs[runs.scored].drop(columns="scored").reset_index(drop=True)
-    if runs.empty:
-        fail(f"{' '.join(map(str, sources))}: no run there has a score; expected some finished ones")
-    runs = tell_apart(runs)
+    left_out.update(("without a score", name_of(run) or label(run)) for run in runs[~runs.scored].to_dict("records"))
+    runs = tell_apart(name_arms(runs[runs.scored].drop(columns=["scored", "local"]).reset_index(drop=True)))
     runs["steps"] = pd.to_numeric(runs.reindex(columns=LENGTHS).bfill(axis=1).iloc[:, 0])
-    for name in [name for name in runs if name.startswith(("eval/", "test/"))]:  # W&B's summary has the last values
-        of = runs.script.eq("sppo_rlhf_imdb.py" if name.startswith("eval/") else "sppo_rlhf_tldr.py")
-        after = f"after.{name.split('/', 1)[1]}"
-        runs[after] = runs.get(after, pd.Series(np.nan, runs.index)).fillna(runs[name].where(of))
-    lines = [f"{why}: {arm} ({count})" for (why, arm), count in sorted(left_out.items())]
-    runs.attrs = {"left out": lines, "others": others, "twice": twice, "lacks": sorted(set(lacks))}
+    runs.attrs["left out"] = [f"{why}: {arm} ({count})" for (why, arm), count in sorted(left_out.items())]
     return runs
 
 

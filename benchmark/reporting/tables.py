@@ -1,4 +1,4 @@
-"""The tables of a report: cells, wins, interquartile means and chances (rliable), training, gradients, equal curves, RLHF."""
+"""The tables of a report: cells, wins, interquartile means and chances (rliable), training, gradients, RLHF."""
 
 import itertools
 import math
@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from rliable import library, metrics
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from reporting.arms import BENCHMARK, FREE, defaults, fail, is_reference, order, roles_of, shown, what_differs
+from reporting.arms import BENCHMARK, is_reference, order, roles_of, shown, what_differs
 
 RETURNS = ("charts/episodic_return", "objective/scores")
 SIGNS = "charts/adv_sign_change"
@@ -68,19 +69,19 @@ def shortfall(points: pd.DataFrame, end: float) -> str | None:
 
 
 def load_curves(runs: pd.DataFrame, sources: tuple[Path, ...]) -> tuple[pd.DataFrame, list[str]]:
-    """Points of KEPT of the local runs, and of those from a csv that has this script's curves.csv beside it.
-
-    A damaged event file ends the curve there without a word, so that curves which lack something are left out; the second
-    value says which.
-    """
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+    """Points of KEPT of the runs in folders and in W&B, and of those from a csv that has curves.csv beside it. A damaged event
+    file ends the curve there without a word, so that curves which lack something are left out; the second value says which."""
     columns, tables = ["run_id", "tag", "step", "value"], []
-    for run in runs[runs.folder.notna()].itertuples() if "folder" in runs else ():
-        events = EventAccumulator(run.folder, size_guidance={"scalars": 0}).Reload()
-        tags = sorted(set(KEPT) & set(events.Tags()["scalars"]))
-        rows = [(run.run_id, tag, event.step, event.value) for tag in tags for event in events.Scalars(tag)]
-        tables.append(pd.DataFrame(rows, columns=columns))
+    for run in runs.reindex(columns=["run_id", "folder", "wandb"]).itertuples():
+        points = []
+        if isinstance(run.folder, str):
+            events = EventAccumulator(run.folder, size_guidance={"scalars": 0}).Reload()
+            points = [(tag, event.step, event.value) for tag in events.Tags()["scalars"] for event in events.Scalars(tag)]
+        elif not pd.isna(run.wandb):
+            history = run.wandb.scan_history()
+            points = [(tag, row.get("global_step"), value) for row in history for tag, value in row.items()]
+        rows = [(run.run_id, *point) for point in points if point[0] in KEPT]
+        tables.append(pd.DataFrame(rows, columns=columns).drop_duplicates(columns[:3], keep="last"))  # of a resumed run
     for path in sorted(source.with_name("curves.csv") for source in sources if source.is_file()):
         if path.exists():
             found = read_curves(path)
@@ -99,17 +100,12 @@ def load_curves(runs: pd.DataFrame, sources: tuple[Path, ...]) -> tuple[pd.DataF
 
 def curves_csv(curves: pd.DataFrame) -> str:
     """A line a tag and step, a column a run: a fifth of the size of a line a point."""
-    points = curves.drop_duplicates(["run_id", "tag", "step"], keep="last")
-    return points.pivot(index=["tag", "step"], columns="run_id", values="value").to_csv(float_format="%.6g")
+    return curves.pivot(index=["tag", "step"], columns="run_id", values="value").to_csv(float_format="%.6g")
 
 
 def read_curves(path: Path) -> pd.DataFrame:
     """run_id, tag, step, value."""
-    try:
-        table = pd.read_csv(path).melt(["tag", "step"], var_name="run_id").dropna()
-        return table[["run_id", "tag", "step", "value"]]
-    except (ValueError, KeyError) as error:
-        fail(f"{path}: expected the curves.csv of a report ({str(error).splitlines()[0]})")
+    return pd.read_csv(path).melt(["tag", "step"], var_name="run_id").dropna()[["run_id", "tag", "step", "value"]]
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -129,15 +125,11 @@ def cells(runs: pd.DataFrame) -> pd.DataFrame:
     return table.merge(published, how="left", on=["task", "noise", "algo"]).drop(columns="algo")
 
 
-def wins(table: pd.DataFrame, column: str = "mean") -> dict[tuple[str, str], str]:
-    """(arm, other) -> 3 of 5: in how many rows the arm's mean is the higher one, and of how many rows that have both."""
-    wide, found = table.pivot_table(index=["env", "noise"], columns="arm", values=column), {}
-    for arm, other in itertools.permutations(wide.columns, 2):
-        both = wide[[arm, other]].dropna()
-        one = column == "paper_mean" and (both[arm] == both[other]).all()  # the paper has one PPO on Atari
-        if len(both) and not one:
-            found[arm, other] = f"{(both[arm] > both[other]).sum()} of {len(both)}"
-    return found
+def wins(table: pd.DataFrame, arm: str, other: str, column: str = "mean") -> str:
+    """3 of 5: in how many environments the arm's mean is the higher one, and of how many that have both."""
+    one, two = table.pivot(index="env", columns="arm", values=column)[[arm, other]].dropna().T.values
+    same = arm == other or (column == "paper_mean" and (one == two).all())  # the paper has one PPO on Atari
+    return "" if same or not len(one) else f"{(one > two).sum()} of {len(one)}"
 
 
 def matrix(runs: pd.DataFrame, arm: str, envs: list[str]) -> np.ndarray:
@@ -214,48 +206,10 @@ def scores(table: pd.DataFrame, roles: dict[str, str]) -> list[str]:
             papers = "" if np.isnan(cell.paper_mean) else f" [{number(cell.paper_mean)} ± {number(cell.paper_stderr)}]"
             texts[cell.arm] = f"{text} ({cell.seeds}){papers}"
         rows.append([env, *texts.values()])
-    ours, papers = wins(table), wins(table, "paper_mean")
     for other in [arm for arm in arms if is_reference(roles[arm])]:
-        pairs = [(arm, other) for arm in arms]
-        rows.append(
-            [f"above {other}", *(ours.get(pair, "") + (f" [{papers[pair]}]" if pair in papers else "") for pair in pairs)]
-        )
+        texts = [(wins(table, arm, other), wins(table, arm, other, "paper_mean")) for arm in arms]
+        rows.append([f"above {other}", *(f"{ours} [{papers}]" if papers else ours for ours, papers in texts)])
     return table_of(["", *arms], rows)
-
-
-def equal_curves(runs: pd.DataFrame, curves: pd.DataFrame) -> list[str]:
-    """Of one script's runs with PPO: the last step up to which a symmetric run logs, to six digits, what its control does,
-    which has its gradient (docs/loss.md, fact 2), and what the baseline does, which has not; each alike in all else."""
-    points = {run_id: {} for run_id in runs.run_id}
-    for point in curves[curves.run_id.isin(set(runs.run_id)) & curves.tag.isin((*RETURNS, SIGNS))].itertuples():
-        points[point.run_id][point.step, point.tag] = f"{point.value:.6g}"
-    runs = runs[[len(points[run_id]) > 0 for run_id in runs.run_id]]
-    free = {"alpha", "beta", "Z", "literal_signs", "reverse_prob", *FREE} - {"total_timesteps", "iterations"}
-    names = ["env", "seed", *sorted((defaults(runs.run_script.iloc[0]).keys() if len(runs) else set()) & set(runs) - free)]
-    alike = runs[names].map(shown).agg(" ".join, axis=1)
-
-    def last_equal(run: pd.Series, alpha: float) -> str:
-        others = runs[(alike == alike[run.name]) & (runs.beta == 0) & np.isclose(runs.alpha, alpha)]
-        if others.empty:
-            return f"{run.seed:g}: ?"
-        one, two = points[run.run_id], points[others.run_id.iloc[0]]
-        parted = min((point[0] for point in one.keys() | two.keys() if one.get(point) != two.get(point)), default=None)
-        last = max((step for step, _ in one if parted is None or step < parted), default=0)
-        return f"{run.seed:g}: {last:,}{' (end)' if parted is None else ''}"
-
-    rows = []
-    # other gradients, and raw advantages, which change no signs: without returns nothing would tell two runs apart
-    symmetric = runs[(runs.beta > 0) & ~runs.method.str.contains("literal|factored|raw|control")].sort_values("seed")
-    for env, arm in itertools.product(sorted(symmetric.env.unique()), order(list(symmetric.arm.unique()), roles_of(symmetric))):
-        same = [run for _, run in symmetric[(symmetric.env == env) & (symmetric.arm == arm)].iterrows()]
-        control = [last_equal(run, run.alpha + run.beta * abs(run.Z)) for run in same]
-        if not all(text.endswith("?") for text in control):
-            rows.append([f"{arm} on {env}", "; ".join(control), "; ".join(last_equal(run, 1) for run in same)])
-    head = (
-        "Last step (RLHF: episode) up to which two runs log one return and one share of changed signs, to six digits, by seed "
-        "(?: no such run). Rounding ends it where the gradient is one, sooner where a run was resumed in new environments."
-    )
-    return [head, "", *table_of(["", "with the control, of one gradient", "with the baseline"], rows), ""] if rows else []
 
 
 def measures(runs: pd.DataFrame) -> list[str]:

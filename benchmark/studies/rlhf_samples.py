@@ -18,7 +18,7 @@ try:
     import numpy as np
     import pandas as pd
     import tyro
-    from reporting.figures import write_atomically
+    from reporting.figures import write_whole
     from reporting.runs import load_runs
     from reporting.tables import table_of
 except ModuleNotFoundError as error:
@@ -91,8 +91,8 @@ def main(args: Args) -> None:
     found = load_samples(load_runs(args.sources))
     lines = prompt_by_prompt(found)
     args.out.mkdir(parents=True, exist_ok=True)
-    write_atomically(args.out / "samples.json", (json.dumps(found, indent=1) + "\n").encode())
-    write_atomically(args.out / "samples.md", ("\n".join(lines) + "\n").encode())
+    write_whole(args.out / "samples.json", json.dumps(found, indent=1) + "\n")
+    write_whole(args.out / "samples.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
