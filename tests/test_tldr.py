@@ -203,26 +203,17 @@ def test_gradients_are_the_same_with_checkpointing_and_follow_autograd(family):
         torch.testing.assert_close(found[0][name], parameter.detach() - 0.1 * parameter.grad, atol=1e-5, rtol=1e-4)
 
 
-def test_checkpointing_recomputes():
-    """With it a layer runs twice in an update's pass, without once: the memory is really saved."""
-    counts = []
-    for checkpointing in (False, True):
-        agent = make_agent("llama")
-        if checkpointing:
-            agent.lm.activation_checkpointing_enable({"use_reentrant": False})
-        layer, calls = agent.lm.get_base_model().model.layers[0].mlp, []
-        layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        agent.set_updating(True)
-        agent.values(make_tokens(), 7).sum().backward()
-        counts.append(len(calls))
-    assert counts == [1, 2]
-    agent.set_updating(False)
-    trained = tldr.trained_parameters(agent)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_checkpointing_recomputes(checkpointing):
+    """With it a layer runs twice in each of an update's passes, without once: the memory is really saved."""
+    agent, calls = make_agent("llama"), []
+    batch, trained = make_batch(agent), tldr.trained_parameters(agent)
+    if checkpointing:
+        agent.lm.activation_checkpointing_enable({"use_reentrant": False})
+    agent.lm.get_base_model().model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     args = make_args(minibatch_size=8, update_epochs=1, reference_nll_coef=0.0)
-    batch = make_batch(agent)
-    calls.clear()
     tldr.update(agent, torch.optim.SGD(trained.values(), lr=0.1), Accelerator(cpu=True), args, batch, 0)
-    assert len(calls) == 4  # policy and value, twice each
+    assert len(calls) == 2 + 2 * checkpointing  # policy and value
 
 
 def test_saved_adapters_reload_with_peft(tmp_path):
@@ -240,18 +231,6 @@ def test_saved_adapters_reload_with_peft(tmp_path):
         with torch.no_grad():
             hidden = agent.backbone(ids, ids >= 0, name).last_hidden_state[:, -1]
             torch.testing.assert_close(loaded(ids).logits, agent.heads[name](hidden), atol=1e-4, rtol=1e-4)
-
-
-def test_merged_export_has_the_same_logits(tmp_path):
-    agent, tokens = make_agent("gptj", reward=True), make_tokens()
-    logprobs = agent(tokens, 7, 1.0)[0]
-    agent.values(tokens, 7)
-    tldr.save_policy(tmp_path, agent, TOKENIZER, make_args(policy="base"))
-    lm = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
-    names = load_file(tmp_path / "model/model.safetensors").keys()
-    assert names == make_lm("gptj").state_dict().keys()  # nothing of any adapter
-    hand = torch.cat([by_hand(lm, row)[0] for row in tokens])
-    torch.testing.assert_close(logprobs.double(), hand, atol=1e-4, rtol=1e-4)
 
 
 def test_bfloat16_base_has_float32_adapters_heads_and_logits():
@@ -464,14 +443,6 @@ def test_losses_by_hand():
     assert loss.item() == pytest.approx(0.5 * ppo / n + 0.2 * rppo / n - 0.03 * entropy / n + 0.1 * nll, rel=1e-4)
     assert value_stats["losses/value_loss"].item() == pytest.approx(squares / n, rel=1e-4)
     assert value.item() == pytest.approx(0.1 * squares / n, rel=1e-4)
-
-
-def test_finite_for_tokens_that_were_all_but_impossible():
-    agent = make_agent()
-    batch = make_batch(agent)
-    batch["logprobs"] = torch.where(batch["tokens"][:, 7:] != PAD, math.log(1e-30), 0.0)
-    found, loss, stats = gradient(agent, make_args(), batch)
-    assert torch.isfinite(found).all() and torch.isfinite(loss) and all(torch.isfinite(value) for value in stats.values())
 
 
 def test_shares_of_the_gradient_are_of_the_two_adapters():
