@@ -13,8 +13,8 @@ token. Token i has probability pi_i; r = pi_i / pi_old_i; A is the advantage:
     python sppo_rlhf_imdb.py --evaluate RUN_FOLDER --prompts FILE   # continuations of a finished run, as JSON lines
 
 The policy goes on with the first half of a review. The score is a classifier's probability that the text is positive; the last
-token gets it, and every token costs kl_coef (log pi - log pi_ref). docs/differences.md lists what differs from the paper and
-its released code. The algorithm ends at the line "Operations".
+token gets it, and every token costs kl_coef (log pi - log pi_ref). docs/differences.md: what differs from the released code.
+The algorithm ends at the line "Operations".
 """
 
 # /// script
@@ -301,7 +301,6 @@ def generate(agent: Agent, prompts: torch.Tensor, uniforms: torch.Tensor, ends: 
     prompts = prompts[:, (prompts != PAD).any(dim=0)]
     responses = torch.full((len(prompts), args.response_length), PAD, device=prompts.device)
     running = torch.ones(len(prompts), dtype=torch.bool, device=prompts.device)
-    may_end = args.min_response_length < args.response_length  # if not, no step needs to ask the GPU whether all have ended
     tokens, real, cache = prompts, prompts != PAD, transformers.DynamicCache(config=agent.lm.config)
     for t in range(args.response_length):
         hidden = agent.backbone(tokens, real, past_key_values=cache).last_hidden_state[:, -1]
@@ -312,7 +311,7 @@ def generate(agent: Agent, prompts: torch.Tensor, uniforms: torch.Tensor, ends: 
         responses[:, t] = torch.where(running, chosen, PAD)
         for end in ends:
             running &= chosen != end
-        if may_end and not running.any():
+        if t >= args.min_response_length and not running.any():  # asks the GPU, so only where a text may have ended
             break
         tokens = chosen.unsqueeze(-1)
         real = torch.cat([real, torch.ones_like(tokens, dtype=torch.bool)], dim=1)

@@ -13,8 +13,8 @@ token. Token i has probability pi_i; r = pi_i / pi_old_i; A is the advantage:
     python sppo_rlhf_tldr.py --evaluate RUN_FOLDER --prompts FILE   # summaries of a finished run, as JSON lines
 
 The policy reads a post and "TL;DR:" and writes a summary. A reward model scores both; the last token gets the score, and every
-token costs kl_coef (log pi - log pi_ref). docs/differences.md lists what differs from the paper and its released code.
-The algorithm ends at the line "Operations".
+token costs kl_coef (log pi - log pi_ref). docs/differences.md: what differs from the released code. The algorithm ends at the
+line "Operations".
 """
 
 # /// script
@@ -193,15 +193,20 @@ def symmetric_ppo_loss(logprobs, old_logprobs, advantages, clip_coef, Z=-1.0, li
     return policy_loss, reverse_loss, stats
 
 
-def policy_loss(agent, args, share, tokens, old_logprobs, advantages):
+def policy_loss(agent, args, share, reference_share, tokens, old_logprobs, advantages, references):
     """This part's contribution to the policy's loss in a minibatch, and to its statistics by name.
 
-    The loss is alpha L_ppo + beta L_rppo - ent_coef H, each a mean over all real tokens of the minibatch. Shapes: tokens
-    [B, P + R]; old_logprobs, advantages [B, R], 0 at PAD. share: this part's real tokens divided by the minibatch's.
+    The loss is alpha L_ppo + beta L_rppo - ent_coef H + reference_nll_coef NLL, each a mean over all real tokens of the
+    minibatch. Shapes: tokens [B, P + R]; old_logprobs, advantages [B, R], 0 at PAD; references [B, R]. share,
+    reference_share: this part's real tokens divided by the minibatch's, in responses and in references.
     """
     prompt_length = tokens.shape[1] - old_logprobs.shape[1]
-    logprobs, entropies = agent(tokens, prompt_length, args.temperature, args.ent_coef > 0)
-    real = tokens[:, prompt_length:] != PAD
+    real, rows = tokens[:, prompt_length:] != PAD, [tokens]
+    if args.reference_nll_coef:
+        rows.append(torch.cat([tokens[:, :prompt_length], references], dim=1))
+    hidden, chosen = agent.states(torch.cat(rows), prompt_length, "policy", len(rows))
+    n = int(real.sum())
+    logprobs, entropies = agent.logprobs(hidden[:n], chosen[:n], args.temperature, args.ent_coef > 0)
     ppo_loss, reverse_loss, stats = symmetric_ppo_loss(
         logprobs, old_logprobs[real], advantages[real], args.clip_coef, args.Z, args.literal_signs
     )
@@ -210,15 +215,11 @@ def policy_loss(agent, args, share, tokens, old_logprobs, advantages):
     if args.ent_coef:
         stats["entropy"] = entropies.mean()
         loss = loss - args.ent_coef * stats["entropy"]
-    return share * loss, {f"losses/{name}": share * value.detach() for name, value in stats.items()}
-
-
-def reference_loss(agent, args, share, tokens, references):
-    """As `policy_loss`: reference_nll_coef times the policy's next-token loss on the reference summaries [B, R]."""
-    prompt_length = tokens.shape[1] - references.shape[1]
-    tokens = torch.cat([tokens[:, :prompt_length], references], dim=1)
-    nll = -share * agent(tokens, prompt_length, 1.0)[0].mean()
-    return args.reference_nll_coef * nll, {"losses/reference_nll": nll.detach()}
+    stats, loss = {f"losses/{name}": share * value.detach() for name, value in stats.items()}, share * loss
+    if args.reference_nll_coef:
+        nll = -reference_share * agent.logprobs(hidden[n:], chosen[n:], 1.0)[0].mean()
+        stats["losses/reference_nll"], loss = nll.detach(), loss + args.reference_nll_coef * nll
+    return loss, stats
 
 
 def value_loss(agent, args, share, tokens, old_values, returns):
@@ -255,7 +256,7 @@ class Agent(nn.Module):
             # logits in float32 also where the layers are not: bfloat16 would round a logit of 100 to a multiple of a half
             self.lm_head = head if head.weight.dtype == torch.float32 else copy.deepcopy(head).float()
         self.heads = nn.ModuleDict()
-        self.active = None
+        self.active, self.shares_prompts = None, False
 
     def add(self, name: str, config: LoraConfig, head: bool) -> None:
         """Adds an adapter. Its head begins at 0."""
@@ -303,28 +304,36 @@ class Agent(nn.Module):
         """[..., d] -> [..., V], in float32."""
         return self.lm_head(hidden.float()).div_(temperature)
 
-    def forward(self, tokens, prompt_length: int, temperature: float, with_entropy: bool = False, adapter="policy"):
-        """Log-probabilities and entropies (or None), [N] each, of the N response tokens that are not PAD, row by row.
+    def states(self, tokens: torch.Tensor, prompt_length: int, adapter: str | None, copies: int = 1):
+        """The last hidden states [N, d] before the N response tokens that are not PAD, row by row; and these tokens [N].
 
-        tokens: [B, prompt_length + R]. Log-probabilities are those of the whole vocabulary at that temperature. To save
-        memory, logits are computed for these N tokens alone, and the log-softmax of cross_entropy is the only array [N, V]
-        that is kept.
+        tokens: [B, prompt_length + R]. copies: they are so many times the same prompts, each of which then passes once.
         """
         tokens, prompt_length = trim(tokens, prompt_length)
-        responses = tokens[:, prompt_length:]
-        real = responses != PAD
-        hidden = self.backbone(tokens, tokens != PAD, adapter).last_hidden_state[:, prompt_length - 1 : -1][real]
+        responses, real = tokens[:, prompt_length:], tokens != PAD
+        if copies == 1 or not self.shares_prompts:
+            hidden = self.backbone(tokens, real, adapter).last_hidden_state[:, prompt_length - 1 : -1]
+        else:
+            cache, prompts = transformers.DynamicCache(config=self.lm.config), tokens[: len(tokens) // copies, :prompt_length]
+            last = self.backbone(prompts, prompts != PAD, adapter, past_key_values=cache).last_hidden_state[:, -1:]
+            cache.reorder_cache(torch.arange(len(prompts), device=tokens.device).repeat(copies))
+            rest = self.backbone(responses, real, adapter, past_key_values=cache).last_hidden_state[:, :-1]
+            hidden = torch.cat([last.repeat(copies, 1, 1), rest], dim=1)
+        return hidden[responses != PAD], responses[responses != PAD]
+
+    def logprobs(self, hidden: torch.Tensor, tokens: torch.Tensor, temperature: float, with_entropy: bool = False):
+        """Log-probabilities of the tokens [N] at that temperature, among the whole vocabulary; entropies, or None."""
         logits = self.logits(hidden, temperature)
-        logprobs = -F.cross_entropy(logits, responses[real], reduction="none")
         entropies = logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1) if with_entropy else None
-        return logprobs, entropies
+        return -F.cross_entropy(logits, tokens, reduction="none"), entropies  # which keeps one array [N, V], the log-softmax
+
+    def forward(self, tokens, prompt_length: int, temperature: float, with_entropy: bool = False, adapter="policy"):
+        """Log-probabilities and entropies (or None), [N] each, of the N response tokens that are not PAD, row by row."""
+        return self.logprobs(*self.states(tokens, prompt_length, adapter), temperature, with_entropy)
 
     def values(self, tokens: torch.Tensor, prompt_length: int) -> torch.Tensor:
         """[N]: the values of the states before these tokens."""
-        tokens, prompt_length = trim(tokens, prompt_length)
-        real = tokens[:, prompt_length:] != PAD
-        hidden = self.backbone(tokens, tokens != PAD, "value").last_hidden_state[:, prompt_length - 1 : -1][real]
-        return self.heads["value"](hidden.float()).squeeze(-1)
+        return self.heads["value"](self.states(tokens, prompt_length, "value")[0].float()).squeeze(-1)
 
 
 def trained_parameters(agent: Agent) -> dict[str, nn.Parameter]:
@@ -361,7 +370,6 @@ def generate(agent: Agent, prompts: torch.Tensor, uniforms: torch.Tensor, ends: 
     prompts = prompts[:, (prompts != PAD).any(dim=0)]
     responses = torch.full((len(prompts), args.response_length), PAD, device=prompts.device)
     running = torch.ones(len(prompts), dtype=torch.bool, device=prompts.device)
-    may_end = args.min_response_length < args.response_length  # if not, no step needs to ask the GPU whether all have ended
     tokens, real, cache = prompts, prompts != PAD, transformers.DynamicCache(config=agent.lm.config)
     for t in range(args.response_length):
         hidden = agent.backbone(tokens, real, past_key_values=cache).last_hidden_state[:, -1]
@@ -372,7 +380,7 @@ def generate(agent: Agent, prompts: torch.Tensor, uniforms: torch.Tensor, ends: 
         responses[:, t] = torch.where(running, chosen, PAD)
         for end in ends:
             running &= chosen != end
-        if may_end and not running.any():
+        if t >= args.min_response_length and not running.any():  # asks the GPU, so only where a text may have ended
             break
         tokens = chosen.unsqueeze(-1)
         real = torch.cat([real, torch.ones_like(tokens, dtype=torch.bool)], dim=1)
@@ -404,10 +412,7 @@ def without_heading(post: str) -> str:
 
 
 def encode(posts: list[tuple[str, str]], tokenizer, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts [B, max_prompt_length], PAD on the left, and the summaries [B, response_length], PAD on the right.
-
-    A prompt is the first tokens of the post and "\\nTL;DR:".
-    """
+    """Prompts [B, max_prompt_length], a post's first tokens and its ending, PAD on the left; summaries [B, response_length]."""
     prompts = torch.full((len(posts), args.max_prompt_length), PAD)
     references = torch.full((len(posts), args.response_length), PAD)
     for row, (post, summary) in enumerate(posts):
@@ -556,14 +561,10 @@ def update(agent, optimizer, accelerator, args, batch: dict[str, torch.Tensor], 
             for rows in mine.split(len(mine) // args.gradient_accumulation):
                 share = real[rows].sum() / real[minibatch].sum()
                 reference_share = reference_real[rows].sum() / reference_real[minibatch].sum()
-                # backward after each loss: the next one needs another adapter, and memory is free again
                 part = {name: tensor[rows] for name, tensor in batch.items()}
-                loss, stats = policy_loss(agent, args, share, part["tokens"], part["logprobs"], part["advantages"])
-                loss.backward()
-                if args.reference_nll_coef:
-                    loss, more = reference_loss(agent, args, reference_share, part["tokens"], part["references"])
-                    loss.backward()
-                    stats |= more
+                inputs = (part[name] for name in ("tokens", "logprobs", "advantages", "references"))
+                loss, stats = policy_loss(agent, args, share, reference_share, *inputs)
+                loss.backward()  # before the next loss, which needs another adapter
                 loss, more = value_loss(agent, args, share, part["tokens"], part["values"], part["returns"])
                 loss.backward()
                 for name, value in (stats | more).items():
@@ -763,7 +764,7 @@ def load_reward(args: Args, agent: Agent, tokenizer, device: torch.device) -> Ag
 
 def keeps_activations(args: Args, lm: transformers.PreTrainedModel, device: torch.device) -> bool:
     """Whether a GPU has the memory for an update without checkpointing: about 24 vectors and the heads' weights a token."""
-    config, length = lm.config.get_text_config(), args.max_prompt_length + args.response_length
+    config, length = lm.config.get_text_config(), args.max_prompt_length + 2 * args.response_length  # and the reference
     rows = args.minibatch_size // int(os.environ.get("WORLD_SIZE", 1)) // args.gradient_accumulation
     token = 24 * config.hidden_size * lm.dtype.itemsize + 4 * config.num_attention_heads * length
     return device.type == "cuda" and rows * length * config.num_hidden_layers * token < 0.8 * torch.cuda.mem_get_info(device)[0]
@@ -784,11 +785,16 @@ def load_models(args: Args, device: torch.device):
         for name in ("policy", "value"):
             agent.add(name, LoraConfig(**lora, fan_in_fan_out=lm.config.model_type == "gpt2"), head=name == "value")
     agent.to(device).eval()
-    tokens = torch.arange(8, device=device).view(2, 4)
+    tokens = torch.tensor([[0, 1, 2, 3], [0, 1, 4, 5]], device=device)
     check_gradients(args, agent, lm, lambda: agent(tokens, 2, 1.0)[0].sum(), lambda: agent.values(tokens, 2).sum())
     reward = load_reward(args, agent, tokenizer, device)
     if args.gradient_checkpointing and not keeps_activations(args, lm, device):
         lm.activation_checkpointing_enable({"use_reentrant": False})
+    else:  # checkpointed layers keep no cache, and one of state-space layers continues with single tokens alone
+        agent.shares_prompts = True
+        with torch.no_grad():
+            plain, shared = (agent.states(tokens, 2, None, copies)[0].float() for copies in (1, 2))
+        agent.shares_prompts = bool((shared - plain).norm() <= 0.05 * plain.norm())
     return agent.to(device).eval(), reward.to(device).eval(), tokenizer
 
 

@@ -642,7 +642,7 @@ def test_checkpointing_where_a_gpu_has_not_the_memory(monkeypatch):
     """GPT-J at the paper's sizes: 24 vectors of 4,096 in bfloat16 and 16 heads' weights a token and layer."""
     lm = rlhf_assets.make_lm(V).to(torch.bfloat16)
     lm.config.n_embd, lm.config.n_layer, lm.config.n_head = 4096, 28, 16
-    needed = 28 * 4 * 550 * (24 * 4096 * 2 + 4 * 16 * 550)
+    needed = 28 * 4 * 600 * (24 * 4096 * 2 + 4 * 16 * 600)  # 500 tokens of a prompt, 50 of a response, 50 of a reference
     for free, kept in ((needed / 0.8 * 1.01, True), (needed / 0.8 * 0.99, False)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_, free=free: (free, 0))
         assert tldr.keeps_activations(tldr.Args(), lm, torch.device("cuda")) == kept
@@ -692,7 +692,7 @@ def test_the_value_has_a_clip_of_its_own_and_the_reference_no_temperature(script
             stats = imdb.minibatch_loss(agent, args, 1.0, 1.0, *batch)[1]
         else:
             stats = tldr.value_loss(agent, args, 1.0, tokens, zeros, zeros + 1.0)[1]
-            stats |= tldr.reference_loss(agent, args, 1.0, tokens, references)[1]
+            stats |= tldr.policy_loss(agent, args, 1.0, 1.0, tokens, zeros, zeros, references)[1]
         assert stats["losses/value_loss"].item() == pytest.approx(expected)
         nll = -whole.gather(-1, references[0][:, None]).mean()
         assert stats["losses/reference_nll"].item() == pytest.approx(nll.item(), rel=1e-5)
@@ -712,7 +712,7 @@ def test_literal_signs_reach_the_loss(script):
             if script is imdb:
                 stats = imdb.minibatch_loss(agent, args, 1.0, 1.0, tokens, old, zeros, zeros - 1.0, zeros, tokens[:, :6])[1]
             else:
-                stats = tldr.policy_loss(agent, args, 1.0, tokens, old, zeros - 1.0)[1]
+                stats = tldr.policy_loss(agent, args, 1.0, 1.0, tokens, old, zeros - 1.0, tokens[:, :6])[1]
             found.append(stats["losses/reverse_loss"].item())
     assert found == pytest.approx([2.0, -2.0])
 

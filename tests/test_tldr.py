@@ -389,10 +389,8 @@ def make_batch(agent, off=0.3, seed=0):
 def gradient(agent, args, batch):
     """Of the policy's losses, alone; their sum and their statistics."""
     agent.zero_grad()
-    loss, stats = tldr.policy_loss(agent, args, 1.0, *(batch[name] for name in ("tokens", "logprobs", "advantages")))
-    if args.reference_nll_coef:
-        more, nll = tldr.reference_loss(agent, args, 1.0, batch["tokens"], batch["references"])
-        loss, stats = loss + more, stats | nll
+    inputs = (batch[name] for name in ("tokens", "logprobs", "advantages", "references"))
+    loss, stats = tldr.policy_loss(agent, args, 1.0, 1.0, *inputs)
     loss.backward()
     return torch.cat([p.grad.flatten() for p in agent.parameters() if p.grad is not None]).double(), loss, stats
 
@@ -443,6 +441,41 @@ def test_losses_by_hand():
     assert loss.item() == pytest.approx(0.5 * ppo / n + 0.2 * rppo / n - 0.03 * entropy / n + 0.1 * nll, rel=1e-4)
     assert value_stats["losses/value_loss"].item() == pytest.approx(squares / n, rel=1e-4)
     assert value.item() == pytest.approx(0.1 * squares / n, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "llama"])
+def test_response_and_reference_behind_one_pass_of_the_prompt(family):
+    """Losses and gradients are those of two passes. Rows of different length, one of them with a reference of one token."""
+    agent, found = make_agent(family), []
+    batch, args, widths = make_batch(agent), make_args(temperature=0.7, ent_coef=0.1), []
+    batch["references"][2, 1:] = PAD
+    agent.lm.get_base_model().base_model.register_forward_pre_hook(
+        lambda _, __, inputs: widths.append(inputs["input_ids"].shape[1]), with_kwargs=True
+    )
+    for shares in (False, True):
+        agent.shares_prompts = shares
+        found.append(gradient(agent, args, batch))
+    assert widths == [13, 7, 6]
+    (one, loss, stats), (other, other_loss, other_stats) = found
+    torch.testing.assert_close(one, other, atol=1e-6 * one.norm().item(), rtol=1e-4)
+    torch.testing.assert_close([loss, *stats.values()], [other_loss, *other_stats.values()], atol=1e-6, rtol=1e-5)
+
+
+def test_which_models_share_a_pass_of_the_prompt(assets, tmp_path):
+    """Not with checkpointing, which keeps no cache; not Jamba, whose state-space layers go on with single tokens alone."""
+    paths = {name: str(assets / "policy") for name in ("policy", "tokenizer", "reward_base")}
+    args = make_args(**paths, reward_adapter=str(assets / "reward"), reward_max_length=40, max_prompt_length=20)
+    assert not tldr.load_models(args, CPU)[0].shares_prompts
+    args = tldr.replace(args, gradient_checkpointing=False)
+    assert tldr.load_models(args, CPU)[0].shares_prompts
+    jamba = transformers.JambaConfig(
+        vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        max_position_embeddings=64, initializer_range=0.3, attn_layer_period=2, attn_layer_offset=1, num_experts=1,
+        mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False, eos_token_id=0,
+    )  # fmt: skip
+    transformers.JambaForCausalLM(jamba).save_pretrained(tmp_path / "jamba")
+    args = tldr.replace(args, policy=str(tmp_path / "jamba"), lora_target_modules="q_proj,o_proj")
+    assert not tldr.load_models(args, CPU)[0].shares_prompts
 
 
 def test_shares_of_the_gradient_are_of_the_two_adapters():
@@ -541,8 +574,8 @@ def test_the_first_minibatch_has_ratio_one_and_new_adapters_kl_zero():
     prompts, uniforms = make_tokens()[:, :7], torch.rand(8, 6, dtype=torch.float64)
     batch, clock = tldr.rollout(agent, agent, TOKENIZER, prompts, uniforms, args, Accelerator(cpu=True))
     assert set(clock) == {"time/generate", "time/score", "time/forward"}
-    rows = (batch["tokens"][2:6], batch["logprobs"][2:6], torch.zeros(4, 6))
-    _, stats = tldr.policy_loss(agent, args, 1.0, *rows)
+    rows = (batch["tokens"][2:6], batch["logprobs"][2:6], torch.zeros(4, 6), make_tokens(4)[:, 7:])
+    _, stats = tldr.policy_loss(agent, args, 1.0, 1.0, *rows)
     assert abs(stats["losses/old_approx_kl"]) < 1e-6 and stats["losses/clipfrac"] == 0
     policy, base, value = merged(agent, "policy"), agent.lm.get_base_model(), merged(agent, "value")
     agent.activate(None)
