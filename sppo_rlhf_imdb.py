@@ -13,8 +13,8 @@ token. Token i has probability pi_i; r = pi_i / pi_old_i; A is the advantage:
     python sppo_rlhf_imdb.py --evaluate RUN_FOLDER --prompts FILE   # continuations of a finished run, as JSON lines
 
 The policy goes on with the first half of a review. The score is a classifier's probability that the text is positive; the last
-token gets it, and every token costs kl_coef (log pi - log pi_ref). docs/differences.md lists what differs from the paper and
-its released code. The algorithm ends at the line "Operations".
+token gets it, and every token costs kl_coef (log pi - log pi_ref). docs/differences.md: what differs from the released code.
+The algorithm ends at the line "Operations".
 """
 
 # /// script
@@ -44,12 +44,9 @@ import uuid
 import warnings
 from collections import Counter
 from dataclasses import asdict, fields, replace
-from http.client import HTTPException
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 try:
     import datasets
@@ -304,7 +301,6 @@ def generate(agent: Agent, prompts: torch.Tensor, uniforms: torch.Tensor, ends: 
     prompts = prompts[:, (prompts != PAD).any(dim=0)]
     responses = torch.full((len(prompts), args.response_length), PAD, device=prompts.device)
     running = torch.ones(len(prompts), dtype=torch.bool, device=prompts.device)
-    may_end = args.min_response_length < args.response_length  # if not, no step needs to ask the GPU whether all have ended
     tokens, real, cache = prompts, prompts != PAD, transformers.DynamicCache(config=agent.lm.config)
     for t in range(args.response_length):
         hidden = agent.backbone(tokens, real, past_key_values=cache).last_hidden_state[:, -1]
@@ -315,7 +311,7 @@ def generate(agent: Agent, prompts: torch.Tensor, uniforms: torch.Tensor, ends: 
         responses[:, t] = torch.where(running, chosen, PAD)
         for end in ends:
             running &= chosen != end
-        if may_end and not running.any():
+        if t >= args.min_response_length and not running.any():  # asks the GPU, so only where a text may have ended
             break
         tokens = chosen.unsqueeze(-1)
         real = torch.cat([real, torch.ones_like(tokens, dtype=torch.bool)], dim=1)
@@ -370,25 +366,12 @@ def decode(tokens: torch.Tensor, tokenizer) -> list[str]:
 def score(texts: list[str], reward_model, reward_tokenizer, label: int, args: Args) -> torch.Tensor:
     """[B]: the classifier's probability of `label` for each text, as its own pipeline gives it. Special tokens are text."""
     scores, several = [], reward_model.config.problem_type == "multi_label_classification"
-    length = min(reward_tokenizer.model_max_length, reward_positions(reward_model))
-    options = {"padding": True, "truncation": True, "max_length": length, "split_special_tokens": True, "return_tensors": "pt"}
+    options = {"padding": True, "truncation": True, "split_special_tokens": True, "return_tensors": "pt"}
     for start in range(0, len(texts), args.reward_batch_size):
         inputs = reward_tokenizer(texts[start : start + args.reward_batch_size], **options)
         logits = reward_model(**inputs.to(reward_model.device)).logits.float()
         scores.append((logits.sigmoid() if several else logits.softmax(-1))[:, label])
     return torch.cat(scores)
-
-
-def reward_positions(reward_model: transformers.PreTrainedModel) -> int:
-    """Tokens of the longest text that the classifier can read, 1,024 if it has no limit.
-
-    RoBERTa's kind counts positions from the number of its padding token on.
-    """
-    positions = getattr(reward_model.config, "max_position_embeddings", None) or 1024
-    for name, module in reward_model.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            positions = module.num_embeddings - module.padding_idx - 1
-    return positions
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -570,10 +553,7 @@ PARTS = {"policy": ("alpha", "beta"), "value": ("vf_coef",), "entropy": ("ent_co
 
 
 def grad_shares(agent, args, batch):
-    """The share <g_i, g> / |g|^2 of each of the PARTS of the loss in its gradient g = sum g_i. The shares sum to 1.
-
-    batch: the inputs of `minibatch_loss` after `args`.
-    """
+    """The share <g_i, g> / |g|^2 of each of the PARTS of the loss in its gradient g = sum g_i. batch: `minibatch_loss`'s."""
     parameters = [parameter for parameter in agent.parameters() if parameter.requires_grad]
     weights = {weight for own in PARTS.values() for weight in own}
     grads = {}
@@ -582,19 +562,14 @@ def grad_shares(agent, args, batch):
             loss, _ = minibatch_loss(agent, replace(args, **dict.fromkeys(weights - set(own), 0.0)), *batch)
             grads[name] = torch.autograd.grad(loss, parameters)
     total = [sum(parts) for parts in zip(*grads.values(), strict=True)]
-
-    def dot_total(grad):
-        return sum(torch.dot(own.flatten().double(), whole.flatten().double()) for own, whole in zip(grad, total, strict=True))
-
-    square = max(float(dot_total(total)), 1e-300)
-    return {f"losses/grad_share_{name}": float(dot_total(grads[name])) / square if name in grads else 0.0 for name in PARTS}
+    dots = {name: sum((x.double() * y).sum().item() for x, y in zip(grad, total, strict=True)) for name, grad in grads.items()}
+    return {f"losses/grad_share_{name}": dots.get(name, 0.0) / max(sum(dots.values()), 1e-300) for name in PARTS}
 
 
 def judge_score(text: str, judge: dict) -> float:
     """Probability of a positive review by logistic regression on TF-IDF of words and pairs of words.
 
-    judge: {"intercept": b, "terms": {term: [idf, weight]}}. The judge is trained apart from the policy and the reward model.
-    Where the score rises and the judge's does not, the policy exploits the reward model.
+    judge: {"intercept": b, "terms": {term: [idf, weight]}}, trained apart from the policy and the reward model.
     """
     words = re.findall(r"\b\w\w+\b", text.lower())
     terms = Counter(itertools.chain(words, (f"{a} {b}" for a, b in itertools.pairwise(words))))
@@ -624,9 +599,6 @@ def evaluate(agent, reference, reward, tokenizer, reviews, args, accelerator) ->
     stats, scores = describe(batch, args), batch["scores"]
     result = {"score": stats.pop("scores"), "score_stderr": scores.std().item() / math.sqrt(len(scores)), **stats}
     if args.prompts:
-        result["too_long"] = sum(
-            len(ids) > args.max_prompt_length for ids in tokenize(tokenizer, reviews)
-        )  # read from their end
         return result, [sample | {"prompt": prompt} for sample, prompt in zip(samples, reviews, strict=True)]
     ids, read, count = [], [], args.perplexity_tokens + 1
     for text in reviews:
@@ -635,45 +607,37 @@ def evaluate(agent, reference, reward, tokenizer, reviews, args, accelerator) ->
             read.append(text)
     result["perplexity"] = perplexity(agent, ids[:count])
     result["perplexity_released"] = perplexity(agent, tokenize(tokenizer, ["\n\n".join(read)])[0][:count])  # Table 3's
-    if judge := load_judge(args):
+    if args.judge:
+        judge = json.loads(Path(args.judge).read_text())
         for row in samples:
             row["judge_score"] = judge_score(row["prompt"] + row["response"], judge)
         result["judge_score"] = float(np.mean([row["judge_score"] for row in samples]))
     return result, samples
 
 
-def load_judge(args: Args) -> dict | None:
-    """The judge for `judge_score`, or None."""
-    if args.judge is None:
-        return None
-    with refusing(args, "judge"):
-        judge = json.loads(Path(args.judge).read_text())
-        terms = {term: (float(idf), float(weight)) for term, (idf, weight) in judge["terms"].items()}
-        return {"intercept": float(judge["intercept"]), "terms": terms}
-
-
 def load_reward(args: Args, device: torch.device):
     """The classifier, its tokenizer and the number of the label that scores."""
-    name, loader = "reward_model", transformers.AutoModelForSequenceClassification
-    model, tokenizer = from_pretrained(args, name, loader).to(device).eval(), None
-    config = model.config
+    name = "reward_model"
+    model = from_pretrained(args, name, transformers.AutoModelForSequenceClassification).to(device).eval()
+    config, positions = model.config, getattr(model.config, "max_position_embeddings", None) or 1024
     labels = {str(number): number for number in range(config.num_labels)}
     labels |= {str(label): int(number) for number, label in (config.id2label or {}).items()}  # whatever label2id says
     if config.is_encoder_decoder or config.num_labels < 2 or config.problem_type == "regression":
         raise bad(args, name, "expected a classifier with two labels or more, an encoder or a causal model, not both in one")
     if args.reward_label not in labels:
         raise bad(args, "reward_label", f"expected one of the reward model's {', '.join(labels)}")
+    tokenizer = from_pretrained(args, name, transformers.AutoTokenizer)
+    check_tokenizer(args, name, model, tokenizer)
+    for path, module in model.named_modules():
+        if path.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            positions = module.num_embeddings - module.padding_idx - 1  # RoBERTa's kind counts from the padding token on
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    tokenizer.truncation_side = "left"  # of a text that is too long the response stays
+    # classifiers on causal models look for the last token before the padding, and count positions from the left
+    tokenizer.padding_side, config.pad_token_id = "right", tokenizer.pad_token_id
+    reward = (model, tokenizer, labels[args.reward_label])
+    texts = ["a film", "a film that is longer than the other one", "a film " * positions]
     with refusing(args, name):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.reward_model, trust_remote_code=False)
-        # without its files transformers makes a tokenizer to which every word is the unknown one
-        if len({tuple(tokenizer(text).input_ids) for text in ("a film", "b film", "the one", "2 10")}) < 2:
-            raise bad(args, name, "expected a classifier with its tokenizer's files; this tokenizer tells no words apart")
-        check_tokenizer(args, name, model, tokenizer)
-        tokenizer.truncation_side = "left"  # of a text that is too long the response stays
-        # classifiers on causal models look for the last token before the padding, and count positions from the left
-        tokenizer.padding_side, config.pad_token_id = "right", tokenizer.pad_token_id
-        reward = (model, tokenizer, labels[args.reward_label])
-        texts = ["a film", "a film that is longer than the other one", "a film " * reward_positions(model)]
         together, alone = score(texts, *reward, args), torch.cat([score([text], *reward, args) for text in texts])
     if not torch.allclose(together, alone, atol=1e-2, rtol=0):
         raise bad(args, name, "expected a classifier whose scores do not depend on what else is in the batch")
@@ -681,11 +645,9 @@ def load_reward(args: Args, device: torch.device):
 
 
 def load_models(args: Args, device: torch.device):
-    """The agent, the frozen reference, what `load_reward` gives, and the policy's tokenizer.
-
-    With LoRA the reference is the agent itself, whose adapters are switched off for it; without, a copy.
-    """
-    load_judge(args)
+    """The agent, the reference (a copy; with LoRA the agent itself), what `load_reward` gives, and the policy's tokenizer."""
+    if args.judge and not Path(args.judge).is_file():
+        raise bad(args, "judge", "no such file")
     tokenizer = from_pretrained(args, "tokenizer", transformers.AutoTokenizer)
     lm = from_pretrained(args, "policy", transformers.AutoModelForCausalLM).eval()
     check_policy(args, lm, tokenizer)
@@ -730,12 +692,10 @@ EVALUABLE = [*SOURCES, "prompts", "eval_episodes", "save_model", "reward_batch_s
 
 def check_task(args, processes):
     """What only this script can refuse."""
-    if args.eval_episodes % processes or args.eval_episodes == 1:
-        raise bad(args, "eval_episodes", f"expected a multiple of {processes} processes, but not 1, without a standard error")
-    if args.evaluate and not args.prompts and not args.eval_episodes:
-        raise bad(args, "eval_episodes", "expected 2 or more, or --prompts")
-    if args.lora_target_modules and not args.lora_r:
-        raise bad(args, "lora_target_modules", "expected --lora-r 1 or more with it")
+    if args.eval_episodes % processes:
+        raise bad(args, "eval_episodes", f"expected a multiple of the {processes} processes")
+    if args.evaluate and not (args.prompts or args.eval_episodes):
+        raise bad(args, "eval_episodes", "expected 1 or more, or --prompts")
 
 
 # --- run folder (the same in both RLHF scripts) -----------------------------------------------------------------------
@@ -808,14 +768,6 @@ def write_json(path, content):
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def lock_run(folder):
-    """Only one process may write to a run. The operating system releases the lock of a process that is killed."""
-    try:
-        return filelock.FileLock(folder / ".lock").acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise BadInput(f"{folder}: another process is training this run") from error
-
-
 class Run:
     """A run's folder: args.json, curves, checkpoint.pt, samples.json, result.json. One process, the leader, writes and talks.
 
@@ -840,8 +792,9 @@ class Run:
         if self.leads:
             self.open_folder()
         (self.folder,) = broadcast_object_list([self.folder])
-        self.checkpoint = load_checkpoint(self.folder) if (self.folder / "checkpoint.pt").exists() else None
-        known = self.checkpoint or {"iteration": 0, "seconds": 0.0, "before": None, "samples_before": None}
+        path = self.folder / "checkpoint.pt"
+        self.checkpoint = torch.load(path, "cpu", weights_only=True) if path.exists() else None
+        known = self.checkpoint or {"iteration": 0, "seconds": 0.0}
         self.iteration = self.start = known["iteration"]
         self.seconds = self.start_seconds = known["seconds"]
         self.before = (known["before"], known["samples_before"]) if self.checkpoint else None
@@ -863,7 +816,11 @@ class Run:
         """Makes the run's folder, or opens the one to resume. Starts the W&B run, or continues it."""
         args = self.args
         self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
-        self.cleanup.enter_context(lock_run(self.folder))
+        lock = filelock.FileLock(self.folder / ".lock")  # the operating system releases it if the process is killed
+        try:
+            self.cleanup.enter_context(lock.acquire(timeout=0))
+        except filelock.Timeout as error:
+            raise BadInput(f"--resume {args.resume}: another process is training this run") from error
         if args.resume:
             before = json.loads((self.folder / "args.json").read_text())
             changed = {key: before.get(key) for key in ("versions", "commit", "device") if before.get(key) != self.record[key]}
@@ -897,7 +854,8 @@ class Run:
     def end_if_not_finite(self, values):
         for name, value in values.items():
             if not math.isfinite(value):
-                raise FloatingPointError(f"{name} is {value}")
+                kept = f"{self.folder} keeps the last checkpoint, if there is one"
+                raise FloatingPointError(f"{name} is {value} in iteration {self.iteration}; the run ends, {kept}")
 
     def log(self, iteration, stats, seconds):
         """The curves of an iteration, which took `seconds`. Without a terminal prints one line a minute."""
@@ -975,9 +933,8 @@ class Run:
             self.wandb.summary.update({name: result[name] for name in ("score", "score_stderr", "seconds")})
         self.progress.close()
         score = f"score {before['score']:.3f} before, {after['score']:.3f} after" if after else "not evaluated"
-        self.say(
-            f"{self.args.iterations} iterations in {self.seconds:.0f} s, {score}; {self.folder / 'result.json'}", flush=True
-        )
+        ended = f"{self.args.iterations} iterations in {self.seconds:.0f} s"
+        self.say(f"{ended}, {score}; {self.folder / 'result.json'}", flush=True)
 
 
 # --- loading: refuses what would give wrong numbers without a word; elsewhere the libraries' own errors speak -----------
@@ -1002,41 +959,31 @@ def prepare_hub(args):
     offline = args.offline or huggingface_hub.constants.HF_HUB_OFFLINE
     if not offline and not all(Path(getattr(args, name) or ".").exists() for name in SOURCES):
         try:
-            urlopen(Request(huggingface_hub.constants.ENDPOINT, method="HEAD"), timeout=5).close()
-        except (OSError, ValueError, HTTPException) as error:  # ValueError: an HF_ENDPOINT without https://
-            offline = not isinstance(error, HTTPError)  # which is an answer
+            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+        except Exception:  # of the HTTP library that huggingface_hub chooses
+            offline = True
     if offline:
         huggingface_hub.constants.HF_HUB_OFFLINE = True
         datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # else transformers asks a conversion service to open a pull request
     transformers.utils.logging.set_verbosity_error()  # of texts too long for the tokenizer, which encode and score cut
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")  # between peft and transformers
-
-
-def refuse_adapter(args, name):
-    """transformers would load it onto its base without a word, and freeze it."""
-    if find_adapter_config_file(getattr(args, name), local_files_only=huggingface_hub.constants.HF_HUB_OFFLINE) is not None:
-        raise bad(args, name, "an adapter; merge it into its base first, with peft's merge_and_unload")
 
 
 def from_pretrained(args, name, loader, **options):
     """Loads the argument `name`, a Hub id or a folder: safetensors with all weights, without remote code."""
-    source = getattr(args, name)
+    source, offline = getattr(args, name), huggingface_hub.constants.HF_HUB_OFFLINE
     with refusing(args, name):
         if loader is transformers.AutoTokenizer:
             return loader.from_pretrained(source, trust_remote_code=False)
-        refuse_adapter(args, name)
+        if find_adapter_config_file(source, local_files_only=offline):  # transformers would load and freeze it on its base
+            raise bad(args, name, "an adapter; merge it into its base first, with peft's merge_and_unload")
         options |= {"trust_remote_code": False, "use_safetensors": None if args.allow_pickle else True}
         model, info = loader.from_pretrained(source, **options, output_loading_info=True)
     if info["missing_keys"]:  # transformers has put random numbers there
         raise bad(args, name, f"expected a model with all its weights; {', '.join(sorted(info['missing_keys']))} are missing")
     for module in list(model.modules()):
         for child, layer in module.named_children():
-            if isinstance(
-                layer, transformers.activations.NewGELUActivation
-            ):  # GPT-2's and GPT-J's, written as eight operations
+            if isinstance(layer, transformers.activations.NewGELUActivation):  # GPT-2's and GPT-J's, eight operations
                 setattr(module, child, nn.GELU(approximate="tanh"))
     return model
 
@@ -1044,15 +991,15 @@ def from_pretrained(args, name, loader, **options):
 def check_tokenizer(args, name, model, tokenizer):
     """Refuses a tokenizer with ids that the model lacks, or with other ids than the model's own tokenizer, if it has one."""
     largest, tokens = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
-    texts = ["I loved it: 10/10!", "\nTL;DR: a film, naïve at best", "the 2 worst"]
-    own = []
+    texts = ["I loved it: 10/10!", "I hated it: 10/10!", "\nTL;DR: a film, naïve at best"]
+    ids, own = tokenize(tokenizer, texts), None
     with contextlib.suppress(Exception):  # of a model that comes without one
         own = tokenize(transformers.AutoTokenizer.from_pretrained(getattr(args, name), trust_remote_code=False), texts)
-    if len({tuple(ids) for ids in own}) < 3:  # without its files transformers makes one that tells no words apart
-        own = None
     if largest >= tokens:
         raise bad(args, name, f"expected a model of the tokenizer's; it has {tokens} tokens, and the largest id is {largest}")
-    if own and own != tokenize(tokenizer, texts):
+    if ids[0] == ids[1]:  # transformers makes such a one where its files are missing
+        raise bad(args, name, "expected a model with its tokenizer's files; this tokenizer tells no words apart")
+    if own and own[0] != own[1] and own != ids:
         raise bad(args, name, "expected a model of the tokenizer's; its own one gives words other ids")
 
 
@@ -1074,25 +1021,24 @@ def check_lm(args, name, lm, backbone, length):
 
     `length` is that of the longest text in use: some models switch their positions with it. backbone: `Agent.backbone`.
     """
-    short, long = (torch.arange(n, device=lm.device) * 7919 % lm.config.vocab_size for n in (5, max(9, length)))
-    batch = torch.stack([F.pad(short, (len(long) - 5, 0), value=PAD), long])
+    texts = [torch.arange(n, device=lm.device) * 7919 % lm.config.vocab_size for n in (5, max(9, length))]
+    batch = torch.stack([F.pad(ids, (len(texts[1]) - len(ids), 0), value=PAD) for ids in texts])
     real, cache, head = batch != PAD, transformers.DynamicCache(config=lm.config), lm.get_output_embeddings()
     with refusing(args, name):
-        padded = backbone(batch, real).last_hidden_state
-        steps = [0, *range(len(long) - 3, len(long) + 1)]
+        plain = torch.stack([lm(ids[None]).logits[0, -5:].float() for ids in texts])
+        padded = backbone(batch, real).last_hidden_state[:, -5:]
+        steps = [0, *range(len(texts[1]) - 3, len(texts[1]) + 1)]
         pieces = [backbone(batch[:, a:b], real[:, :b], past_key_values=cache) for a, b in itertools.pairwise(steps)]
-        cached = torch.cat([piece.last_hidden_state for piece in pieces], dim=1)
-        plain_short, plain_long = (lm(ids[None]).logits[0, -9:].float() for ids in (short, long))
+        cached = torch.cat([piece.last_hidden_state for piece in pieces], dim=1)[:, -5:]
     # Room for rounding: TF32, in which GPUs multiply float32, keeps 11 bits, bfloat16 8. In bfloat16 a right model of 30
     # layers is off by 0.2 of the logits' spread, one with its positions off by one by 0.8.
-    tolerance = plain_long.std() * (0.02 if lm.dtype == torch.float32 else 0.4)
-    for hidden, plain, reason in (
-        (padded[1, -9:], plain_long, "its logits are not its head applied to its last hidden states"),
-        (padded[0, -5:], plain_short, "padding on the left changes its numbers"),
-        (cached[1, -9:], plain_long, "a cache of keys and values changes its numbers"),
-        (cached[0, -5:], plain_short, "a cache after left padding changes its numbers"),
+    tolerance = plain.std() * (0.02 if lm.dtype == torch.float32 else 0.4)
+    for hidden, reason in (
+        (padded[1:], "its logits are not its head applied to its last hidden states"),
+        (padded, "padding on the left changes its numbers"),
+        (cached, "a cache of keys and values changes its numbers"),
     ):
-        if not (head(hidden).float() - plain).abs().max() <= tolerance:  # also if it is not a number
+        if not (head(hidden).float() - plain[-len(hidden) :]).abs().max() <= tolerance:  # also if it is not a number
             raise bad(args, name, f"expected a causal model that takes padding, positions and a cache ({reason})")
 
 
@@ -1133,10 +1079,7 @@ def column(rows, name):
 
 def load_weights(agent, checkpoint):
     """Puts the trained weights of a checkpoint into the agent; all others are as they were loaded."""
-    shapes = [
-        {name: tensor.shape for name, tensor in part.items()} for part in (checkpoint["agent"], trained_parameters(agent))
-    ]
-    if shapes[0] != shapes[1]:  # strict=False would pass over missing ones
+    if checkpoint["agent"].keys() != trained_parameters(agent).keys():  # strict=False would pass over missing ones
         raise BadInput("checkpoint.pt has other weights than --policy has with these versions")
     agent.load_state_dict(checkpoint["agent"], strict=False)
 
@@ -1160,18 +1103,12 @@ def load_args(run_folder):
     return Args(**{name: value for name, value in saved["args"].items() if name not in gone})
 
 
-def load_checkpoint(run_folder):
-    return torch.load(Path(run_folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
-
-
 RESUMABLE = [*SOURCES, "iterations", "track", "wandb_project_name", "wandb_entity", "eval_interval", "checkpoint_interval"]
 RESUMABLE += ["save_model", "reward_batch_size", "num_threads", "cuda"]
 
 
 def own_args(args):
     """The run's own arguments, with --resume or --evaluate. An evaluation is neither tracked nor saved as the run was."""
-    if args.resume and args.evaluate:
-        raise BadInput("--resume and --evaluate: expected one of them")
     own = replace(load_args(args.resume or args.evaluate), resume=args.resume, evaluate=args.evaluate)
     return replace(own, track=False, save_model=False) if args.evaluate else own
 
@@ -1201,16 +1138,13 @@ def check(args):
         if args.iterations < own.iterations:
             raise bad(args, "iterations", f"expected {own.iterations}, the run's own, or more")
     processes, total = int(os.environ.get("WORLD_SIZE", 1)), args.trajectories_per_update  # set by `accelerate launch`
-    parts = f"{processes} processes x gradient_accumulation = {args.gradient_accumulation}"
-    for name, accepted, expected in (
-        ("min_response_length", args.min_response_length <= args.response_length, f"{args.response_length} or less"),
-        ("minibatch_size", total % args.minibatch_size == 0, f"a divisor of trajectories_per_update = {total}"),
-        ("minibatch_size", args.minibatch_size % (processes * args.gradient_accumulation) == 0, f"a multiple of {parts}"),
-        ("evaluate", processes == 1 or not args.evaluate, "a single process, without accelerate launch"),
-        ("prompts", args.evaluate or not args.prompts, "--evaluate with it"),
-    ):
-        if not accepted:
-            raise bad(args, name, f"expected {expected}")
+    if total % args.minibatch_size:
+        raise bad(args, "minibatch_size", f"expected a divisor of trajectories_per_update = {total}")
+    if args.minibatch_size % (processes * args.gradient_accumulation):
+        parts = f"{processes} processes x gradient_accumulation = {args.gradient_accumulation}"
+        raise bad(args, "minibatch_size", f"expected a multiple of {parts}")
+    if args.prompts and not args.evaluate:
+        raise bad(args, "prompts", "expected --evaluate with it")
     check_task(args, processes)
     if args.track and os.environ.get("WANDB_MODE", "online") == "online":
         import wandb
@@ -1221,29 +1155,24 @@ def check(args):
 def read_prompts(args):
     """The texts of --prompts: the column `prompt` of a file of JSON lines, or the lines of another file."""
     with refusing(args, "prompts"):
-        lines = Path(args.prompts).read_text(encoding="utf-8-sig").split("\n")
-        rows = read_json_lines(args.prompts) if args.prompts.endswith(".jsonl") else [{"prompt": line} for line in lines]
-        prompts = [prompt for prompt in column(rows, "prompt") if prompt.strip()]
-        if not prompts:
-            raise ValueError("it has no prompts")
-    return prompts
+        if args.prompts.endswith(".jsonl"):
+            return column(read_json_lines(args.prompts), "prompt")
+        return [line for line in Path(args.prompts).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
 
 
 def evaluate_run(args, accelerator):
     """--evaluate: prints what the policy of a finished or stopped run writes, as JSON lines. --save-model: saves it, too."""
     folder = Path(args.evaluate)
-    with lock_run(folder) if args.save_model else contextlib.nullcontext():
-        with refusing(args, "evaluate"):
-            checkpoint = load_checkpoint(folder)
-        texts, (agent, *models) = load_texts(args)["test"], load_models(args, accelerator.device)
-        load_weights(agent, checkpoint)
-        result, samples = evaluate(agent, *models, texts, args, accelerator)
-        print("\n".join(map(json.dumps, samples)), flush=True)
-        numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.items() if math.isfinite(value))
-        print(f"{numbers}; {len(samples)} texts, iteration {checkpoint['iteration']}", file=sys.stderr)
-        if args.save_model:
-            save_policy(folder, agent, models[-1], args)
-            print(f"saved the model of iteration {checkpoint['iteration']} in {folder}", file=sys.stderr)
+    checkpoint = torch.load(folder / "checkpoint.pt", "cpu", weights_only=True)
+    texts, (agent, *models) = load_texts(args)["test"], load_models(args, accelerator.device)
+    load_weights(agent, checkpoint)
+    result, samples = evaluate(agent, *models, texts, args, accelerator)
+    print("\n".join(map(json.dumps, samples)), flush=True)
+    numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.items() if math.isfinite(value))
+    print(f"{numbers}; {len(samples)} texts, iteration {checkpoint['iteration']}", file=sys.stderr)
+    if args.save_model:
+        save_policy(folder, agent, models[-1], args)
+        print(f"saved the model of iteration {checkpoint['iteration']} in {folder}", file=sys.stderr)
 
 
 def main(args):
@@ -1264,9 +1193,8 @@ def main(args):
         done = json.loads(Path(args.resume, "result.json").read_text())
         finished = done["global_step"] >= args.iterations * args.trajectories_per_update
         if finished and (done["args"]["save_model"] or not args.save_model):
-            accelerator.print(
-                f"{args.resume} has finished its {args.iterations} iterations; a larger --iterations continues it"
-            )
+            ended = f"{args.resume} has finished its {args.iterations} iterations"
+            accelerator.print(f"{ended}; a larger --iterations continues it")
             return
     texts, models = load_texts(args), load_models(args, accelerator.device)
     accelerator.wait_for_everyone()  # until every process has looked for result.json
@@ -1275,11 +1203,7 @@ def main(args):
     about = f"{args.policy}, {whole:.1f}M parameters, {trained:.1f}M trained, checkpointing {'on' if checkpointing else 'off'}"
     run = Run(args, accelerator, f"{about}; {torch.get_num_threads()} threads")
     with run.cleanup:
-        try:
-            train(args, run, texts, models)
-        except FloatingPointError as error:
-            kept = f"{run.folder} keeps the last checkpoint, if there is one"
-            raise FloatingPointError(f"{error} in iteration {run.iteration}; the run ends, {kept}") from error
+        train(args, run, texts, models)
     if run.signals:  # one during the last evaluation
         sys.exit(128 + run.signals[0])
 

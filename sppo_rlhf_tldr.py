@@ -13,8 +13,8 @@ token. Token i has probability pi_i; r = pi_i / pi_old_i; A is the advantage:
     python sppo_rlhf_tldr.py --evaluate RUN_FOLDER --prompts FILE   # summaries of a finished run, as JSON lines
 
 The policy reads a post and "TL;DR:" and writes a summary. A reward model scores both; the last token gets the score, and every
-token costs kl_coef (log pi - log pi_ref). docs/differences.md lists what differs from the paper and its released code.
-The algorithm ends at the line "Operations".
+token costs kl_coef (log pi - log pi_ref). docs/differences.md: what differs from the released code. The algorithm ends at the
+line "Operations".
 """
 
 # /// script
@@ -45,12 +45,9 @@ import warnings
 from collections import Counter
 from dataclasses import asdict, fields, replace
 from functools import partial
-from http.client import HTTPException
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 try:
     import datasets
@@ -196,15 +193,20 @@ def symmetric_ppo_loss(logprobs, old_logprobs, advantages, clip_coef, Z=-1.0, li
     return policy_loss, reverse_loss, stats
 
 
-def policy_loss(agent, args, share, tokens, old_logprobs, advantages):
+def policy_loss(agent, args, share, reference_share, tokens, old_logprobs, advantages, references):
     """This part's contribution to the policy's loss in a minibatch, and to its statistics by name.
 
-    The loss is alpha L_ppo + beta L_rppo - ent_coef H, each a mean over all real tokens of the minibatch. Shapes: tokens
-    [B, P + R]; old_logprobs, advantages [B, R], 0 at PAD. share: this part's real tokens divided by the minibatch's.
+    The loss is alpha L_ppo + beta L_rppo - ent_coef H + reference_nll_coef NLL, each a mean over all real tokens of the
+    minibatch. Shapes: tokens [B, P + R]; old_logprobs, advantages [B, R], 0 at PAD; references [B, R]. share,
+    reference_share: this part's real tokens divided by the minibatch's, in responses and in references.
     """
     prompt_length = tokens.shape[1] - old_logprobs.shape[1]
-    logprobs, entropies = agent(tokens, prompt_length, args.temperature, args.ent_coef > 0)
-    real = tokens[:, prompt_length:] != PAD
+    real, rows = tokens[:, prompt_length:] != PAD, [tokens]
+    if args.reference_nll_coef:
+        rows.append(torch.cat([tokens[:, :prompt_length], references], dim=1))
+    hidden, chosen = agent.states(torch.cat(rows), prompt_length, "policy", len(rows))
+    n = int(real.sum())
+    logprobs, entropies = agent.logprobs(hidden[:n], chosen[:n], args.temperature, args.ent_coef > 0)
     ppo_loss, reverse_loss, stats = symmetric_ppo_loss(
         logprobs, old_logprobs[real], advantages[real], args.clip_coef, args.Z, args.literal_signs
     )
@@ -213,15 +215,11 @@ def policy_loss(agent, args, share, tokens, old_logprobs, advantages):
     if args.ent_coef:
         stats["entropy"] = entropies.mean()
         loss = loss - args.ent_coef * stats["entropy"]
-    return share * loss, {f"losses/{name}": share * value.detach() for name, value in stats.items()}
-
-
-def reference_loss(agent, args, share, tokens, references):
-    """As `policy_loss`: reference_nll_coef times the policy's next-token loss on the reference summaries [B, R]."""
-    prompt_length = tokens.shape[1] - references.shape[1]
-    tokens = torch.cat([tokens[:, :prompt_length], references], dim=1)
-    nll = -share * agent(tokens, prompt_length, 1.0)[0].mean()
-    return args.reference_nll_coef * nll, {"losses/reference_nll": nll.detach()}
+    stats, loss = {f"losses/{name}": share * value.detach() for name, value in stats.items()}, share * loss
+    if args.reference_nll_coef:
+        nll = -reference_share * agent.logprobs(hidden[n:], chosen[n:], 1.0)[0].mean()
+        stats["losses/reference_nll"], loss = nll.detach(), loss + args.reference_nll_coef * nll
+    return loss, stats
 
 
 def value_loss(agent, args, share, tokens, old_values, returns):
@@ -258,7 +256,7 @@ class Agent(nn.Module):
             # logits in float32 also where the layers are not: bfloat16 would round a logit of 100 to a multiple of a half
             self.lm_head = head if head.weight.dtype == torch.float32 else copy.deepcopy(head).float()
         self.heads = nn.ModuleDict()
-        self.active = None
+        self.active, self.shares_prompts = None, False
 
     def add(self, name: str, config: LoraConfig, head: bool) -> None:
         """Adds an adapter. Its head begins at 0."""
@@ -306,28 +304,36 @@ class Agent(nn.Module):
         """[..., d] -> [..., V], in float32."""
         return self.lm_head(hidden.float()).div_(temperature)
 
-    def forward(self, tokens, prompt_length: int, temperature: float, with_entropy: bool = False, adapter="policy"):
-        """Log-probabilities and entropies (or None), [N] each, of the N response tokens that are not PAD, row by row.
+    def states(self, tokens: torch.Tensor, prompt_length: int, adapter: str | None, copies: int = 1):
+        """The last hidden states [N, d] before the N response tokens that are not PAD, row by row; and these tokens [N].
 
-        tokens: [B, prompt_length + R]. Log-probabilities are those of the whole vocabulary at that temperature. To save
-        memory, logits are computed for these N tokens alone, and the log-softmax of cross_entropy is the only array [N, V]
-        that is kept.
+        tokens: [B, prompt_length + R]. copies: they are so many times the same prompts, each of which then passes once.
         """
         tokens, prompt_length = trim(tokens, prompt_length)
-        responses = tokens[:, prompt_length:]
-        real = responses != PAD
-        hidden = self.backbone(tokens, tokens != PAD, adapter).last_hidden_state[:, prompt_length - 1 : -1][real]
+        responses, real = tokens[:, prompt_length:], tokens != PAD
+        if copies == 1 or not self.shares_prompts:
+            hidden = self.backbone(tokens, real, adapter).last_hidden_state[:, prompt_length - 1 : -1]
+        else:
+            cache, prompts = transformers.DynamicCache(config=self.lm.config), tokens[: len(tokens) // copies, :prompt_length]
+            last = self.backbone(prompts, prompts != PAD, adapter, past_key_values=cache).last_hidden_state[:, -1:]
+            cache.reorder_cache(torch.arange(len(prompts), device=tokens.device).repeat(copies))
+            rest = self.backbone(responses, real, adapter, past_key_values=cache).last_hidden_state[:, :-1]
+            hidden = torch.cat([last.repeat(copies, 1, 1), rest], dim=1)
+        return hidden[responses != PAD], responses[responses != PAD]
+
+    def logprobs(self, hidden: torch.Tensor, tokens: torch.Tensor, temperature: float, with_entropy: bool = False):
+        """Log-probabilities of the tokens [N] at that temperature, among the whole vocabulary; entropies, or None."""
         logits = self.logits(hidden, temperature)
-        logprobs = -F.cross_entropy(logits, responses[real], reduction="none")
         entropies = logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1) if with_entropy else None
-        return logprobs, entropies
+        return -F.cross_entropy(logits, tokens, reduction="none"), entropies  # which keeps one array [N, V], the log-softmax
+
+    def forward(self, tokens, prompt_length: int, temperature: float, with_entropy: bool = False, adapter="policy"):
+        """Log-probabilities and entropies (or None), [N] each, of the N response tokens that are not PAD, row by row."""
+        return self.logprobs(*self.states(tokens, prompt_length, adapter), temperature, with_entropy)
 
     def values(self, tokens: torch.Tensor, prompt_length: int) -> torch.Tensor:
         """[N]: the values of the states before these tokens."""
-        tokens, prompt_length = trim(tokens, prompt_length)
-        real = tokens[:, prompt_length:] != PAD
-        hidden = self.backbone(tokens, tokens != PAD, "value").last_hidden_state[:, prompt_length - 1 : -1][real]
-        return self.heads["value"](hidden.float()).squeeze(-1)
+        return self.heads["value"](self.states(tokens, prompt_length, "value")[0].float()).squeeze(-1)
 
 
 def trained_parameters(agent: Agent) -> dict[str, nn.Parameter]:
@@ -364,7 +370,6 @@ def generate(agent: Agent, prompts: torch.Tensor, uniforms: torch.Tensor, ends: 
     prompts = prompts[:, (prompts != PAD).any(dim=0)]
     responses = torch.full((len(prompts), args.response_length), PAD, device=prompts.device)
     running = torch.ones(len(prompts), dtype=torch.bool, device=prompts.device)
-    may_end = args.min_response_length < args.response_length  # if not, no step needs to ask the GPU whether all have ended
     tokens, real, cache = prompts, prompts != PAD, transformers.DynamicCache(config=agent.lm.config)
     for t in range(args.response_length):
         hidden = agent.backbone(tokens, real, past_key_values=cache).last_hidden_state[:, -1]
@@ -375,7 +380,7 @@ def generate(agent: Agent, prompts: torch.Tensor, uniforms: torch.Tensor, ends: 
         responses[:, t] = torch.where(running, chosen, PAD)
         for end in ends:
             running &= chosen != end
-        if may_end and not running.any():
+        if t >= args.min_response_length and not running.any():  # asks the GPU, so only where a text may have ended
             break
         tokens = chosen.unsqueeze(-1)
         real = torch.cat([real, torch.ones_like(tokens, dtype=torch.bool)], dim=1)
@@ -407,10 +412,7 @@ def without_heading(post: str) -> str:
 
 
 def encode(posts: list[tuple[str, str]], tokenizer, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts [B, max_prompt_length], PAD on the left, and the summaries [B, response_length], PAD on the right.
-
-    A prompt is the first tokens of the post and "\\nTL;DR:".
-    """
+    """Prompts [B, max_prompt_length], a post's first tokens and its ending, PAD on the left; summaries [B, response_length]."""
     prompts = torch.full((len(posts), args.max_prompt_length), PAD)
     references = torch.full((len(posts), args.response_length), PAD)
     for row, (post, summary) in enumerate(posts):
@@ -559,14 +561,10 @@ def update(agent, optimizer, accelerator, args, batch: dict[str, torch.Tensor], 
             for rows in mine.split(len(mine) // args.gradient_accumulation):
                 share = real[rows].sum() / real[minibatch].sum()
                 reference_share = reference_real[rows].sum() / reference_real[minibatch].sum()
-                # backward after each loss: the next one needs another adapter, and memory is free again
                 part = {name: tensor[rows] for name, tensor in batch.items()}
-                loss, stats = policy_loss(agent, args, share, part["tokens"], part["logprobs"], part["advantages"])
-                loss.backward()
-                if args.reference_nll_coef:
-                    loss, more = reference_loss(agent, args, reference_share, part["tokens"], part["references"])
-                    loss.backward()
-                    stats |= more
+                inputs = (part[name] for name in ("tokens", "logprobs", "advantages", "references"))
+                loss, stats = policy_loss(agent, args, share, reference_share, *inputs)
+                loss.backward()  # before the next loss, which needs another adapter
                 loss, more = value_loss(agent, args, share, part["tokens"], part["values"], part["returns"])
                 loss.backward()
                 for name, value in (stats | more).items():
@@ -690,18 +688,15 @@ def evaluate(agent, reward, tokenizer, posts, args, accelerator) -> tuple[dict[s
 def load_lm(args: Args, name: str, device: torch.device) -> transformers.PreTrainedModel:
     """Loads and freezes what the argument `name` gives: a causal language model, or the whole reward model."""
     dtype, whole_reward = getattr(torch, args.dtype), name == "reward_model"
-    with refusing(args, name):
-        refuse_adapter(args, name)
-        config = transformers.AutoConfig.from_pretrained(getattr(args, name), trust_remote_code=False)
-    for setting, value in config.to_dict().items():
-        if "drop" in setting and isinstance(value, float):
-            setattr(config, setting, 0.0)  # layers with checkpointing are in train mode in updates
-    options = {"config": config, "dtype": dtype}
+    options = {"dtype": dtype}
     if args.load_in_4bit and not whole_reward:
         quantised = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
         options |= {"quantization_config": transformers.BitsAndBytesConfig(**quantised), "device_map": {"": device}}
     kind = transformers.AutoModelForSequenceClassification if whole_reward else transformers.AutoModelForCausalLM
     lm = from_pretrained(args, name, kind, **options)
+    for part in (lm.config, *lm.modules()):
+        for setting in [key for key, value in vars(part).items() if "drop" in key and isinstance(value, float)]:
+            setattr(part, setting, 0.0)  # layers with checkpointing are in train mode in updates
     return (lm if "device_map" in options else lm.to(device)).requires_grad_(False).eval()
 
 
@@ -715,9 +710,9 @@ def use_own_head(args: Args, model: Agent, tokenizer) -> None:
         # transformers' classifiers score the last token that is not padding
         raise bad(args, "reward_text", "expected one that does not end in the reward model's padding token")
     model.heads["reward"], model.active = head.float(), "reward"
-    short, long = (torch.arange(n, device=lm.device) * 7919 % lm.config.vocab_size for n in (5, max(9, args.reward_max_length)))
-    batch = torch.stack([F.pad(short, (len(long) - 5, 0), value=PAD), long])
-    alone = torch.cat([lm.base_model(ids[None]).last_hidden_state[:, -1] for ids in (short, long)]).float()
+    texts = [torch.arange(n, device=lm.device) * 7919 % lm.config.vocab_size for n in (5, max(9, args.reward_max_length))]
+    batch = torch.stack([F.pad(ids, (len(texts[1]) - len(ids), 0), value=PAD) for ids in texts])
+    alone = torch.cat([lm.base_model(ids[None]).last_hidden_state[:, -1] for ids in texts]).float()
     padded = model.backbone(batch, batch != PAD, "reward").last_hidden_state[:, -1].float()
     if not (padded - alone).norm() <= alone.norm() * (0.02 if lm.dtype == torch.float32 else 0.05):  # room for rounding
         raise bad(args, name, "padding on the left changes its numbers")
@@ -747,10 +742,9 @@ def load_reward(args: Args, agent: Agent, tokenizer, device: torch.device) -> Ag
     before = checksums(model.lm)
     with refusing(args, "reward_adapter"):
         config = LoraConfig.from_pretrained(args.reward_adapter)
-        cached = partial(transformers.utils.cached_file, _raise_exceptions_for_missing_entries=False)
-        safe = cached(args.reward_adapter, "adapter_model.safetensors")
-        if not (safe or args.allow_pickle):
-            raise ValueError("no adapter_model.safetensors")
+        safe = transformers.utils.cached_file(
+            args.reward_adapter, "adapter_model.safetensors", _raise_exceptions_for_missing_entries=not args.allow_pickle
+        )
         # the cached folder: for an id peft would ask the Hub, also where there is none
         weights = load_peft_weights(str(Path(safe).parent) if safe else args.reward_adapter, device="cpu")
         head = {key.rsplit(".", 1)[1]: weights.pop(key) for key in list(weights) if "score." in key}
@@ -770,7 +764,7 @@ def load_reward(args: Args, agent: Agent, tokenizer, device: torch.device) -> Ag
 
 def keeps_activations(args: Args, lm: transformers.PreTrainedModel, device: torch.device) -> bool:
     """Whether a GPU has the memory for an update without checkpointing: about 24 vectors and the heads' weights a token."""
-    config, length = lm.config.get_text_config(), args.max_prompt_length + args.response_length
+    config, length = lm.config.get_text_config(), args.max_prompt_length + 2 * args.response_length  # and the reference
     rows = args.minibatch_size // int(os.environ.get("WORLD_SIZE", 1)) // args.gradient_accumulation
     token = 24 * config.hidden_size * lm.dtype.itemsize + 4 * config.num_attention_heads * length
     return device.type == "cuda" and rows * length * config.num_hidden_layers * token < 0.8 * torch.cuda.mem_get_info(device)[0]
@@ -781,9 +775,6 @@ def load_models(args: Args, device: torch.device):
     tokenizer = from_pretrained(args, "tokenizer", transformers.AutoTokenizer)
     lm = load_lm(args, "policy", device)
     check_policy(args, lm, tokenizer)
-    ending = len(tokenize_after(tokenizer, "a post", "\n" + ENDING)[1])
-    if ending >= args.max_prompt_length:
-        raise bad(args, "max_prompt_length", f"expected more than the {ending} tokens of the ending {ENDING}")
     agent = Agent(lm)
     check_lm(args, "policy", lm, partial(agent.backbone, adapter=None), args.max_prompt_length + args.response_length)
     torch.manual_seed(args.seed)  # the adapters' first weights
@@ -794,11 +785,16 @@ def load_models(args: Args, device: torch.device):
         for name in ("policy", "value"):
             agent.add(name, LoraConfig(**lora, fan_in_fan_out=lm.config.model_type == "gpt2"), head=name == "value")
     agent.to(device).eval()
-    tokens = torch.arange(8, device=device).view(2, 4)
+    tokens = torch.tensor([[0, 1, 2, 3], [0, 1, 4, 5]], device=device)
     check_gradients(args, agent, lm, lambda: agent(tokens, 2, 1.0)[0].sum(), lambda: agent.values(tokens, 2).sum())
     reward = load_reward(args, agent, tokenizer, device)
     if args.gradient_checkpointing and not keeps_activations(args, lm, device):
         lm.activation_checkpointing_enable({"use_reentrant": False})
+    else:  # checkpointed layers keep no cache, and one of state-space layers continues with single tokens alone
+        agent.shares_prompts = True
+        with torch.no_grad():
+            plain, shared = (agent.states(tokens, 2, None, copies)[0].float() for copies in (1, 2))
+        agent.shares_prompts = bool((shared - plain).norm() <= 0.05 * plain.norm())
     return agent.to(device).eval(), reward.to(device).eval(), tokenizer
 
 
@@ -863,11 +859,10 @@ EVALUABLE = [*SOURCES, "prompts", "test_episodes", "save_model", "reward_batch_s
 def check_task(args, processes):
     """What only this script can refuse."""
     for name in ("eval_episodes", "test_episodes"):
-        episodes = getattr(args, name)
-        if episodes % processes or episodes == 1:
-            raise bad(args, name, f"expected a multiple of {processes} processes, but not 1, which has no standard error")
-    if args.evaluate and not args.prompts and not args.test_episodes:
-        raise bad(args, "test_episodes", "expected 2 or more, or --prompts")
+        if getattr(args, name) % processes:
+            raise bad(args, name, f"expected a multiple of the {processes} processes")
+    if args.evaluate and not (args.prompts or args.test_episodes):
+        raise bad(args, "test_episodes", "expected 1 or more, or --prompts")
 
 
 # --- run folder (the same in both RLHF scripts) -----------------------------------------------------------------------
@@ -940,14 +935,6 @@ def write_json(path, content):
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def lock_run(folder):
-    """Only one process may write to a run. The operating system releases the lock of a process that is killed."""
-    try:
-        return filelock.FileLock(folder / ".lock").acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise BadInput(f"{folder}: another process is training this run") from error
-
-
 class Run:
     """A run's folder: args.json, curves, checkpoint.pt, samples.json, result.json. One process, the leader, writes and talks.
 
@@ -972,8 +959,9 @@ class Run:
         if self.leads:
             self.open_folder()
         (self.folder,) = broadcast_object_list([self.folder])
-        self.checkpoint = load_checkpoint(self.folder) if (self.folder / "checkpoint.pt").exists() else None
-        known = self.checkpoint or {"iteration": 0, "seconds": 0.0, "before": None, "samples_before": None}
+        path = self.folder / "checkpoint.pt"
+        self.checkpoint = torch.load(path, "cpu", weights_only=True) if path.exists() else None
+        known = self.checkpoint or {"iteration": 0, "seconds": 0.0}
         self.iteration = self.start = known["iteration"]
         self.seconds = self.start_seconds = known["seconds"]
         self.before = (known["before"], known["samples_before"]) if self.checkpoint else None
@@ -995,7 +983,11 @@ class Run:
         """Makes the run's folder, or opens the one to resume. Starts the W&B run, or continues it."""
         args = self.args
         self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
-        self.cleanup.enter_context(lock_run(self.folder))
+        lock = filelock.FileLock(self.folder / ".lock")  # the operating system releases it if the process is killed
+        try:
+            self.cleanup.enter_context(lock.acquire(timeout=0))
+        except filelock.Timeout as error:
+            raise BadInput(f"--resume {args.resume}: another process is training this run") from error
         if args.resume:
             before = json.loads((self.folder / "args.json").read_text())
             changed = {key: before.get(key) for key in ("versions", "commit", "device") if before.get(key) != self.record[key]}
@@ -1029,7 +1021,8 @@ class Run:
     def end_if_not_finite(self, values):
         for name, value in values.items():
             if not math.isfinite(value):
-                raise FloatingPointError(f"{name} is {value}")
+                kept = f"{self.folder} keeps the last checkpoint, if there is one"
+                raise FloatingPointError(f"{name} is {value} in iteration {self.iteration}; the run ends, {kept}")
 
     def log(self, iteration, stats, seconds):
         """The curves of an iteration, which took `seconds`. Without a terminal prints one line a minute."""
@@ -1107,9 +1100,8 @@ class Run:
             self.wandb.summary.update({name: result[name] for name in ("score", "score_stderr", "seconds")})
         self.progress.close()
         score = f"score {before['score']:.3f} before, {after['score']:.3f} after" if after else "not evaluated"
-        self.say(
-            f"{self.args.iterations} iterations in {self.seconds:.0f} s, {score}; {self.folder / 'result.json'}", flush=True
-        )
+        ended = f"{self.args.iterations} iterations in {self.seconds:.0f} s"
+        self.say(f"{ended}, {score}; {self.folder / 'result.json'}", flush=True)
 
 
 # --- loading: refuses what would give wrong numbers without a word; elsewhere the libraries' own errors speak -----------
@@ -1134,41 +1126,31 @@ def prepare_hub(args):
     offline = args.offline or huggingface_hub.constants.HF_HUB_OFFLINE
     if not offline and not all(Path(getattr(args, name) or ".").exists() for name in SOURCES):
         try:
-            urlopen(Request(huggingface_hub.constants.ENDPOINT, method="HEAD"), timeout=5).close()
-        except (OSError, ValueError, HTTPException) as error:  # ValueError: an HF_ENDPOINT without https://
-            offline = not isinstance(error, HTTPError)  # which is an answer
+            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+        except Exception:  # of the HTTP library that huggingface_hub chooses
+            offline = True
     if offline:
         huggingface_hub.constants.HF_HUB_OFFLINE = True
         datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # else transformers asks a conversion service to open a pull request
     transformers.utils.logging.set_verbosity_error()  # of texts too long for the tokenizer, which encode and score cut
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")  # between peft and transformers
-
-
-def refuse_adapter(args, name):
-    """transformers would load it onto its base without a word, and freeze it."""
-    if find_adapter_config_file(getattr(args, name), local_files_only=huggingface_hub.constants.HF_HUB_OFFLINE) is not None:
-        raise bad(args, name, "an adapter; merge it into its base first, with peft's merge_and_unload")
 
 
 def from_pretrained(args, name, loader, **options):
     """Loads the argument `name`, a Hub id or a folder: safetensors with all weights, without remote code."""
-    source = getattr(args, name)
+    source, offline = getattr(args, name), huggingface_hub.constants.HF_HUB_OFFLINE
     with refusing(args, name):
         if loader is transformers.AutoTokenizer:
             return loader.from_pretrained(source, trust_remote_code=False)
-        refuse_adapter(args, name)
+        if find_adapter_config_file(source, local_files_only=offline):  # transformers would load and freeze it on its base
+            raise bad(args, name, "an adapter; merge it into its base first, with peft's merge_and_unload")
         options |= {"trust_remote_code": False, "use_safetensors": None if args.allow_pickle else True}
         model, info = loader.from_pretrained(source, **options, output_loading_info=True)
     if info["missing_keys"]:  # transformers has put random numbers there
         raise bad(args, name, f"expected a model with all its weights; {', '.join(sorted(info['missing_keys']))} are missing")
     for module in list(model.modules()):
         for child, layer in module.named_children():
-            if isinstance(
-                layer, transformers.activations.NewGELUActivation
-            ):  # GPT-2's and GPT-J's, written as eight operations
+            if isinstance(layer, transformers.activations.NewGELUActivation):  # GPT-2's and GPT-J's, eight operations
                 setattr(module, child, nn.GELU(approximate="tanh"))
     return model
 
@@ -1176,15 +1158,15 @@ def from_pretrained(args, name, loader, **options):
 def check_tokenizer(args, name, model, tokenizer):
     """Refuses a tokenizer with ids that the model lacks, or with other ids than the model's own tokenizer, if it has one."""
     largest, tokens = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
-    texts = ["I loved it: 10/10!", "\nTL;DR: a film, naïve at best", "the 2 worst"]
-    own = []
+    texts = ["I loved it: 10/10!", "I hated it: 10/10!", "\nTL;DR: a film, naïve at best"]
+    ids, own = tokenize(tokenizer, texts), None
     with contextlib.suppress(Exception):  # of a model that comes without one
         own = tokenize(transformers.AutoTokenizer.from_pretrained(getattr(args, name), trust_remote_code=False), texts)
-    if len({tuple(ids) for ids in own}) < 3:  # without its files transformers makes one that tells no words apart
-        own = None
     if largest >= tokens:
         raise bad(args, name, f"expected a model of the tokenizer's; it has {tokens} tokens, and the largest id is {largest}")
-    if own and own != tokenize(tokenizer, texts):
+    if ids[0] == ids[1]:  # transformers makes such a one where its files are missing
+        raise bad(args, name, "expected a model with its tokenizer's files; this tokenizer tells no words apart")
+    if own and own[0] != own[1] and own != ids:
         raise bad(args, name, "expected a model of the tokenizer's; its own one gives words other ids")
 
 
@@ -1206,25 +1188,24 @@ def check_lm(args, name, lm, backbone, length):
 
     `length` is that of the longest text in use: some models switch their positions with it. backbone: `Agent.backbone`.
     """
-    short, long = (torch.arange(n, device=lm.device) * 7919 % lm.config.vocab_size for n in (5, max(9, length)))
-    batch = torch.stack([F.pad(short, (len(long) - 5, 0), value=PAD), long])
+    texts = [torch.arange(n, device=lm.device) * 7919 % lm.config.vocab_size for n in (5, max(9, length))]
+    batch = torch.stack([F.pad(ids, (len(texts[1]) - len(ids), 0), value=PAD) for ids in texts])
     real, cache, head = batch != PAD, transformers.DynamicCache(config=lm.config), lm.get_output_embeddings()
     with refusing(args, name):
-        padded = backbone(batch, real).last_hidden_state
-        steps = [0, *range(len(long) - 3, len(long) + 1)]
+        plain = torch.stack([lm(ids[None]).logits[0, -5:].float() for ids in texts])
+        padded = backbone(batch, real).last_hidden_state[:, -5:]
+        steps = [0, *range(len(texts[1]) - 3, len(texts[1]) + 1)]
         pieces = [backbone(batch[:, a:b], real[:, :b], past_key_values=cache) for a, b in itertools.pairwise(steps)]
-        cached = torch.cat([piece.last_hidden_state for piece in pieces], dim=1)
-        plain_short, plain_long = (lm(ids[None]).logits[0, -9:].float() for ids in (short, long))
+        cached = torch.cat([piece.last_hidden_state for piece in pieces], dim=1)[:, -5:]
     # Room for rounding: TF32, in which GPUs multiply float32, keeps 11 bits, bfloat16 8. In bfloat16 a right model of 30
     # layers is off by 0.2 of the logits' spread, one with its positions off by one by 0.8.
-    tolerance = plain_long.std() * (0.02 if lm.dtype == torch.float32 else 0.4)
-    for hidden, plain, reason in (
-        (padded[1, -9:], plain_long, "its logits are not its head applied to its last hidden states"),
-        (padded[0, -5:], plain_short, "padding on the left changes its numbers"),
-        (cached[1, -9:], plain_long, "a cache of keys and values changes its numbers"),
-        (cached[0, -5:], plain_short, "a cache after left padding changes its numbers"),
+    tolerance = plain.std() * (0.02 if lm.dtype == torch.float32 else 0.4)
+    for hidden, reason in (
+        (padded[1:], "its logits are not its head applied to its last hidden states"),
+        (padded, "padding on the left changes its numbers"),
+        (cached, "a cache of keys and values changes its numbers"),
     ):
-        if not (head(hidden).float() - plain).abs().max() <= tolerance:  # also if it is not a number
+        if not (head(hidden).float() - plain[-len(hidden) :]).abs().max() <= tolerance:  # also if it is not a number
             raise bad(args, name, f"expected a causal model that takes padding, positions and a cache ({reason})")
 
 
@@ -1265,10 +1246,7 @@ def column(rows, name):
 
 def load_weights(agent, checkpoint):
     """Puts the trained weights of a checkpoint into the agent; all others are as they were loaded."""
-    shapes = [
-        {name: tensor.shape for name, tensor in part.items()} for part in (checkpoint["agent"], trained_parameters(agent))
-    ]
-    if shapes[0] != shapes[1]:  # strict=False would pass over missing ones
+    if checkpoint["agent"].keys() != trained_parameters(agent).keys():  # strict=False would pass over missing ones
         raise BadInput("checkpoint.pt has other weights than --policy has with these versions")
     agent.load_state_dict(checkpoint["agent"], strict=False)
 
@@ -1292,18 +1270,12 @@ def load_args(run_folder):
     return Args(**{name: value for name, value in saved["args"].items() if name not in gone})
 
 
-def load_checkpoint(run_folder):
-    return torch.load(Path(run_folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
-
-
 RESUMABLE = [*SOURCES, "iterations", "track", "wandb_project_name", "wandb_entity", "eval_interval", "checkpoint_interval"]
 RESUMABLE += ["save_model", "reward_batch_size", "num_threads", "cuda"]
 
 
 def own_args(args):
     """The run's own arguments, with --resume or --evaluate. An evaluation is neither tracked nor saved as the run was."""
-    if args.resume and args.evaluate:
-        raise BadInput("--resume and --evaluate: expected one of them")
     own = replace(load_args(args.resume or args.evaluate), resume=args.resume, evaluate=args.evaluate)
     return replace(own, track=False, save_model=False) if args.evaluate else own
 
@@ -1333,16 +1305,13 @@ def check(args):
         if args.iterations < own.iterations:
             raise bad(args, "iterations", f"expected {own.iterations}, the run's own, or more")
     processes, total = int(os.environ.get("WORLD_SIZE", 1)), args.trajectories_per_update  # set by `accelerate launch`
-    parts = f"{processes} processes x gradient_accumulation = {args.gradient_accumulation}"
-    for name, accepted, expected in (
-        ("min_response_length", args.min_response_length <= args.response_length, f"{args.response_length} or less"),
-        ("minibatch_size", total % args.minibatch_size == 0, f"a divisor of trajectories_per_update = {total}"),
-        ("minibatch_size", args.minibatch_size % (processes * args.gradient_accumulation) == 0, f"a multiple of {parts}"),
-        ("evaluate", processes == 1 or not args.evaluate, "a single process, without accelerate launch"),
-        ("prompts", args.evaluate or not args.prompts, "--evaluate with it"),
-    ):
-        if not accepted:
-            raise bad(args, name, f"expected {expected}")
+    if total % args.minibatch_size:
+        raise bad(args, "minibatch_size", f"expected a divisor of trajectories_per_update = {total}")
+    if args.minibatch_size % (processes * args.gradient_accumulation):
+        parts = f"{processes} processes x gradient_accumulation = {args.gradient_accumulation}"
+        raise bad(args, "minibatch_size", f"expected a multiple of {parts}")
+    if args.prompts and not args.evaluate:
+        raise bad(args, "prompts", "expected --evaluate with it")
     check_task(args, processes)
     if args.track and os.environ.get("WANDB_MODE", "online") == "online":
         import wandb
@@ -1353,29 +1322,24 @@ def check(args):
 def read_prompts(args):
     """The texts of --prompts: the column `prompt` of a file of JSON lines, or the lines of another file."""
     with refusing(args, "prompts"):
-        lines = Path(args.prompts).read_text(encoding="utf-8-sig").split("\n")
-        rows = read_json_lines(args.prompts) if args.prompts.endswith(".jsonl") else [{"prompt": line} for line in lines]
-        prompts = [prompt for prompt in column(rows, "prompt") if prompt.strip()]
-        if not prompts:
-            raise ValueError("it has no prompts")
-    return prompts
+        if args.prompts.endswith(".jsonl"):
+            return column(read_json_lines(args.prompts), "prompt")
+        return [line for line in Path(args.prompts).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
 
 
 def evaluate_run(args, accelerator):
     """--evaluate: prints what the policy of a finished or stopped run writes, as JSON lines. --save-model: saves it, too."""
     folder = Path(args.evaluate)
-    with lock_run(folder) if args.save_model else contextlib.nullcontext():
-        with refusing(args, "evaluate"):
-            checkpoint = load_checkpoint(folder)
-        texts, (agent, *models) = load_texts(args)["test"], load_models(args, accelerator.device)
-        load_weights(agent, checkpoint)
-        result, samples = evaluate(agent, *models, texts, args, accelerator)
-        print("\n".join(map(json.dumps, samples)), flush=True)
-        numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.items() if math.isfinite(value))
-        print(f"{numbers}; {len(samples)} texts, iteration {checkpoint['iteration']}", file=sys.stderr)
-        if args.save_model:
-            save_policy(folder, agent, models[-1], args)
-            print(f"saved the model of iteration {checkpoint['iteration']} in {folder}", file=sys.stderr)
+    checkpoint = torch.load(folder / "checkpoint.pt", "cpu", weights_only=True)
+    texts, (agent, *models) = load_texts(args)["test"], load_models(args, accelerator.device)
+    load_weights(agent, checkpoint)
+    result, samples = evaluate(agent, *models, texts, args, accelerator)
+    print("\n".join(map(json.dumps, samples)), flush=True)
+    numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.items() if math.isfinite(value))
+    print(f"{numbers}; {len(samples)} texts, iteration {checkpoint['iteration']}", file=sys.stderr)
+    if args.save_model:
+        save_policy(folder, agent, models[-1], args)
+        print(f"saved the model of iteration {checkpoint['iteration']} in {folder}", file=sys.stderr)
 
 
 def main(args):
@@ -1396,9 +1360,8 @@ def main(args):
         done = json.loads(Path(args.resume, "result.json").read_text())
         finished = done["global_step"] >= args.iterations * args.trajectories_per_update
         if finished and (done["args"]["save_model"] or not args.save_model):
-            accelerator.print(
-                f"{args.resume} has finished its {args.iterations} iterations; a larger --iterations continues it"
-            )
+            ended = f"{args.resume} has finished its {args.iterations} iterations"
+            accelerator.print(f"{ended}; a larger --iterations continues it")
             return
     texts, models = load_texts(args), load_models(args, accelerator.device)
     accelerator.wait_for_everyone()  # until every process has looked for result.json
@@ -1407,11 +1370,7 @@ def main(args):
     about = f"{args.policy}, {whole:.1f}M parameters, {trained:.1f}M trained, checkpointing {'on' if checkpointing else 'off'}"
     run = Run(args, accelerator, f"{about}; {torch.get_num_threads()} threads")
     with run.cleanup:
-        try:
-            train(args, run, texts, models)
-        except FloatingPointError as error:
-            kept = f"{run.folder} keeps the last checkpoint, if there is one"
-            raise FloatingPointError(f"{error} in iteration {run.iteration}; the run ends, {kept}") from error
+        train(args, run, texts, models)
     if run.signals:  # one during the last evaluation
         sys.exit(128 + run.signals[0])
 

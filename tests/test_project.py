@@ -21,21 +21,13 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(ROOT.glob("*.py"))
 OWN = {"Args", "update", "train", "name_arm", "check"}  # what each script has in a form of its own
 # what the control scripts of one family of environments share, and the other family has in another form
-FAMILY = {
-    "Agent",
-    "act",
-    "evaluate",
-    "gradient_step",
-    "load_agent",
-    "load_policy",
-    "minibatch_loss",
-    "resolve_env",
-    "rollout_loss",
-}
+FAMILY = {"Agent", "act", "evaluate", "gradient_step", "load_agent", "load_policy"}
+FAMILY |= {"minibatch_loss", "resolve_env", "rollout_loss"}
 # What differs between the RLHF scripts: a classifier and a trained model there, adapters on one base here
 RLHF_OWN = {"Agent", "encode", "evaluate", "load_models", "load_texts", "rollout", "save_policy", "score"}
 RLHF_OWN |= {"trained_parameters", "check_task", "load_reward"}
-LINES = {"atari": (409, 756), "continuous": (520, 895)}  # above Operations, and in all: they may only shrink
+# above Operations, and in all: they may only shrink
+LINES = {"atari": (409, 756), "continuous": (520, 895), "imdb": (546, 1218), "tldr": (638, 1385)}
 
 
 def pins(path):
@@ -199,15 +191,13 @@ def test_fix_writes_a_changed_helper_into_every_script_that_has_it(tmp_path):
         assert (tmp_path / name).read_text() == text
 
 
-@pytest.mark.parametrize(
-    "script", [script for script in SCRIPTS if "_rlhf_" not in script.name], ids=lambda script: script.name
-)
-def test_a_control_script_is_the_algorithm_in_few_lines_and_then_operations(script):
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_a_script_is_the_algorithm_in_few_lines_and_then_operations(script):
     source = script.read_text()
     above, below = re.split(r"(?m)^# === Operations: nothing below changes what is learned =+$", source)
-    most_above, most = LINES[script.stem.split("_")[1]]
+    most_above, most = LINES[script.stem.split("_")[-1]]
     assert above.count("\n") + 1 <= most_above and source.count("\n") <= most
-    assert "\ndef train(args, run):" in above and "\ndef main(args):" in below and "advantages" not in below
+    assert "\ndef train(args, run" in above and "\ndef main(args):" in below and "advantages" not in below
     (train,) = (node for node in ast.parse(source).body if getattr(node, "name", "") == "train")
     assert train.end_lineno - train.lineno + 1 <= 120
     assert not [node for node in ast.walk(train) if isinstance(node, ast.FunctionDef | ast.Lambda) and node is not train]
@@ -218,12 +208,6 @@ def test_operations_of_the_rlhf_scripts_are_one_text():
     ends = [re.split(r"(?m)^# --- run folder \(the same in both RLHF scripts\) -*$", source) for source in sources]
     assert len(sources) == 2 and all(len(parts) == 2 for parts in ends)
     assert ends[0][1] == ends[1][1]
-    for source in sources:
-        above, below = re.split(r"(?m)^# === Operations: nothing below changes what is learned =+$", source)
-        assert "\ndef train(args, run, " in above and "\ndef main(args):" in below and "advantages" not in below
-        (train,) = (node for node in ast.parse(source).body if getattr(node, "name", "") == "train")
-        assert train.end_lineno - train.lineno + 1 <= 110
-        assert not [node for node in ast.walk(train) if isinstance(node, ast.FunctionDef | ast.Lambda) and node is not train]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)

@@ -154,11 +154,13 @@ def test_sample_follows_the_distribution_of_the_top_k():
         assert chi2 < often.sum() + 5 * math.sqrt(2 * often.sum())  # mean and five standard deviations
 
 
-def test_sample_inverts_the_distribution_even_at_its_ends():
-    logits = torch.tensor([[0.5, 0.3, 0.2, 0.0]]).log().expand(4, -1)
-    uniforms = torch.tensor([0.0, 0.49, 0.51, 1 - 2**-53], dtype=torch.float64)
-    assert imdb.sample(logits, uniforms, 3).tolist() == [0, 0, 1, 2]
-    assert imdb.sample(logits, uniforms, 0).tolist() == [0, 0, 1, 2]
+def test_sample_inverts_the_distribution_even_at_its_ends(monkeypatch):
+    """Of all tokens without sorting them, so in the order of the vocabulary."""
+    logits = torch.tensor([[0.2, 0.5, 0.0, 0.3]]).log().expand(4, -1)
+    uniforms = torch.tensor([0.0, 0.21, 0.71, 1 - 2**-53], dtype=torch.float64)
+    assert imdb.sample(logits, uniforms, 3).tolist() == [1, 1, 3, 0]
+    monkeypatch.setattr(torch.Tensor, "topk", lambda *_: pytest.fail("sorted"))
+    assert imdb.sample(logits, uniforms, 0).tolist() == [0, 1, 3, 3]
 
 
 def test_cached_generation_equals_whole_passes():
@@ -349,16 +351,6 @@ def test_loss_and_its_parts_by_hand():
     assert stats["losses/reference_nll"].item() == pytest.approx(nll, rel=1e-5)
     expected = 0.5 * ppo / n + 0.4 * rppo / n + 0.5 * value / n - 0.03 * entropy / n + 0.1 * nll
     assert loss.item() == pytest.approx(expected, rel=1e-4)
-
-
-def test_finite_for_tokens_that_were_all_but_impossible():
-    agent = make_agent()
-    tokens, old_logprobs, *rest = make_minibatch(agent)
-    old_logprobs = torch.where(tokens[:, 7:] != PAD, math.log(1e-30), 0.0)
-    loss, stats = imdb.minibatch_loss(agent, make_args(), 1.0, 1.0, tokens, old_logprobs, *rest)
-    loss.backward()
-    assert torch.isfinite(loss) and all(torch.isfinite(value) for value in stats.values())
-    assert all(torch.isfinite(parameter.grad).all() for parameter in agent.parameters() if parameter.grad is not None)
 
 
 def test_the_first_minibatch_has_ratio_one_and_the_reference_kl_zero():

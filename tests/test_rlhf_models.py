@@ -484,7 +484,7 @@ def test_long_texts_fit_a_classifier_of_robertas_kind(assets, tmp_path):
     folder = save(transformers.RobertaForSequenceClassification(config), tmp_path / "reward", tokenizer)
     args = make_args(imdb, assets, reward_model=folder)
     *_, reward, _ = imdb.load_models(args, CPU)
-    assert imdb.reward_positions(reward[0]) == 32
+    assert reward[1].model_max_length == 32
     text = " ".join(["a great film"] * 100)
     end = TOKENIZER.decode(TOKENIZER(text).input_ids[-32:])
     assert len(TOKENIZER(end).input_ids) == 32
@@ -586,29 +586,6 @@ def test_a_whole_reward_model_that_padding_changes_is_refused(dropped, dtype, as
     assert "padding on the left changes its numbers" in err
 
 
-@pytest.mark.parametrize(("relative", "fits"), [(0.02, True), (0.1, False)])
-def test_how_far_rounding_may_move_a_whole_reward_model(relative, fits, assets, tmp_path, monkeypatch):
-    """In bfloat16 a right model of 30 layers is off by 0.012, one that reads the padding by 0.138 (SmolLM2-135M)."""
-    args = make_args(tldr, assets, reward_model=save(reward_models()["gpt2"](), tmp_path / "gpt2"), dtype="bfloat16")
-    lm = tldr.load_lm(args, "reward_model", CPU)
-    forward = lm.transformer.forward
-
-    def moved(*own, attention_mask=None, **rest):
-        out = forward(*own, attention_mask=attention_mask, **rest)
-        if attention_mask is not None:  # the padded batch
-            hidden = out.last_hidden_state
-            noise = torch.randn_like(hidden)
-            out.last_hidden_state = hidden + noise * relative * hidden.norm() / noise.norm()
-        return out
-
-    monkeypatch.setattr(lm.transformer, "forward", moved)
-    check = partial(tldr.use_own_head, args, tldr.Agent(lm, with_lm_head=False), TOKENIZER)
-    if fits:
-        check()
-    else:
-        assert "padding on the left changes its numbers" in refused(check)
-
-
 def test_the_length_of_scored_texts_is_the_reward_models(assets, tmp_path):
     """A policy with fewer positions than the reward model on a base of its own."""
     config = transformers.GPT2Config(
@@ -637,7 +614,7 @@ def test_pickled_weights_are_taken_only_when_allowed(script, assets, tmp_path):
         peft.LoraConfig.from_pretrained(assets / "reward").save_pretrained(adapter)
         torch.save(load_file(assets / "reward/adapter_model.safetensors"), adapter / "adapter_model.bin")
         err = refused(load, tldr, assets, reward_adapter=str(adapter))
-        assert "no adapter_model.safetensors; --allow-pickle takes pickled weights" in err
+        assert "adapter_model.safetensors" in err and "--allow-pickle takes pickled weights" in err
         load(tldr, assets, reward_adapter=str(adapter), allow_pickle=True)
 
 
@@ -661,24 +638,11 @@ def test_files_of_json_lines_are_read_or_the_true_reason_is_given(script, assets
     assert [len(texts) for texts in script.load_texts(args).values()] == ([32, 8] if script is imdb else [32, 2, 2])
 
 
-@each_script
-def test_an_address_of_the_hub_that_is_none(script, assets, monkeypatch):
-    for owner, name in (
-        (script.huggingface_hub.constants, "HF_HUB_OFFLINE"),
-        (script.datasets.config, "HF_HUB_OFFLINE"),
-        (script.datasets.config, "HF_DATASETS_OFFLINE"),
-    ):
-        monkeypatch.setattr(owner, name, False)
-    monkeypatch.setattr(script.huggingface_hub.constants, "ENDPOINT", "hf-mirror.com")
-    script.prepare_hub(make_args(script, assets, policy="nobody/nothing"))
-    assert script.huggingface_hub.constants.HF_HUB_OFFLINE is True
-
-
 def test_checkpointing_where_a_gpu_has_not_the_memory(monkeypatch):
     """GPT-J at the paper's sizes: 24 vectors of 4,096 in bfloat16 and 16 heads' weights a token and layer."""
     lm = rlhf_assets.make_lm(V).to(torch.bfloat16)
     lm.config.n_embd, lm.config.n_layer, lm.config.n_head = 4096, 28, 16
-    needed = 28 * 4 * 550 * (24 * 4096 * 2 + 4 * 16 * 550)
+    needed = 28 * 4 * 600 * (24 * 4096 * 2 + 4 * 16 * 600)  # 500 tokens of a prompt, 50 of a response, 50 of a reference
     for free, kept in ((needed / 0.8 * 1.01, True), (needed / 0.8 * 0.99, False)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_, free=free: (free, 0))
         assert tldr.keeps_activations(tldr.Args(), lm, torch.device("cuda")) == kept
@@ -728,7 +692,7 @@ def test_the_value_has_a_clip_of_its_own_and_the_reference_no_temperature(script
             stats = imdb.minibatch_loss(agent, args, 1.0, 1.0, *batch)[1]
         else:
             stats = tldr.value_loss(agent, args, 1.0, tokens, zeros, zeros + 1.0)[1]
-            stats |= tldr.reference_loss(agent, args, 1.0, tokens, references)[1]
+            stats |= tldr.policy_loss(agent, args, 1.0, 1.0, tokens, zeros, zeros, references)[1]
         assert stats["losses/value_loss"].item() == pytest.approx(expected)
         nll = -whole.gather(-1, references[0][:, None]).mean()
         assert stats["losses/reference_nll"].item() == pytest.approx(nll.item(), rel=1e-5)
@@ -748,7 +712,7 @@ def test_literal_signs_reach_the_loss(script):
             if script is imdb:
                 stats = imdb.minibatch_loss(agent, args, 1.0, 1.0, tokens, old, zeros, zeros - 1.0, zeros, tokens[:, :6])[1]
             else:
-                stats = tldr.policy_loss(agent, args, 1.0, tokens, old, zeros - 1.0)[1]
+                stats = tldr.policy_loss(agent, args, 1.0, 1.0, tokens, old, zeros - 1.0, tokens[:, :6])[1]
             found.append(stats["losses/reverse_loss"].item())
     assert found == pytest.approx([2.0, -2.0])
 
@@ -798,11 +762,3 @@ def test_gelu_in_one_operation_is_the_architectures_own_to_rounding(script, asse
     if script is tldr:
         agent.activate(None)
     torch.testing.assert_close(lm(ids).logits, plain(ids).logits, atol=1e-4, rtol=1e-4)
-
-
-def test_sampling_from_all_tokens_sorts_nothing(monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "topk", lambda *_: pytest.fail("sorted"))
-    logits = torch.tensor([[0.2, 0.5, 0.0, 0.3]]).log().expand(4, -1)
-    uniforms = torch.tensor([0.0, 0.21, 0.71, 1 - 2**-53], dtype=torch.float64)
-    for script in (imdb, tldr):
-        assert script.sample(logits, uniforms, 0).tolist() == [0, 1, 3, 3]

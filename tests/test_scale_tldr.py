@@ -31,6 +31,9 @@ def test_the_papers_settings_by_hand():
     logits = 64 * 50 * 2 * n["head"]
     assert operations["generate"] == forward + logits
     assert operations["update"] == 4 * (3 * 3 * forward + 2 * 2 * logits)  # policy, references, values; forward twice, backward
+    _, kept = scale.predict(28, tldr.Args(gradient_checkpointing=False), own_reward_base=True)
+    once = 64 * 600 / tokens  # 500 tokens of a prompt, 50 of its response, 50 of its reference
+    assert kept["update"] == pytest.approx(4 * (2 * (1 + once) * forward + 2 * 2 * logits))
     assert (
         scale.lasting(memory) + scale.activations(memory)
         == sum(memory.values()) - memory["update: layers"] - (memory["update: gradients or logits"])
@@ -60,13 +63,16 @@ def test_a_measurement_of_a_tiny_model(monkeypatch):
     assert 0 < scale.matmul_seconds(4, torch.device("cpu"), torch.float32) < 60
 
 
-@pytest.mark.parametrize(("layers", "prompt", "response", "rows"), [(1, 60, 4, 6), (3, 100, 4, 4)])
-def test_measured_peak_is_the_predicted_one(layers, prompt, response, rows, monkeypatch):
+@pytest.mark.parametrize(
+    ("layers", "prompt", "rows", "checkpointing"), [(1, 60, 6, True), (3, 100, 4, True), (3, 100, 4, False)]
+)
+def test_measured_peak_is_the_predicted_one(layers, prompt, rows, checkpointing, monkeypatch):
     """The profiler's count of tensors in a whole iteration, where the update is the worst moment."""
     sizes = {"n_embd": 256, "n_head": 4, "rotary_dim": 16, "vocab_size": 50_400, "n_positions": 128}
     dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     monkeypatch.setattr(scale, "gptj", lambda n: transformers.GPTJConfig(n_layer=n, **sizes, **dropouts))
-    args = scale.Args(layers=(layers,), prompt=prompt, response=response, trajectories=rows, minibatch_size=rows)
+    lengths = {"prompt": prompt, "response": 4, "checkpointing": checkpointing}
+    args = scale.Args(layers=(layers,), trajectories=rows, minibatch_size=rows, **lengths)
     memory, _ = scale.predict(layers, scale.settings(args), own_reward_base=False)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -118,6 +124,6 @@ def test_what_autograd_keeps_is_what_the_model_says(monkeypatch):
     kept = sum(size for pointer, size in seen.items() if pointer not in own)
     loss.backward()
     monkeypatch.setattr(scale, "gptj", lambda layers: config)
-    args = tldr.Args(dtype="float32", max_prompt_length=100, response_length=10, minibatch_size=4, gradient_accumulation=1)
+    args = tldr.Args(dtype="float32", max_prompt_length=100, response_length=10, minibatch_size=4, reference_nll_coef=0.0)
     memory, _ = scale.predict(4, tldr.replace(args, gradient_checkpointing=False), own_reward_base=False)
     assert memory["update: layers"] == pytest.approx(kept, rel=0.1)

@@ -203,26 +203,17 @@ def test_gradients_are_the_same_with_checkpointing_and_follow_autograd(family):
         torch.testing.assert_close(found[0][name], parameter.detach() - 0.1 * parameter.grad, atol=1e-5, rtol=1e-4)
 
 
-def test_checkpointing_recomputes():
-    """With it a layer runs twice in an update's pass, without once: the memory is really saved."""
-    counts = []
-    for checkpointing in (False, True):
-        agent = make_agent("llama")
-        if checkpointing:
-            agent.lm.activation_checkpointing_enable({"use_reentrant": False})
-        layer, calls = agent.lm.get_base_model().model.layers[0].mlp, []
-        layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        agent.set_updating(True)
-        agent.values(make_tokens(), 7).sum().backward()
-        counts.append(len(calls))
-    assert counts == [1, 2]
-    agent.set_updating(False)
-    trained = tldr.trained_parameters(agent)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_checkpointing_recomputes(checkpointing):
+    """With it a layer runs twice in each of an update's passes, without once: the memory is really saved."""
+    agent, calls = make_agent("llama"), []
+    batch, trained = make_batch(agent), tldr.trained_parameters(agent)
+    if checkpointing:
+        agent.lm.activation_checkpointing_enable({"use_reentrant": False})
+    agent.lm.get_base_model().model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     args = make_args(minibatch_size=8, update_epochs=1, reference_nll_coef=0.0)
-    batch = make_batch(agent)
-    calls.clear()
     tldr.update(agent, torch.optim.SGD(trained.values(), lr=0.1), Accelerator(cpu=True), args, batch, 0)
-    assert len(calls) == 4  # policy and value, twice each
+    assert len(calls) == 2 + 2 * checkpointing  # policy and value
 
 
 def test_saved_adapters_reload_with_peft(tmp_path):
@@ -240,18 +231,6 @@ def test_saved_adapters_reload_with_peft(tmp_path):
         with torch.no_grad():
             hidden = agent.backbone(ids, ids >= 0, name).last_hidden_state[:, -1]
             torch.testing.assert_close(loaded(ids).logits, agent.heads[name](hidden), atol=1e-4, rtol=1e-4)
-
-
-def test_merged_export_has_the_same_logits(tmp_path):
-    agent, tokens = make_agent("gptj", reward=True), make_tokens()
-    logprobs = agent(tokens, 7, 1.0)[0]
-    agent.values(tokens, 7)
-    tldr.save_policy(tmp_path, agent, TOKENIZER, make_args(policy="base"))
-    lm = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
-    names = load_file(tmp_path / "model/model.safetensors").keys()
-    assert names == make_lm("gptj").state_dict().keys()  # nothing of any adapter
-    hand = torch.cat([by_hand(lm, row)[0] for row in tokens])
-    torch.testing.assert_close(logprobs.double(), hand, atol=1e-4, rtol=1e-4)
 
 
 def test_bfloat16_base_has_float32_adapters_heads_and_logits():
@@ -410,10 +389,8 @@ def make_batch(agent, off=0.3, seed=0):
 def gradient(agent, args, batch):
     """Of the policy's losses, alone; their sum and their statistics."""
     agent.zero_grad()
-    loss, stats = tldr.policy_loss(agent, args, 1.0, *(batch[name] for name in ("tokens", "logprobs", "advantages")))
-    if args.reference_nll_coef:
-        more, nll = tldr.reference_loss(agent, args, 1.0, batch["tokens"], batch["references"])
-        loss, stats = loss + more, stats | nll
+    inputs = (batch[name] for name in ("tokens", "logprobs", "advantages", "references"))
+    loss, stats = tldr.policy_loss(agent, args, 1.0, 1.0, *inputs)
     loss.backward()
     return torch.cat([p.grad.flatten() for p in agent.parameters() if p.grad is not None]).double(), loss, stats
 
@@ -466,12 +443,39 @@ def test_losses_by_hand():
     assert value.item() == pytest.approx(0.1 * squares / n, rel=1e-4)
 
 
-def test_finite_for_tokens_that_were_all_but_impossible():
-    agent = make_agent()
-    batch = make_batch(agent)
-    batch["logprobs"] = torch.where(batch["tokens"][:, 7:] != PAD, math.log(1e-30), 0.0)
-    found, loss, stats = gradient(agent, make_args(), batch)
-    assert torch.isfinite(found).all() and torch.isfinite(loss) and all(torch.isfinite(value) for value in stats.values())
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "llama"])
+def test_response_and_reference_behind_one_pass_of_the_prompt(family):
+    """Losses and gradients are those of two passes. Rows of different length, one of them with a reference of one token."""
+    agent, found = make_agent(family), []
+    batch, args, widths = make_batch(agent), make_args(temperature=0.7, ent_coef=0.1), []
+    batch["references"][2, 1:] = PAD
+    agent.lm.get_base_model().base_model.register_forward_pre_hook(
+        lambda _, __, inputs: widths.append(inputs["input_ids"].shape[1]), with_kwargs=True
+    )
+    for shares in (False, True):
+        agent.shares_prompts = shares
+        found.append(gradient(agent, args, batch))
+    assert widths == [13, 7, 6]
+    (one, loss, stats), (other, other_loss, other_stats) = found
+    torch.testing.assert_close(one, other, atol=1e-6 * one.norm().item(), rtol=1e-4)
+    torch.testing.assert_close([loss, *stats.values()], [other_loss, *other_stats.values()], atol=1e-6, rtol=1e-5)
+
+
+def test_which_models_share_a_pass_of_the_prompt(assets, tmp_path):
+    """Not with checkpointing, which keeps no cache; not Jamba, whose state-space layers go on with single tokens alone."""
+    paths = {name: str(assets / "policy") for name in ("policy", "tokenizer", "reward_base")}
+    args = make_args(**paths, reward_adapter=str(assets / "reward"), reward_max_length=40, max_prompt_length=20)
+    assert not tldr.load_models(args, CPU)[0].shares_prompts
+    args = tldr.replace(args, gradient_checkpointing=False)
+    assert tldr.load_models(args, CPU)[0].shares_prompts
+    jamba = transformers.JambaConfig(
+        vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        max_position_embeddings=64, initializer_range=0.3, attn_layer_period=2, attn_layer_offset=1, num_experts=1,
+        mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False, eos_token_id=0,
+    )  # fmt: skip
+    transformers.JambaForCausalLM(jamba).save_pretrained(tmp_path / "jamba")
+    args = tldr.replace(args, policy=str(tmp_path / "jamba"), lora_target_modules="q_proj,o_proj")
+    assert not tldr.load_models(args, CPU)[0].shares_prompts
 
 
 def test_shares_of_the_gradient_are_of_the_two_adapters():
@@ -570,8 +574,8 @@ def test_the_first_minibatch_has_ratio_one_and_new_adapters_kl_zero():
     prompts, uniforms = make_tokens()[:, :7], torch.rand(8, 6, dtype=torch.float64)
     batch, clock = tldr.rollout(agent, agent, TOKENIZER, prompts, uniforms, args, Accelerator(cpu=True))
     assert set(clock) == {"time/generate", "time/score", "time/forward"}
-    rows = (batch["tokens"][2:6], batch["logprobs"][2:6], torch.zeros(4, 6))
-    _, stats = tldr.policy_loss(agent, args, 1.0, *rows)
+    rows = (batch["tokens"][2:6], batch["logprobs"][2:6], torch.zeros(4, 6), make_tokens(4)[:, 7:])
+    _, stats = tldr.policy_loss(agent, args, 1.0, 1.0, *rows)
     assert abs(stats["losses/old_approx_kl"]) < 1e-6 and stats["losses/clipfrac"] == 0
     policy, base, value = merged(agent, "policy"), agent.lm.get_base_model(), merged(agent, "value")
     agent.activate(None)

@@ -69,6 +69,8 @@ class Args:
     """tokens of a prompt"""
     response: int = 25
     """tokens of a summary"""
+    checkpointing: bool = True
+    """as the script does where memory is short; without, an update's prompts pass once for response and reference"""
     predict_only: bool = False
     """measure nothing"""
     child: bool = False
@@ -91,6 +93,7 @@ def settings(args: Args) -> tldr.Args:
         response_length=args.response,
         min_response_length=args.response,
         dtype=args.dtype,
+        gradient_checkpointing=args.checkpointing,
         reward_max_length=args.prompt + args.response,
         reward_text="{text}",
     )
@@ -124,11 +127,16 @@ def predict(layers: int, args: tldr.Args, own_reward_base: bool) -> tuple[dict[s
     width = {"float32": 4, "bfloat16": 2}[args.dtype]
     length, d, heads = args.max_prompt_length + args.response_length, config.n_embd, config.n_head
     rows = args.minibatch_size // args.gradient_accumulation  # of a part
+    copies = 1 + bool(args.reference_nll_coef)  # of a prompt in the policy's pass, with the response and with the reference
+    vectors, weights = copies * length, copies * length**2
+    if not args.gradient_checkpointing:  # the prompt passes once
+        vectors = args.max_prompt_length + copies * args.response_length
+        weights = args.max_prompt_length**2 + copies * args.response_length * length
     # in 4 bits, 64 weights of the layers share a float32 scale; embedding and head stay as they are
     base = n["body"] * ((0.5 + 4 / 64) if args.load_in_4bit else width) + (n["embedding"] + n["head"]) * width
-    layer = rows * (length * ((3 + 16) * d * width + 2 * d * 4) + heads * length**2 * 4)
-    kept = layers * rows * length * d * width + layer if args.gradient_checkpointing else max(1, layers - 1) * layer
-    logits = 3 * rows * args.response_length * config.vocab_size * 4
+    layer = rows * (vectors * ((3 + 16) * d * width + 2 * d * 4) + heads * weights * 4)
+    kept = layers * rows * vectors * d * width + layer if args.gradient_checkpointing else max(1, layers - 1) * layer
+    logits = 3 * copies * rows * args.response_length * config.vocab_size * 4
     prompts = args.trajectories_per_update * args.max_prompt_length
     activation = (20 * d + (min(layers, 2) * heads + 1) * args.max_prompt_length) * width
     attention = 5 * d * width + 2 * heads * args.max_prompt_length * 4
@@ -140,18 +148,17 @@ def predict(layers: int, args: tldr.Args, own_reward_base: bool) -> tuple[dict[s
         "generation: keys and values": 2 * layers * args.trajectories_per_update * length * d * width,
         "generation: prompts in a layer": prompts * max(activation, attention),
         "update: layers": kept,
-        "update: gradients or logits": max(rows * length * 15 * d * width, logits - layer * args.gradient_checkpointing),
+        "update: gradients or logits": max(rows * vectors * 15 * d * width, logits - layer * args.gradient_checkpointing),
     }
     tokens = args.trajectories_per_update * length
     a_pass = tokens * (2 * n["body"] + 4 * layers * d * length)
     logits = args.trajectories_per_update * args.response_length * 2 * n["head"]
     passes = 3 if args.gradient_checkpointing else 2  # forward, backward, forward again
-    nll = bool(args.reference_nll_coef)
     operations = {
         "generate": a_pass + logits,
         "score": a_pass,
         "forward": 3 * a_pass + 2 * logits,
-        "update": args.update_epochs * ((2 + nll) * a_pass * passes + (1 + nll) * logits * 2),
+        "update": args.update_epochs * ((1 + vectors / length) * a_pass * passes + copies * logits * 2),
     }
     return memory, operations
 
@@ -213,7 +220,9 @@ def measure(args: Args) -> dict:
     for name in ("policy", "value", "reward"):
         config = LoraConfig(r=size.lora_r, lora_alpha=size.lora_alpha, lora_dropout=size.lora_dropout)
         agent.add(name, config, head=name != "policy")
-    agent.lm.activation_checkpointing_enable({"use_reentrant": False})
+    if args.checkpointing:
+        agent.lm.activation_checkpointing_enable({"use_reentrant": False})
+    agent.shares_prompts = not args.checkpointing
     agent.to(device).eval()
     optimizer = torch.optim.AdamW(tldr.trained_parameters(agent).values(), lr=size.learning_rate, fused=True)
     accelerator, rng = Accelerator(cpu=args.device == "cpu"), np.random.default_rng(0)
@@ -273,7 +282,9 @@ def main(args: Args) -> None:
         for layers in args.layers:
             command = [sys.executable, __file__, "--child", "--layers", str(layers)]
             for name, value in asdict(args).items():
-                if name not in ("layers", "child", "predict_only"):
+                if name == "checkpointing":
+                    command += ["--checkpointing" if value else "--no-checkpointing"]
+                elif name not in ("layers", "child", "predict_only"):
                     command += [f"--{name.replace('_', '-')}", str(value)]
             found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
             memory, _ = predict(layers, settings(args), own_reward_base=False)
