@@ -393,7 +393,7 @@ def train(args, run):
     recent_returns = deque(maxlen=100)
     if run.checkpoint:
         agent.load_state_dict(run.checkpoint["agent"])
-        optimizer.load_state_dict(run.checkpoint["optimizer"])
+        optimizer.load_state_dict(run.checkpoint["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})
         obs_stats, return_stats = (RunningMeanStd(*run.checkpoint[name]) for name in ("obs_stats", "return_stats"))
         recent_returns.extend(run.checkpoint["recent_returns"])
 

@@ -282,7 +282,7 @@ def gradient_step(agent, optimizer, args, clip_coef, indices, rows):
     loss.backward()
     norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
     optimizer.step()
-    agent.zero_grad()  # here, so that no gradient leaves compiled code
+    agent.zero_grad()  # here, so that compiled code finds no gradients at each step's start, as at the first
     return stats | {"losses/grad_norm": norm, "losses/grad_clipped": (norm > args.max_grad_norm).float()}
 
 

@@ -316,7 +316,7 @@ def test_figures_of_the_oldest_studies_are_those_of_their_reports():
 
 STUDIES = {  # page: its studies, and which of their cells stand in it (ratios to SB3: in the README; phases are rounded there)
     "loss.md": ("four-settings", r"\d"),
-    "speed.md": ("s[cp]*", r" to |\d s$|iB|\)$"),
+    "speed.md": ("s[cp]*", r" to |\d s$|iB$"),
 }
 
 

@@ -226,17 +226,19 @@ def test_target_kl_ends_the_update_after_an_epoch(script, make, monkeypatch):
 
 
 def updated(script, agent, batch, compiled):
-    """The weights after six steps, and the last statistics; SA2C's learning rate is annealed."""
+    """The weights after six steps at changing learning rates, and the last statistics."""
     torch._dynamo.reset()
     agent, device = copy.deepcopy(agent), batch[0].device
     agent.to(device)
     compile_or_not = partial(torch.compile, mode="reduce-overhead") if compiled else lambda function: function
     if script is sppo_atari:
-        args = script.Args(beta=10.0, update_epochs=3, minibatch_size=STEPS * ENVS // 2)
-        optimizer = torch.optim.Adam(agent.parameters(), lr=2.5e-4, eps=1e-5, fused=not compiled)
-        clip_coef = torch.tensor(0.1, device=device)
+        args = script.Args(beta=10.0, update_epochs=1, minibatch_size=STEPS * ENVS // 2)
+        optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=not compiled)
+        clip_coef, step_fn = torch.tensor(0.1, device=device), compile_or_not(script.gradient_step)
         torch.manual_seed(5)  # the same minibatches
-        stats = script.update(agent, optimizer, compile_or_not(script.gradient_step), args, clip_coef, batch)
+        for rate in (2.5e-4, 0.5e-4, 1e-4):
+            optimizer.param_groups[0]["lr"] = torch.tensor(rate, device=device) if compiled else rate
+            stats = script.update(agent, optimizer, step_fn, args, clip_coef, batch)
     else:
         obs, actions, _, advantages, returns = batch
         args, square_avgs = script.Args(), [torch.ones_like(parameter) for parameter in agent.parameters()]
