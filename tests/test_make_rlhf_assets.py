@@ -4,13 +4,14 @@ import csv
 import json
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import rlhf_assets
 import torch
 import transformers
-from helpers import ROOT
+from helpers import ROOT, only, unchanged_process
 
 sys.path.insert(0, str(ROOT / "benchmark/assets"))
 import make_rlhf_assets as builder
@@ -97,8 +98,47 @@ def test_parts_are_built_once_and_load_as_the_script_loads_them(packages, monkey
     builder.main(args)
     assert made == [folder / "policy"] and {path: path.stat().st_mtime_ns for path in folder.glob("*/*")} == before
     assert capsys.readouterr().out.count("is there") == 4
-    with pytest.raises(SystemExit, match=r"was begun with .*'seed': 0.*expected the same"):
+    with pytest.raises(SystemExit, match=r"was begun with .*'seed': 0.*, not with .*'seed': 1.*another --folder"):
         builder.main(builder.Args(folder=args.folder, reward_steps=150, seed=1))
+
+
+def test_the_script_trains_on_quick_assets(packages, monkeypatch):
+    tokenizer = rlhf_assets.make_tokenizer()
+    monkeypatch.setattr(builder, "load_smollm2", lambda: (rlhf_assets.make_lm(len(tokenizer), dropout=0.0), tokenizer))
+    crops, lengths = builder.crops, set()
+
+    def note(reviews, rng, words):
+        texts, labels = crops(reviews, rng, words)
+        if len(texts) == 32:  # a step of the reward model
+            lengths.update(len(text.split()) for text in texts)
+        return texts, labels
+
+    monkeypatch.setattr(builder, "crops", note)
+    monkeypatch.chdir(packages)
+    args = builder.Args(quick=True)
+    builder.main(args)
+    assert min(lengths) == 8 and max(lengths) == 24
+    report = json.loads(Path("assets/imdb/report.json").read_text())
+    assert report["reward"]["accuracy on held-out crops of 40 to 48 words"] > 0.8
+    model = transformers.AutoModelForCausalLM.from_pretrained("assets/imdb/policy")
+    assert model.state_dict().keys() == builder.load_smollm2()[0].state_dict().keys()
+    assert all(map(torch.equal, model.state_dict().values(), builder.load_smollm2()[0].state_dict().values()))
+
+    sizes = "--iterations 1 --trajectories-per-update 8 --eval-episodes 8 --num-threads 1 --no-cuda"
+    with unchanged_process():
+        imdb.main(imdb.parse_args(["--offline", *sizes.split()]))
+    result = json.loads((only(Path("runs")) / "result.json").read_text())
+    assert 0 < result["score"] < 1 and result["global_step"] == 8
+
+    # neither set takes the other's place unasked
+    with pytest.raises(SystemExit, match=r"assets/imdb was begun with .*'quick': True.*remove it"):
+        builder.main(builder.Args())
+    Path("full/imdb").mkdir(parents=True)
+    Path("full/imdb/report.json").write_text('{"settings": {"policy_steps": 60, "reward_steps": 300, "seed": 0}}')
+    with pytest.raises(SystemExit, match="full/imdb was begun with"):
+        builder.main(builder.Args(quick=True, folder="full"))
+    with pytest.raises(SystemExit, match="--quick builds imdb alone"):
+        builder.main(builder.Args(task="tldr", quick=True))
 
 
 def test_a_missing_package_is_one_line():

