@@ -103,6 +103,24 @@ def test_a_compiled_step_moves_the_weights_as_the_plain_one_and_takes_over_its_s
     assert moved > 1e-4 and 0 <= (back - plain).abs().max() < 1e-3 * moved
 
 
+@pytest.mark.parametrize("script", [*CONTINUOUS, sppo_atari], ids=lambda script: script.__name__)
+def test_a_resumed_run_has_its_own_optimiser_settings(script, tmp_path):
+    """A compiled run on a GPU leaves capturable=True and a tensor as the rate, which an optimiser on a CPU refuses."""
+    sizes = {"env_id": "Pong" if script is sppo_atari else "Pendulum-v1", "num_envs": 2, "num_steps": 8, "eval_episodes": 0}
+    sizes |= {"minibatch_size": 16} if "ppo" in script.__name__ else {}
+    script.main(script.Args(**sizes, total_timesteps=160, run_dir=str(tmp_path), num_threads=1))
+    (folder,) = tmp_path.iterdir()
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    (group,) = checkpoint["optimizer"]["param_groups"]
+    steps = checkpoint["optimizer"]["state"][0]["step"].item()
+    group |= {"capturable": True, "lr": torch.tensor(7.0)} | ({"fused": False} if "fused" in group else {})
+    torch.save(checkpoint, folder / "checkpoint.pt")
+    script.main(script.parse_args(["--resume", str(folder), "--total-timesteps", "320"]))
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)["optimizer"]
+    assert saved["param_groups"][0]["capturable"] is False and saved["param_groups"][0].get("fused", True) in (True, None)
+    assert saved["state"][0]["step"] == 2 * steps
+
+
 def test_noise_in_blocks_is_the_stream_of_one_draw():
     for name, shape in (("gumbel", (2, 3, 5)), ("standard_normal", (2, 3))):
         whole = getattr(np.random.default_rng([1, 4, 0]), name)(size=(150, *shape))
