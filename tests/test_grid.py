@@ -30,7 +30,7 @@ COUNTS = {
     "continuous-a2c": 9 * 30 * 2 * 5,
     "imdb": 4 * 6, "tldr": 4 * 6, "sensitivity": 22 * 5 * 2 * (2 + 2 * 5), "adv-norm": 22 * 5 * 2 * 3 * 2,
     "which-setting": 22 * 5 * 2 * 8, "factored": 2 * 5 * 4, "crazyclimber": 5 * 3, "krull": 5 * 3, "swimmer": 15 * 3,
-    "sb3": 2 * 5 * 4, "sb3_atari": 3 * 4,
+    "sb3": 2 * 5 * 4, "sb3_atari": 3 * 4, "bf16": 3 * 2,
 }  # fmt: skip
 cells = functools.cache(grid.cells)
 
