@@ -858,7 +858,12 @@ def test_rlhf_measures_before_and_after(tmp_path, monkeypatch):
     assert "| perplexity | 35.0 ± 5.0 | 55.0 ± 5.0 | 40.0 ± 5.0 |" in text  # stderr of 30, 40: 7.07 / sqrt 2
     api = SimpleNamespace(runs=lambda project, lazy: logged)
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Api=lambda: api, Error=ValueError))
-    assert "| perplexity |  | 55.0 ± 5.0 | 40.0 ± 5.0 |" in tables.measures(reading.load_runs((), "me/rl"))
+    config = {name: value for name, value in config.items() if name != "total_timesteps"} | {"seed": 3}
+    config |= {"iterations": 10, "trajectories_per_update": 101}  # 1,010 episodes, of which 1,000 were played
+    logged.append(SimpleNamespace(id="stopped", name="x", state="finished", config=config, summary_metrics=last))
+    found = reading.load_runs((), "me/rl")
+    assert "| perplexity |  | 55.0 ± 5.0 | 40.0 ± 5.0 |" in tables.measures(found)
+    assert len(found) == 4 and found.attrs["left out"] == ["not finished: SPPO (1)"]
 
 
 @pytest.mark.parametrize(

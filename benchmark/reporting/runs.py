@@ -80,7 +80,8 @@ def read_wandb(project: str, left_out: Counter) -> pd.DataFrame:
             scores = {name: last[name] for name in arms.RECORD & last.keys()}
             row = flatten(scores | run.config | {"args": args, "after": measured})
             rollout = args.get("num_envs", 1) * args.get("num_steps", 1)  # runs end with a whole one
-            if run.state == "finished" and last.get("global_step", 0) + rollout > args.get("total_timesteps", 0):
+            length = args.get("total_timesteps", args.get("iterations", 0) * args.get("trajectories_per_update", 0))
+            if run.state == "finished" and last.get("global_step", 0) + rollout > length:
                 rows.append({**row, "run_id": run.id, "env_id": args["env_id"], "Name": run.name, "wandb": run})
             else:
                 left_out["not finished", name_of(row) or label(row)] += 1
