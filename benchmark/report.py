@@ -60,8 +60,8 @@ class Args:
 def first_lines(found: pd.DataFrame, mixture: list[str], curves: pd.DataFrame, lacking: list[str]) -> list[str]:
     """What was made where, what a score is, and all that was left out."""
     made = []
-    for name in ("commit", "device"):
-        values = sorted({re.sub("([0-9a-f]{12})[0-9a-f]{28}", r"\1", value) for value in found[name].fillna("unknown")})
+    for name, column in found.reindex(columns=["commit", "device"]).fillna("unknown").items():
+        values = sorted({re.sub("([0-9a-f]{12})[0-9a-f]{28}", r"\1", value) for value in column})
         made.append(f"{name} {values[0]}" if len(values) == 1 else f"**{len(values)} {name}s: {', '.join(values)}**")
     lines = [
         f"{len(found)} runs, {found.seconds.sum() / 3600:.1f} hours of training; {'; '.join(made)}. A score is the mean over "
