@@ -276,13 +276,13 @@ def compute_gae(rewards, values, dones, next_values, gamma, gae_lambda):
 
 
 def gradient_step(agent, optimizer, args, clip_coef, indices, rows):
-    """One step on samples `indices` of `rows`, which are `batch` of `update`, frames NHWC. Returns statistics as tensors."""
+    """One step of Adam on the samples `indices`; rows: the `batch` of `update`, NHWC frames. Returns statistics as tensors."""
     obs, *others = (tensor.index_select(0, indices) for tensor in rows)
     loss, stats = minibatch_loss(agent, args, clip_coef, obs.permute(0, 3, 1, 2), *others)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
     optimizer.step()
-    agent.zero_grad()  # here, so that compiled code finds no gradients at each step's start, as at the first
+    agent.zero_grad()  # last, so that each step begins without gradients, as the first: else it is compiled twice
     return stats | {"losses/grad_norm": norm, "losses/grad_clipped": (norm > args.max_grad_norm).float()}
 
 
@@ -331,7 +331,7 @@ def train(args, run):
     actions = torch.zeros(shape, dtype=torch.int64, device=run.device)
     logprobs, values = torch.zeros(shape, device=run.device), torch.zeros(shape, device=run.device)
     rewards, dones = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
-    clip_coef = torch.tensor(args.clip_coef, device=run.device)  # compiled code sees a tensor change, also the learning rate
+    clip_coef = torch.tensor(args.clip_coef, device=run.device)  # a tensor, as the rate below: a new number compiles anew
     share_sample = torch.from_numpy(np.random.default_rng(0).permutation(batch_size)[: args.minibatch_size])
     game_returns, game_lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=int)
     next_obs, info = envs.reset(seed=game_seeds)
