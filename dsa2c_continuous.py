@@ -111,7 +111,7 @@ class Args:
     evaluate: str | None = None  # play --eval-episodes episodes with the policy of the run in this folder, and exit
     checkpoint_interval: PositiveInt = 1000  # save a checkpoint every this many iterations, a multiple of log_interval
     cuda: bool = False  # use a GPU if there is one; networks this small gain nothing from it
-    compile: bool = False  # torch.compile the gradient step; the first minute is slower
+    compile: bool = False  # torch.compile the gradient step; gains little with a network this small
     num_threads: NonNegativeInt = 1  # CPU threads of torch; 0: all cores, slower for networks this small
 
 

@@ -112,7 +112,7 @@ class Args:
     evaluate: str | None = None  # play --eval-episodes episodes with the policy of the run in this folder, and exit
     checkpoint_interval: PositiveInt = 10  # save a checkpoint every this many iterations
     cuda: bool = False  # use a GPU if there is one; networks this small gain nothing from it
-    compile: bool = False  # torch.compile the gradient step; the first minute is slower
+    compile: bool = False  # torch.compile the gradient step; pays from about 200,000 steps
     num_threads: NonNegativeInt = 1  # CPU threads of torch; 0: all cores, slower for networks this small
 
 

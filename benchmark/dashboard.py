@@ -4,7 +4,8 @@
     python benchmark/dashboard.py ENTITY/PROJECT --dry-run   # prints its panels and asks nobody
 
 Runs are grouped by env_id and exp_name: each line is the mean of an arm's seeds, its band their standard error. What the names
-mean is in docs/metrics.md. Run it again when new arms are there, as colours are given to the arms that the project has.
+mean is in docs/metrics.md. Colours are given to the arms that the project has: run it again when new arms are there. Each call
+saves a new view.
 """
 
 import sys

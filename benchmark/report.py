@@ -14,10 +14,10 @@ standard error. Writes into --out
     curves.csv      learning curves, advantage sign changes and shares of the gradient: tag, step, a column a run
     *.svg, *.png    learning curves (Figure 3), the policy's share of the gradient, KL (RLHF)
 
-An arm is called by its runs' --exp-name, which run.py takes from the TOML file; runs of our scripts without one by what their
-settings make of them (PPO, SPPO, control PPO). A control has alpha = a symmetric arm's alpha + beta |Z| (A2C: --mean-weight).
-The baseline is the TOML file's `baseline`, which W&B does not know, else PPO or A2C. The paper's numbers stand beside an arm
-only if it is of one of our scripts with the paper's settings; the length may differ.
+An arm is called by its runs' --exp-name, which run.py takes from the TOML file; runs of our scripts without one as our grids
+call an arm with such settings (ppo, sppo, control). A control has alpha = a symmetric arm's alpha + beta |Z| (A2C:
+--mean-weight). The baseline is the TOML file's `baseline`, which W&B does not know, else PPO or A2C. The paper's numbers stand
+beside an arm only if it is of one of our scripts with the paper's settings; the length may differ.
 
 Runs of an arm whose settings, lengths or versions differ are refused, unless --allow-mixed, which says so in the report. Runs
 that have not finished, and curves that end early or have a hole, are left out, and named.
@@ -135,7 +135,7 @@ def main(args: Args) -> None:
     figures.draw_curves(found, curves, args.out / "grad_shares.svg", (share,), "policy's share of the gradient")
     lines += tables.signs(found, curves)
     lines += ["", *(f"![{text}]({name}.svg)" for name, text in pictures.items() if (args.out / f"{name}.svg").exists())]
-    made_here = ["env", "arm", "given", "method", "named", "paper", "steps", "run_script"]
+    made_here = ["env", "arm", "given", "method", "paper", "steps", "run_script"]
     paths = ["folder", "wandb", "run_dir", "resume"]  # of this machine
     table = found.assign(script=found.run_script).drop(columns=[*made_here, *paths], errors="ignore")
     files = {"runs.csv": table.to_csv(index=False), "cells.csv": cells.to_csv(index=False, float_format="%.8g")}

@@ -44,10 +44,8 @@ def test_the_view_that_is_sent(tmp_path):
     metrics = [name for config in shown for name in config.get("metrics") or config["mediaKeys"]]
     assert sections.keys() == dashboard.SECTIONS.keys() and len(metrics) == sum(map(len, dashboard.SECTIONS.values()))
 
-    logged = "".join(path.read_text() for path in ROOT.glob("s*_*.py")) + (ROOT / "dsppo_continuous.py").read_text()
-    documented = set(re.findall(r"`([a-z]+/\w+)`", (ROOT / "docs/metrics.md").read_text()))
-    for name in metrics:
-        assert name in documented and re.search(rf"\b{name.split('/')[1].split('_')[0]}", logged), name
+    # what the page names is what runs log: test_docs.py
+    assert set(metrics) <= set(re.findall(r"`([a-z]+/\w+)`", (ROOT / "docs/metrics.md").read_text()))
     lines = [config for config in shown if "metrics" in config]
     assert all(one["xAxis"] == "global_step" and one["groupAgg"] == "mean" and one["groupArea"] == "stderr" for one in lines)
 

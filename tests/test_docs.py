@@ -80,7 +80,7 @@ def measured(page):
 def test_an_interval_a_mean_or_a_speed_ratio_stands_on_one_page():
     for one, other in combinations((README, *DOCS), 2):
         assert not measured(one) & measured(other), (one.name, other.name)
-    assert len(measured(README)) == 12 and len(measured(ROOT / "docs/results.md")) > 100  # the pattern finds them
+    assert len(measured(README)) > 10 and len(measured(ROOT / "docs/results.md")) > 100  # the pattern finds them
 
 
 # --- flags and commands -----------------------------------------------------------------------------------------------
@@ -256,7 +256,8 @@ def test_the_environment_and_the_notebook_line_of_usage_md(tmp_path, monkeypatch
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 ARMS = {"PPO raw": "ppo_raw", "`ent_coef`": "reweighted_ent", "`vf_coef`": "reweighted_vf", "all four": "reweighted"}
-ARMS |= {"clip and ε": "reweighted_clip_eps", "A2C, α 0.5": "a2c_half", "DA2C, α 0.5": "DA2C α 0.5"}
+ARMS |= {"clip and ε": "reweighted_clip_eps", "A2C, α 0.5": "a2c_half", "DA2C, α 0.5": "da2c_half"}
+ARMS |= {"DSA2C factored": "dsa2c-factored"}
 
 
 def read(path, noise):
@@ -266,8 +267,7 @@ def read(path, noise):
 
 
 def called(label, arm):
-    label = ARMS.get(label, label)
-    return label.lower() == arm.lower() or (label == "control" and arm.startswith("control "))
+    return ARMS.get(label, label).lower() == arm.lower()
 
 
 def test_cells_of_results_md_are_those_of_the_csv_files():

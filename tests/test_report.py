@@ -37,21 +37,21 @@ def placeholders(request):
 
 
 SCORES = {  # environment, noise, arm: seeds' scores
-    ("Hopper", "none", "DPPO"): [100.0, 110.0, 120.0],
-    ("Hopper", "none", "DSPPO"): [130.0, 140.0, 120.0],
-    ("Hopper", "none", "control DPPO"): [128.0, 140.0, 119.0],
-    ("Ant", "none", "DPPO"): [10.0, 20.0, 30.0],
-    ("Ant", "none", "DSPPO"): [15.0, 10.0, 5.0],
-    ("Ant", "none", "control DPPO"): [40.0, 16.0, 4.0],
+    ("Hopper", "none", "dppo"): [100.0, 110.0, 120.0],
+    ("Hopper", "none", "dsppo"): [130.0, 140.0, 120.0],
+    ("Hopper", "none", "control"): [128.0, 140.0, 119.0],
+    ("Ant", "none", "dppo"): [10.0, 20.0, 30.0],
+    ("Ant", "none", "dsppo"): [15.0, 10.0, 5.0],
+    ("Ant", "none", "control"): [40.0, 16.0, 4.0],
 }
-OPTIONS = {"DPPO": (1.0, 0.0), "DSPPO": (0.5, 20.0), "control DPPO": (20.5, 0.0), "PPO": (1.0, 0.0)}
+OPTIONS = {"dppo": (1.0, 0.0), "dsppo": (0.5, 20.0), "control": (20.5, 0.0), "ppo": (1.0, 0.0)}
 
 
-def result(env="Hopper", noise="none", arm="DPPO", seed=1, score=1.0, **changed):
+def result(env="Hopper", noise="none", arm="dppo", seed=1, score=1.0, **changed):
     """A result.json as dsppo_continuous.py writes it, in brief."""
     alpha, beta = OPTIONS[arm]
     args = {"env_id": f"{env}-v4", "seed": seed, "alpha": alpha, "beta": beta, "Z": -1.0, "noise": noise, "norm_adv": True}
-    args |= {"num_bins": 0 if arm == "PPO" else 11, "reverse_prob": "joint", "literal_signs": False, "mean_weight": False}
+    args |= {"num_bins": 0 if arm == "ppo" else 11, "reverse_prob": "joint", "literal_signs": False, "mean_weight": False}
     args |= {"learning_rate": 3e-4, "target_kl": None, "total_timesteps": 1000, "exp_name": "dsppo_continuous"}
     args |= {"run_dir": f"x{seed}"}
     about = {"script": "dsppo_continuous.py", "run_id": f"{env}{noise}{arm}{seed}", "env_id": f"{env}-v4", "seed": seed}
@@ -113,22 +113,22 @@ def refused(capsys, function, *args):
 
 def test_cells_wins_and_the_papers_numbers(tmp_path):
     """What scores are divided by is the baseline's mean, where it is above two standard errors: not -90, and not 5 ± 2.9."""
-    more = {("Walker2d", "none", "DPPO"): [-90.0, -80.0, -100.0], ("Humanoid", "none", "DPPO"): [0.0, 5.0, 10.0]}
+    more = {("Walker2d", "none", "dppo"): [-90.0, -80.0, -100.0], ("Humanoid", "none", "dppo"): [0.0, 5.0, 10.0]}
     runs = load(write_runs(tmp_path / "runs", {**SCORES, **more}))
     table = tables.cells(runs)
     by = {(row.task, row.arm): row for row in table.itertuples()}
-    assert by["Hopper", "DPPO"].mean == 110 and by["Hopper", "DPPO"].seeds == 3
-    assert by["Hopper", "DPPO"].stderr == pytest.approx(10 / np.sqrt(3))
+    assert by["Hopper", "dppo"].mean == 110 and by["Hopper", "dppo"].seeds == 3
+    assert by["Hopper", "dppo"].stderr == pytest.approx(10 / np.sqrt(3))
     published = pd.read_csv(ROOT / "benchmark/paper/scores.csv").query("noise == 'none'").set_index(["env", "algo"])
     paper = published.loc["Hopper", "DSPPO"]
-    assert by["Hopper", "DSPPO"].paper_mean == paper["mean"] and by["Hopper", "DSPPO"].paper_stderr == paper["stderr"]
-    assert np.isnan(by["Hopper", "control DPPO"].paper_mean)
+    assert by["Hopper", "dsppo"].paper_mean == paper["mean"] and by["Hopper", "dsppo"].paper_stderr == paper["stderr"]
+    assert np.isnan(by["Hopper", "control"].paper_mean)
     both = table[table.env.isin(["Ant-v4", "Hopper-v4"])]
-    assert tables.wins(both, "DSPPO", "DPPO") == tables.wins(both, "control DPPO", "DSPPO") == "1 of 2"
-    assert tables.wins(both, "DPPO", "DPPO") == tables.wins(both, "control DPPO", "DPPO", "paper_mean") == ""
-    assert tables.clear(runs, "DPPO") == pytest.approx({"Ant-v4": 20, "Hopper-v4": 110})
+    assert tables.wins(both, "dsppo", "dppo") == tables.wins(both, "control", "dsppo") == "1 of 2"
+    assert tables.wins(both, "dppo", "dppo") == tables.wins(both, "control", "dppo", "paper_mean") == ""
+    assert tables.clear(runs, "dppo") == pytest.approx({"Ant-v4": 20, "Hopper-v4": 110})
     shuffled = runs.iloc[::-1]  # a matrix has its rows in the order of the seeds
-    np.testing.assert_allclose(tables.matrix(shuffled, "DSPPO", ["Ant-v4", "Hopper-v4"]), [[15, 130], [10, 140], [5, 120]])
+    np.testing.assert_allclose(tables.matrix(shuffled, "dsppo", ["Ant-v4", "Hopper-v4"]), [[15, 130], [10, 140], [5, 120]])
     one = result(script="sppo_atari.py", learning_rate=2.5e-4) | {"env_id": "ALE/Alien-v5"}  # Gymnasium's name of a game
     assert tables.cells(load(save(tmp_path / "game", one))).paper_mean[0] == published.loc["Alien", "PPO"]["mean"]
 
@@ -153,9 +153,9 @@ def test_intervals_hold_the_baselines_chance_too():
 
 def test_aggregates_equal_scipys(tmp_path):
     """One arm has more seeds than the others, which takes none from any."""
-    scores = SCORES | {(env, "none", "control DPPO"): [40.0, 16.0, 4.0, 7.0, 90.0] for env in ("Hopper", "Ant")}
+    scores = SCORES | {(env, "none", "control"): [40.0, 16.0, 4.0, 7.0, 90.0] for env in ("Hopper", "Ant")}
     runs = load(write_runs(tmp_path, scores))
-    table = tables.aggregate(runs, "DPPO", 200)
+    table = tables.aggregate(runs, "dppo", 200)
     units = {"Hopper-v4": 110, "Ant-v4": 20}
     middle = {}
     for arm, rows in runs.groupby("arm"):  # of six or ten scores: without 1.5 or 2.5 at each end, rounded to 1 and 2
@@ -165,33 +165,33 @@ def test_aggregates_equal_scipys(tmp_path):
     for row in table.itertuples():
         assert row.low <= row.value + 1e-9 and row.value <= row.high + 1e-9
         if row.what == "IQM":
-            assert row.value == pytest.approx(middle[row.arm] / middle["DPPO"]) and row.environments == 2
+            assert row.value == pytest.approx(middle[row.arm] / middle["dppo"]) and row.environments == 2
         else:  # the mean over environments of U / (n m)
             pairs = zip(found[row.arm].T, found[row.other].T, strict=True)
             assert row.value == pytest.approx(np.mean([stats.mannwhitneyu(a, b).statistic / len(a) / len(b) for a, b in pairs]))
-    # by hand: of 9 pairs in Hopper DSPPO wins 8 and ties 1; in Ant DSPPO's 15 beats 10, its 10 ties 10
-    (chance,) = table[(table.what != "IQM") & (table.arm == "DSPPO") & (table.other == "DPPO")].value
+    # by hand: of 9 pairs in Hopper dsppo wins 8 and ties 1; in Ant dsppo's 15 beats 10, its 10 ties 10
+    (chance,) = table[(table.what != "IQM") & (table.arm == "dsppo") & (table.other == "dppo")].value
     assert chance == pytest.approx(((8 + 0.5) / 9 + (1 + 0.5) / 9) / 2)
     assert len(table) == 2 + 6
 
 
 def test_a_thin_cell_costs_only_itself(tmp_path):
     """One seed in one cell, an environment that one arm lacks, and one with a baseline around 0: named, the rest stays."""
-    scores = {**SCORES, ("Swimmer", "none", "DPPO"): [1.0, 2.0, 3.0], ("Swimmer", "none", "DSPPO"): [2.0, 3.0, 4.0, 5.0]}
-    scores |= {("Walker2d", "none", arm): [-10.0, 12.0] for arm in ("DPPO", "DSPPO")}
-    scores["Ant", "none", "control DPPO"] = [40.0]
+    scores = {**SCORES, ("Swimmer", "none", "dppo"): [1.0, 2.0, 3.0], ("Swimmer", "none", "dsppo"): [2.0, 3.0, 4.0, 5.0]}
+    scores |= {("Walker2d", "none", arm): [-10.0, 12.0] for arm in ("dppo", "dsppo")}
+    scores["Ant", "none", "control"] = [40.0]
     text = make([write_runs(tmp_path / "runs", scores)], tmp_path / "out")
-    assert "With one seed and left out: control DPPO on Ant-v4." in text
+    assert "With one seed and left out: control on Ant-v4." in text
     assert "95 % intervals, from 2 seeds and thus too narrow" in text
-    assert "No interquartile mean over Walker2d-v4, where DPPO's is not clearly above 0." in text
+    assert "No interquartile mean over Walker2d-v4, where dppo's is not clearly above 0." in text
     assert "the first ones of each arm, as many as in its poorest" in text
     assert "**No control (α + β|Z|, β 0) beside the symmetric loss on Swimmer-v4, Walker2d-v4.**" in text
     table = pd.read_csv(tmp_path / "out/aggregates.csv").set_index(["what", "arm", "other"]).environments
-    assert table["IQM", "DSPPO", "DPPO"] == 3 and table["IQM", "control DPPO", "DPPO"] == 1
-    assert table["P(arm > other)", "DSPPO", "DPPO"] == 4 and table["P(arm > other)", "DSPPO", "control DPPO"] == 1
-    scores = {("Hopper", "none", arm): [-100.0, -90.0] for arm in ("DPPO", "DSPPO")}  # nothing to divide by
+    assert table["IQM", "dsppo", "dppo"] == 3 and table["IQM", "control", "dppo"] == 1
+    assert table["P(arm > other)", "dsppo", "dppo"] == 4 and table["P(arm > other)", "dsppo", "control"] == 1
+    scores = {("Hopper", "none", arm): [-100.0, -90.0] for arm in ("dppo", "dsppo")}  # nothing to divide by
     text = make([write_runs(tmp_path / "below", scores)], tmp_path / "out")
-    assert "| DPPO |  | 2 |  | 0.50 (" in text and "| DSPPO |  | 2 | 0.50 (" in text
+    assert "| dppo |  | 2 |  | 0.50 (" in text and "| dsppo |  | 2 | 0.50 (" in text
 
 
 def test_a_baseline_with_an_odd_alpha_is_no_reference():
@@ -203,33 +203,33 @@ def test_nothing_of_an_earlier_report_stays(tmp_path):
     make([write_runs(tmp_path / "runs", curves=True)], tmp_path / "out")
     (tmp_path / "out/mine.png").write_text("")
     before = {path.name for path in (tmp_path / "out").iterdir()}
-    make([write_runs(tmp_path / "few", {("Hopper", "none", "DPPO"): [1.0]})], tmp_path / "out")
+    make([write_runs(tmp_path / "few", {("Hopper", "none", "dppo"): [1.0]})], tmp_path / "out")
     gone = {"aggregates.csv", "curves.png", "curves.svg"}
     assert gone < before and {path.name for path in (tmp_path / "out").iterdir()} == before - gone
 
 
 def test_a_control_has_the_weight_of_a_symmetric_arm(tmp_path):
     """0.5 + 20 beside it or, where none has finished, in another environment; with Z -2, 0.5 + 40. Others have their alpha."""
-    cells = [("Hopper", "none", "DSPPO"), ("Hopper", "none", "control DPPO"), ("Ant", "none", "control DPPO")]
-    folder = write_runs(tmp_path / "one", {cell: [1.0] for cell in [*cells, ("Ant", "gaussian", "control DPPO")]})
+    cells = [("Hopper", "none", "dsppo"), ("Hopper", "none", "control"), ("Ant", "none", "control")]
+    folder = write_runs(tmp_path / "one", {cell: [1.0] for cell in [*cells, ("Ant", "gaussian", "control")]})
     runs = load(save(folder, result(seed=5, alpha=3.0)))
     found = {(run.env, run.noise, run.arm) for run in runs.itertuples()}
-    named = {("Hopper-v4", "none", "control DPPO"), ("Ant-v4", "none", "control DPPO"), ("Ant-v4", "gaussian", "DPPO α 20.5")}
-    assert found == named | {("Hopper-v4", "none", "DSPPO"), ("Hopper-v4", "none", "DPPO α 3")}
-    three = (("DSPPO", 0.5, 20.0, -2.0), ("DPPO", 40.5, 0.0, -1.0), ("DPPO", 20.5, 0.0, -1.0))
+    named = {("Hopper-v4", "none", "control"), ("Ant-v4", "none", "control"), ("Ant-v4", "gaussian", "dppo α 20.5")}
+    assert found == named | {("Hopper-v4", "none", "dsppo"), ("Hopper-v4", "none", "dppo α 3")}
+    three = (("dsppo", 0.5, 20.0, -2.0), ("dppo", 40.5, 0.0, -1.0), ("dppo", 20.5, 0.0, -1.0))
     runs = [result(arm=arm, alpha=alpha, beta=beta, Z=z, run_id=f"{alpha}") for arm, alpha, beta, z in three]
-    assert set(load(save(tmp_path / "two", *runs)).arm) == {"DSPPO Z -2", "control DPPO", "DPPO α 20.5"}
+    assert set(load(save(tmp_path / "two", *runs)).arm) == {"dsppo Z -2", "control", "dppo α 20.5"}
 
 
 def test_a_scripts_default_name_is_no_name(tmp_path):
     """A default --exp-name, of today or of older scripts, is the arm. A name of one's own stays."""
     given = (
-        *(("DPPO", "dppo_gaussian"), ("DPPO", "dsppo_continuous"), ("DSPPO", "dsppo_a0.5_b20_gaussian")),
-        *(("DSPPO", "dsppo_a0.5_b20_factored"), ("control DPPO", "dppo_a20.5_gaussian"), ("DSPPO", "sppo-beta-2")),
+        *(("dppo", "dppo_gaussian"), ("dppo", "dsppo_continuous"), ("dsppo", "dsppo_a0.5_b20_gaussian")),
+        *(("dsppo", "dsppo_a0.5_b20_factored"), ("control", "dppo_a20.5_gaussian"), ("dsppo", "sppo-beta-2")),
     )
     one = [result(arm=arm, noise="gaussian", seed=i, exp_name=name, run_id=f"{i}") for i, (arm, name) in enumerate(given)]
     runs = load(save(tmp_path, *one)).sort_values("seed")
-    assert runs.arm.tolist() == ["DPPO", "DPPO", "DSPPO", "DSPPO", "control DPPO", "sppo-beta-2"]
+    assert runs.arm.tolist() == ["dppo", "dppo", "dsppo", "dsppo", "control", "sppo-beta-2"]
 
 
 def test_arms_are_labelled_by_what_differs(tmp_path):
@@ -249,7 +249,7 @@ def test_arms_are_labelled_by_what_differs(tmp_path):
 
 def test_a_report_without_curves_says_why(tmp_path):
     """Runs so short that no episode ended log signs, and no returns."""
-    folder = write_runs(tmp_path / "runs", {("Hopper", "none", "DPPO"): [1.0, 2.0]})
+    folder = write_runs(tmp_path / "runs", {("Hopper", "none", "dppo"): [1.0, 2.0]})
     for path in folder.glob("*/*"):
         with SummaryWriter(path) as writer:
             [writer.add_scalar("charts/adv_sign_change", 0.1, step) for step in (500, 1000)]
@@ -302,19 +302,19 @@ def test_the_last_tenth_of_training(tmp_path):
 
 def test_shares_of_the_gradient_are_told_and_drawn(tmp_path):
     """Means over training, then over seeds, by hand: 0.1 and 0.3 of one seed, 0.4 and 0.8 of the other."""
-    runs = write_runs(tmp_path / "runs", {("Hopper", "none", "DPPO"): [1.0, 2.0], ("Hopper", "none", "DSPPO"): [3.0]})
-    logged = {("DPPO", 1): (0.1, 0.3), ("DPPO", 2): (0.4, 0.8), ("DSPPO", 1): (0.75, 0.25)}
+    runs = write_runs(tmp_path / "runs", {("Hopper", "none", "dppo"): [1.0, 2.0], ("Hopper", "none", "dsppo"): [3.0]})
+    logged = {("dppo", 1): (0.1, 0.3), ("dppo", 2): (0.4, 0.8), ("dsppo", 1): (0.75, 0.25)}
     for (arm, seed), shares in logged.items():
         with SummaryWriter(next(runs.glob(f"Hopper__none__{arm}__{seed}/*"))) as writer:
             for step, share in zip((500, 1000), shares, strict=True):
                 writer.add_scalar("charts/adv_sign_change", 0.1, step)
                 for name, value in (("share_policy", share), ("share_value", 1 - share), ("clipped", 1.0)):
-                    if (arm, name) != ("DSPPO", "clipped"):
+                    if (arm, name) != ("dsppo", "clipped"):
                         writer.add_scalar(f"losses/grad_{name}", value, step)
     lines = make([runs], tmp_path / "out").splitlines()
     assert "| | | policy | value | steps that the clip cuts |" in lines  # no entropy, no reference text
-    assert "| Hopper-v4 | DPPO | 0.40 ± 0.20 (2) | 0.60 ± 0.20 (2) | 1.00 (2) |" in lines
-    assert "| Hopper-v4 | DSPPO | 0.50 (1) | 0.50 (1) |  |" in lines  # logs no clip
+    assert "| Hopper-v4 | dppo | 0.40 ± 0.20 (2) | 0.60 ± 0.20 (2) | 1.00 (2) |" in lines
+    assert "| Hopper-v4 | dsppo | 0.50 (1) | 0.50 (1) |  |" in lines  # logs no clip
     assert (tmp_path / "out/grad_shares.png").exists() and "![the policy's share of the gradient](grad_shares.svg)" in lines
     make([write_runs(tmp_path / "none", curves=True)], tmp_path / "out")  # runs that log none
     assert not (tmp_path / "out/grad_shares.png").exists()
@@ -373,7 +373,7 @@ def drawn(monkeypatch, draw, *args):
 
 def test_the_arms_of_a_picture_are_drawn_alike(tmp_path, monkeypatch):
     """A run with few points leaves all unsmoothed. A mean ends with its shortest run. Shared steps stay where they are."""
-    scores = {("Hopper", "none", arm): [1.0, 2.0] for arm in ("DPPO", "DSPPO")}
+    scores = {("Hopper", "none", arm): [1.0, 2.0] for arm in ("dppo", "dsppo")}
     runs = load(write_runs(tmp_path, scores))
     few = runs.run_id[0]
     for short in (True, False):
@@ -415,7 +415,7 @@ def test_a_band_is_the_standard_error_and_two_seeds_are_both_drawn(tmp_path, mon
     """Of 1, 2, 6 and, at the second step, three times that: 3 ± 1.5275."""
     for seeds in (3, 2):
         values = [1.0, 2.0, 6.0][:seeds]
-        runs = load(write_runs(tmp_path / str(seeds), {("Hopper", "none", "DPPO"): values}))
+        runs = load(write_runs(tmp_path / str(seeds), {("Hopper", "none", "dppo"): values}))
         points = [(run.run_id, tables.RETURNS[0], step, run.score * step) for run in runs.itertuples() for step in (1, 3)]
         curves = pd.DataFrame(points, columns=["run_id", "tag", "step", "value"])
         (axis,) = picture(monkeypatch, figures.draw_curves, runs, curves, tmp_path / "x.png").axes
@@ -432,7 +432,7 @@ def test_runs_that_normalise_nothing_have_no_sign_changes(tmp_path):
     """A2C logs 0."""
     runs = load(write_runs(tmp_path))
     curves = pd.DataFrame({"run_id": runs.run_id, "tag": "charts/adv_sign_change", "step": 100})
-    lines = tables.signs(runs, curves.assign(value=np.where(runs.arm == "DPPO", 0.0, 0.25)))
+    lines = tables.signs(runs, curves.assign(value=np.where(runs.arm == "dppo", 0.0, 0.25)))
     assert (
         lines[-1] == "| Hopper-v4, noise none | 25.0 % (25.0 to 25.0) |" and tables.signs(runs, curves.assign(value=0.0)) == []
     )
@@ -445,23 +445,23 @@ def test_runs_that_normalise_nothing_have_no_sign_changes(tmp_path):
     ("changed", "expected"),
     [
         ({}, "DPPO"),
-        ({"arm": "PPO"}, "PPO"),
-        ({"arm": "DSPPO"}, "DSPPO"),
-        ({"arm": "DSPPO", "reverse_prob": "factored"}, "DSPPO factored"),
-        ({"arm": "DSPPO", "literal_signs": True}, "DSPPO literal"),
-        ({"arm": "control DPPO"}, "control DPPO"),
+        ({"arm": "ppo"}, "PPO"),
+        ({"arm": "dsppo"}, "DSPPO"),
+        ({"arm": "dsppo", "reverse_prob": "factored"}, "DSPPO factored"),
+        ({"arm": "dsppo", "literal_signs": True}, "DSPPO literal"),
+        ({"arm": "control"}, "control DPPO"),
         ({"norm_adv": False}, "DPPO raw"),
         ({"num_bins": 21}, "DPPO 21 bins"),
-        ({"arm": "DSPPO", "Z": -2.0}, "DSPPO Z -2"),
+        ({"arm": "dsppo", "Z": -2.0}, "DSPPO Z -2"),
         ({"script": "sppo_atari.py"}, "PPO"),
-        ({"script": "sppo_atari.py", "arm": "DSPPO"}, "SPPO"),
-        ({"script": "dsa2c_continuous.py", "arm": "DSPPO", "norm_adv": False}, "DSA2C"),
+        ({"script": "sppo_atari.py", "arm": "dsppo"}, "SPPO"),
+        ({"script": "dsa2c_continuous.py", "arm": "dsppo", "norm_adv": False}, "DSA2C"),
         ({"script": "sa2c_atari.py", "norm_adv": True}, "A2C normalised"),
-        ({"script": "sppo_rlhf_imdb.py", "arm": "control DPPO"}, "control PPO"),
+        ({"script": "sppo_rlhf_imdb.py", "arm": "control"}, "control PPO"),
         ({"script": "sppo_atari.py", "norm_adv": False}, "PPO raw"),
         ({"script": "sppo_atari.py", "exp_name": "reweighted_vf"}, "PPO reweighted_vf"),
         ({"script": "sppo_atari.py", "exp_name": "ppo"}, "PPO"),
-        ({"script": "dsa2c_continuous.py", "arm": "DSPPO", "norm_adv": False, "mean_weight": True}, "control DA2C"),
+        ({"script": "dsa2c_continuous.py", "arm": "dsppo", "norm_adv": False, "mean_weight": True}, "control DA2C"),
     ],
 )
 def test_labels(changed, expected):
@@ -505,9 +505,9 @@ def test_the_arms_of_the_atari_grids(tmp_path):
     shown = [f"[{tables.number(paper)} ± " in part for part in cell]
     assert shown == [False, True, True, False, False, False, False] and "[" in cell[5] and "[" not in cell[6]
     assert "The paper's PPO stands beside ppo and ppo_raw" in text
-    # ours alone: the paper has one PPO, which is neither above nor below itself
-    above = next(line for line in text.splitlines() if line.startswith("| above ppo_raw |")).split(" | ")
-    assert above[1] == "1 of 1" and above[5] == "1 of 1 [1 of 1]"
+    cells = tables.cells(load(tmp_path / "runs"))  # the paper has one PPO, which is neither above nor below itself
+    assert tables.wins(cells, "sppo", "ppo_raw", "paper_mean") == "1 of 1" == tables.wins(cells, "ppo", "ppo_raw")
+    assert tables.wins(cells, "ppo", "ppo_raw", "paper_mean") == ""
     assert "Mixed" not in text and "No control" not in text
 
 
@@ -526,13 +526,12 @@ def test_a2c_has_its_controls(tmp_path):
     methods = {"a2c": "A2C", "a2c_half": "A2C α 0.5", "a2c_more": "A2C α 1.5", "sa2c": "SA2C", "control": "control A2C"}
     assert all(f"{name} ({methods[name]}, α " in text for name in arms)  # as runs without a name are called
 
-    # beside runs that have no name, the names of run.py's own grids give way; a name of one's own stays
-    for path in folder.glob("sa2c*/result.json"):
+    # runs that have no name are called as run.py's own grids call them
+    for path in folder.glob("*/result.json"):
         saved = json.loads(path.read_text())
-        path.write_text(json.dumps(saved | {"args": saved["args"] | {"exp_name": "sa2c_atari"}}))
-    text = make([folder], tmp_path / "mixed")
-    header = next(line for line in text.splitlines() if line.startswith("| | "))
-    assert header == "| | A2C | A2C α 0.5 | SA2C | a2c_more | control A2C |", header
+        name = "a2c_more" if saved["args"]["exp_name"] == "a2c_more" else "sa2c_atari"
+        path.write_text(json.dumps(saved | {"args": saved["args"] | {"exp_name": name}}))
+    assert make([folder], tmp_path / "unnamed") == text
 
 
 def test_an_argument_that_ours_does_not_have_tells_arms_apart_and_is_not_the_papers(tmp_path):
@@ -556,7 +555,7 @@ def test_a_named_baseline_is_the_baseline_also_where_its_name_grows(tmp_path):
     table = pd.read_csv(tmp_path / "out/aggregates.csv")
     assert set(table[table.what == "IQM"].other) == {"mine"}
     for seed in (1, 2):  # a second beta of it
-        save(folder, result(arm="DSPPO", seed=seed, beta=5.0, script="my_loss.py", exp_name="mine", run_id=f"b{seed}"))
+        save(folder, result(arm="dsppo", seed=seed, beta=5.0, script="my_loss.py", exp_name="mine", run_id=f"b{seed}"))
         path = next((folder / f"b{seed}0").glob("result.json"))
         one = json.loads(path.read_text())
         path.write_text(json.dumps(one | {"args": one["args"] | {"my_coef": 0.3}}))
@@ -592,7 +591,7 @@ def test_a_loss_of_ones_own_is_called_by_its_arm_and_has_no_published_numbers(tm
     assert "### my_loss.py, without noise; 1,000 steps" in text
     assert "| | ppo | mine | sppo | control |" in text
     assert "| Hopper-v4 | 110.0 ± 5.8 (3) | **160.0 ± 5.8** (3) | 130.0 ± 5.8 (3) | 129.0 ± 6.1 (3) |" in text
-    assert "Interquartile mean in units of ppo's" in text and "| above ppo |  | 1 of 1 | 1 of 1 | 1 of 1 |" in text
+    assert "Interquartile mean in units of ppo's" in text and "above ppo" not in text  # one row
     assert "mine (α 0.5, β 20, my_coef 0.3)" in text and "ppo (PPO, α 1, β 0)" in text
     assert make([tmp_path / "out/runs.csv"], tmp_path / "again") == text
 
@@ -618,9 +617,9 @@ def test_our_own_scripts_arms_have_the_papers_numbers_and_their_names(tmp_path):
     ("changed", "expected"),
     [
         ({}, "DSPPO"),
-        ({"arm": "DPPO"}, "DPPO"),
-        ({"arm": "PPO"}, "PPO"),
-        ({"arm": "control DPPO"}, None),
+        ({"arm": "dppo"}, "DPPO"),
+        ({"arm": "ppo"}, "PPO"),
+        ({"arm": "control"}, None),
         ({"noise": "gaussian"}, None),  # its beta is 50 there
         ({"noise": "gaussian", "beta": 50.0}, "DSPPO"),
         ({"beta": 19.0}, None),
@@ -633,14 +632,14 @@ def test_our_own_scripts_arms_have_the_papers_numbers_and_their_names(tmp_path):
         ({"literal_signs": True}, None),
         ({"norm_adv": False}, None),
         ({"target_kl": 0.01}, None),
-        ({"arm": "DPPO", "norm_adv": False}, None),
+        ({"arm": "dppo", "norm_adv": False}, None),
         ({"total_timesteps": 5, "exp_name": "mine", "seed": 7}, "DSPPO"),
         ({"script": "my_loss.py"}, None),
         ({"env": "Reacher"}, None),
     ],
 )
 def test_the_papers_numbers_need_the_papers_settings(changed, expected):
-    row = reading.flatten(result(**{"arm": "DSPPO", **changed}))
+    row = reading.flatten(result(**{"arm": "dsppo", **changed}))
     assert arms.paper_name(row) == expected
 
 
@@ -656,7 +655,7 @@ def test_one_name_for_two_methods_is_refused(tmp_path):
     folder = write_grid(tmp_path / "runs", "dsppo_continuous.py", arms={"x": GRID["ppo"]})
     save(folder, *(result(seed=i, exp_name="x", run_id=f"b{i}", norm_adv=False) for i in (4, 5)))
     assert reading.find_mixture(load(folder)) == ["Hopper-v4, noise none, dsppo_continuous.py, x: norm_adv False, True"]
-    save(folder, *(result(arm="DSPPO", seed=i, exp_name="x", run_id=f"c{i}") for i in (4, 5)))
+    save(folder, *(result(arm="dsppo", seed=i, exp_name="x", run_id=f"c{i}") for i in (4, 5)))
     assert set(load(folder).arm) == {"x β 0", "x β 20"}
 
 
@@ -679,17 +678,17 @@ def test_settings_that_differ_within_an_arm_are_refused(tmp_path, capsys):
 
 def test_a_damaged_event_file_is_said_and_left_out(tmp_path):
     """Of scores 100, 110, 120 that grow to their last step, the last tenth without the damaged third is 105 ± 5."""
-    folder = write_runs(tmp_path / "runs", {("Hopper", "none", "DPPO"): [100.0, 110.0, 120.0]}, curves=True)
-    head = "While training, mean over the last tenth of it:\n\n| | DPPO |\n|---|---|\n"
+    folder = write_runs(tmp_path / "runs", {("Hopper", "none", "dppo"): [100.0, 110.0, 120.0]}, curves=True)
+    head = "While training, mean over the last tenth of it:\n\n| | dppo |\n|---|---|\n"
     whole = make([folder], tmp_path / "whole")
     assert f"{head}| Hopper-v4 | 110.0 ± 5.8 (3) |\n" in whole and "left out" not in whole
-    path = next(folder.glob("*DPPO__3/*/events*"))
+    path = next(folder.glob("*dppo__3/*/events*"))
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2] + b"\0" * 40 + data[len(data) // 2 + 40 :])
     text = make([folder], tmp_path / "out")
-    assert "**Curves left out, as their files are damaged or not whole: DPPO, Hopper-v4, noise none, seed 3, ends at " in text
+    assert "**Curves left out, as their files are damaged or not whole: dppo, Hopper-v4, noise none, seed 3, ends at " in text
     assert "of 1,000 steps.**" in text and f"{head}| Hopper-v4 | 105.0 ± 5.0 (2) |\n" in text
-    assert set(pd.read_csv(tmp_path / "out/curves.csv")) == {"tag", "step", "HoppernoneDPPO1", "HoppernoneDPPO2"}
+    assert set(pd.read_csv(tmp_path / "out/curves.csv")) == {"tag", "step", "Hoppernonedppo1", "Hoppernonedppo2"}
     mended = make([folder, tmp_path / "whole/runs.csv"], tmp_path / "out")  # by a whole copy
     assert f"{head}| Hopper-v4 | 110.0 ± 5.8 (3) |\n" in mended
 
@@ -781,7 +780,7 @@ def test_curves_tell_weights_seeds_and_controls(tmp_path, monkeypatch):
     curves, _ = tables.load_curves(runs, (tmp_path,))
     found = drawn(monkeypatch, figures.draw_curves, runs, curves, tmp_path / "x.svg")
     styles = {label: line.get_linestyle() for label, line in found.items()}
-    assert styles == {"DPPO (α 1, β 0)": "-", "DSPPO (α 0.5, β 20)": "-", "control DPPO (α 20.5, β 0)": "--"}
+    assert styles == {"dppo (α 1, β 0)": "-", "dsppo (α 0.5, β 20)": "-", "control (α 20.5, β 0)": "--"}
     title = next(iter(found.values())).axes.get_title()
     assert title == "Hopper-v4\ndsppo_continuous.py; mean ± standard error, 3 seeds"
     before = (tmp_path / "x.svg").read_bytes()
@@ -806,8 +805,8 @@ def test_a_reports_own_table_gives_the_same_report(tmp_path):
 def test_a_wandb_project_gives_the_same_report_as_its_folders(tmp_path):
     """Curves, too. A run that has crashed and one that ended short of its length are left out and named; another program's
     run is nobody's."""
-    folder, crashed = write_runs(tmp_path / "runs", curves=True), result(arm="DSPPO", seed=9, run_id="crashed")
-    short = result(arm="DSPPO", seed=8, run_id="short", global_step=999)
+    folder, crashed = write_runs(tmp_path / "runs", curves=True), result(arm="dsppo", seed=9, run_id="crashed")
+    short = result(arm="dsppo", seed=8, run_id="short", global_step=999)
     logged = [{"id": "other", "state": "finished", "config": {"script": "train.py"}, "summary": {"score": 1.0}}]
     for one in (crashed, short, *(json.loads(path.read_text()) for path in folder.glob("*/*/result.json"))):
         config = one["args"] | {name: one[name] for name in ("script", "run_id", "versions", "commit", "device", "env_id")}
@@ -822,7 +821,7 @@ def test_a_wandb_project_gives_the_same_report_as_its_folders(tmp_path):
         path.mkdir()
         (path / "args.json").write_text(json.dumps(one))
     text = make([folder], tmp_path / "one")
-    assert "**Left out: not finished: DSPPO (2). What is left may flatter these arms.**" in text
+    assert "**Left out: not finished: dsppo (2). What is left may flatter these arms.**" in text
     with wandb_server.serve(logged) as server:
         env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")} | server.env
         env |= {"WANDB_DIR": str(tmp_path), "HOME": str(tmp_path)}
@@ -835,17 +834,17 @@ def test_a_wandb_project_gives_the_same_report_as_its_folders(tmp_path):
 
 
 def test_what_has_no_score_or_no_end_is_left_out_and_named(tmp_path):
-    folder = write_runs(tmp_path / "runs", {**SCORES, ("Ant", "none", "DSPPO"): [15.0, float("inf"), 5.0]})
+    folder = write_runs(tmp_path / "runs", {**SCORES, ("Ant", "none", "dsppo"): [15.0, float("inf"), 5.0]})
     (folder / "begun").mkdir()
-    (folder / "begun/args.json").write_text(json.dumps(result(arm="DSPPO", seed=9)))
+    (folder / "begun/args.json").write_text(json.dumps(result(arm="dsppo", seed=9)))
     text = make([folder], tmp_path / "out")
-    said = "**Left out: not finished: DSPPO (1); without a score: DSPPO (1). What is left may flatter these arms.**"
+    said = "**Left out: not finished: dsppo (1); without a score: dsppo (1). What is left may flatter these arms.**"
     assert said in text and text.startswith("17 runs")
 
 
 def test_rlhf_measures_before_and_after(tmp_path, monkeypatch):
     """Before: one value a seed, whatever the arms, which start alike. From W&B: the last values logged."""
-    before, after = {1: 30.0, 2: 40.0}, {("PPO", 1): 50.0, ("PPO", 2): 60.0, ("DSPPO", 1): 35.0, ("DSPPO", 2): 45.0}
+    before, after = {1: 30.0, 2: 40.0}, {("ppo", 1): 50.0, ("ppo", 2): 60.0, ("dsppo", 1): 35.0, ("dsppo", 2): 45.0}
     logged = []
     for (arm, seed), value in after.items():
         one = result(arm=arm, seed=seed, score=0.5, script="sppo_rlhf_imdb.py", env_id="imdb")
@@ -854,7 +853,7 @@ def test_rlhf_measures_before_and_after(tmp_path, monkeypatch):
         last = {"score": 0.5, "global_step": 1000, "eval/perplexity": value, "test/perplexity": -1.0}
         logged.append(SimpleNamespace(id=one["run_id"], name="x", state="finished", config=config, summary_metrics=last))
     text = make([tmp_path / "runs"], tmp_path / "one")
-    assert "| | before | PPO | SPPO |" in text
+    assert "| | before | ppo | sppo |" in text
     assert "| perplexity | 35.0 ± 5.0 | 55.0 ± 5.0 | 40.0 ± 5.0 |" in text  # stderr of 30, 40: 7.07 / sqrt 2
     api = SimpleNamespace(runs=lambda project, lazy: logged)
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Api=lambda: api, Error=ValueError))
@@ -863,7 +862,7 @@ def test_rlhf_measures_before_and_after(tmp_path, monkeypatch):
     logged.append(SimpleNamespace(id="stopped", name="x", state="finished", config=config, summary_metrics=last))
     found = reading.load_runs((), "me/rl")
     assert "| perplexity |  | 55.0 ± 5.0 | 40.0 ± 5.0 |" in tables.measures(found)
-    assert len(found) == 4 and found.attrs["left out"] == ["not finished: SPPO (1)"]
+    assert len(found) == 4 and found.attrs["left out"] == ["not finished: sppo (1)"]
 
 
 @pytest.mark.parametrize(
@@ -892,7 +891,7 @@ def test_numbers_have_two_digits_of_their_error(mean, error, expected):
         ({"torch": "2.12.0"}, "dsppo_continuous.py: versions.torch 2.12.0, 2.13.0"),
         ({"learning_rate": 1e-3}, "dsppo_continuous.py: learning_rate 0.0003, 0.001"),
         ({"target_kl": 0.01}, "dsppo_continuous.py: target_kl 0.01, none"),
-        ({"seed": 1, "run_id": "another"}, "2 runs of DPPO with seed 1"),
+        ({"seed": 1, "run_id": "another"}, "2 runs of dppo with seed 1"),
     ],
 )
 def test_mixed_runs_are_refused_unless_asked_for(changed, expected, tmp_path, capsys):
@@ -915,12 +914,12 @@ def test_threads_names_folders_and_noise_that_is_off_are_no_mixture(tmp_path):
 
 # --- the whole report -------------------------------------------------------------------------------------------------
 
-GOLDEN = """| | DPPO | DSPPO | control DPPO |
+GOLDEN = """| | dppo | dsppo | control |
 |---|---|---|---|
-| Ant-v4 | **20.0 ± 5.8** (3) [{Ant DPPO}] | 10.0 ± 2.9 (3) [{Ant DSPPO}] | **20 ± 11** (3) |
-| Hopper-v4 | 110.0 ± 5.8 (3) [{Hopper DPPO}] | **130.0 ± 5.8** (3) [{Hopper DSPPO}] | 129.0 ± 6.1 (3) |
-| above DPPO |  | 1 of 2 [{wins}] | 1 of 2 |
-| above control DPPO | 0 of 2 | 1 of 2 |  |
+| Ant-v4 | **20.0 ± 5.8** (3) [{Ant dppo}] | 10.0 ± 2.9 (3) [{Ant dsppo}] | **20 ± 11** (3) |
+| Hopper-v4 | 110.0 ± 5.8 (3) [{Hopper dppo}] | **130.0 ± 5.8** (3) [{Hopper dsppo}] | 129.0 ± 6.1 (3) |
+| above dppo |  | 1 of 2 [{wins}] | 1 of 2 |
+| above control | 0 of 2 | 1 of 2 |  |
 """
 
 
@@ -929,18 +928,18 @@ def test_report_of_a_small_set_of_runs(tmp_path):
     published = pd.read_csv(ROOT / "benchmark/paper/scores.csv").query("noise == 'none'").set_index(["env", "algo"])
     values = {}
     for env in ("Ant", "Hopper"):
-        for arm in ("DPPO", "DSPPO"):
-            row = published.loc[env, arm]
+        for arm in ("dppo", "dsppo"):
+            row = published.loc[env, arm.upper()]
             values[f"{env} {arm}"] = f"{tables.number(row['mean'])} ± {tables.number(row['stderr'])}"
     above = sum(published.loc[env, "DSPPO"]["mean"] > published.loc[env, "DPPO"]["mean"] for env in ("Ant", "Hopper"))
     assert GOLDEN.format(**values, wins=f"{above} of 2") in text
     assert text.startswith("18 runs, 0.2 hours of training; commit aaaaaaaaaaaa; device cpu.")
-    assert "Interquartile mean in units of DPPO's" in text and "![learning curves](curves.svg)" in text
+    assert "Interquartile mean in units of dppo's" in text and "![learning curves](curves.svg)" in text
     # sign changes: seeds 1, 2, 3 have 1, 2, 3 %
     assert "| Hopper-v4, noise none | 2.0 % (1.0 to 3.0) |" in text
     curves = pd.read_csv(tmp_path / "out/curves.csv", index_col=["tag", "step"])
     assert curves.shape == (2 * 10, 18) and curves.notna().all(axis=None)
-    assert curves.loc[("charts/episodic_return", 500), "HoppernoneDSPPO2"] == pytest.approx(70.0)
+    assert curves.loc[("charts/episodic_return", 500), "Hoppernonedsppo2"] == pytest.approx(70.0)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     files = {"report.md", "runs.csv", "cells.csv", "aggregates.csv", "curves.csv"}
     assert names == files | {"curves.svg", "curves.png"}
@@ -965,11 +964,10 @@ def test_the_golden_report_is_right():
     """Against the runs' own files with the standard library, and the pairs counted."""
     table = pd.read_csv(REAL / "golden/cells.csv").set_index(["noise", "arm"])
     chances = pd.read_csv(REAL / "golden/aggregates.csv").query("what == 'P(arm > other)'").set_index(["noise", "arm", "other"])
-    arms = {"dppo": "DPPO", "dsppo": "DSPPO", "control": "control DPPO"}
     for noise in ("none", "gaussian"):
         scores = {}
-        for name, arm in arms.items():
-            files = sorted(REAL.glob(f"*__{noise}__{name}__*/result.json"))
+        for arm in ("dppo", "dsppo", "control"):
+            files = sorted(REAL.glob(f"*__{noise}__{arm}__*/result.json"))
             scores[arm] = [statistics.mean(json.loads(path.read_text())["returns"]) for path in files]
             cell = table.loc[noise, arm]
             assert cell["mean"] == pytest.approx(statistics.mean(scores[arm])) and cell["seeds"] == len(files) == 2

@@ -3,6 +3,8 @@
 import dataclasses
 import importlib
 import json
+import re
+import shlex
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
@@ -44,6 +46,32 @@ def test_the_phases_of_each_script_can_be_measured(name, monkeypatch):
     found = speed.phases(speed.Args(pairs=1), suite, torch.get_num_threads())
     assert min(found["environments"], found["acting"], found["update"], found["update, plain"]) > 0
     assert found["update, symmetric / plain"] == found["update"] / found["update, plain"]  # of one pair
+
+
+@pytest.mark.parametrize("more", ["", "--compile"])
+def test_the_phases_of_a_loop_are_clocked(more, monkeypatch):
+    """Also where the script compiles its update: its clock is then outside (here nothing is compiled)."""
+    suite, compiled = dataclasses.replace(speed.SUITES["da2c"], env_id="Pendulum-v1", block=2), []
+    script = importlib.import_module(suite.script)
+    for holder, names in ((script, "act compute_gae update grad_shares step_envs"), (script.Run, "save log")):
+        [monkeypatch.setattr(holder, name, getattr(holder, name)) for name in names.split()]  # which the measurement replaces
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
+    lines = speed.loop_phases(speed.Args("da2c", blocks=3, more=more), suite)
+    found = {name.strip(): float(ms) for _, name, ms, _, _ in (line.split("|") for line in lines[4:])}
+    assert {"acting", "environments", "update", "log", "the rest"} <= found.keys() and min(found.values()) >= 0
+    assert bool(compiled) == bool(more)
+    assert not any(hasattr(function, "inside") for function in compiled)
+
+
+def test_the_gpu_check_is_sound():
+    """Its limits sum to nine minutes at most, and speed.py takes its arguments."""
+    path = ROOT / "benchmark/studies/gpu_check.sh"
+    subprocess.run(["bash", "-n", path], check=True)
+    assert sum(map(int, re.findall(r"(?m)^part (\d+)", path.read_text()))) <= 540
+    commands = re.findall(r"(?m)^part .*\$speed (.*)$", path.read_text())
+    assert len(commands) == 6
+    for command in commands:
+        assert speed.tyro.cli(speed.Args, args=shlex.split(command)).cuda
 
 
 def test_a_suite_says_when_compiling_pays(monkeypatch, tmp_path):

@@ -37,7 +37,7 @@ FREE = {
 MACHINE = {"cuda", "torch_deterministic", "bf16", "compile", "eval_episodes", "max_episode_steps"}  # not the paper's to set
 RECORD = {  # columns that are no argument of a script
     *("score", "score_stderr", "returns", "global_step", "seconds", "steps_per_second", "script", "run_id", "commit", "device"),
-    *("Name", "folder", "wandb", "env", "arm", "given", "method", "named", "paper", "steps", "run_script", "env_id", "seed"),
+    *("Name", "folder", "wandb", "env", "arm", "given", "method", "paper", "steps", "run_script", "env_id", "seed"),
 }
 
 
@@ -95,6 +95,14 @@ def label(run: dict) -> str:
     name += f" Z {run['Z']:g}" if run.get("Z", -1) != -1 and run["beta"] else ""
     name += f" {run['num_bins']:g} bins" if discrete and run["num_bins"] != 11 else ""
     return name + (f" {run['exp_name']}" if str(run.get("exp_name")).startswith("reweighted") else "")
+
+
+def called(run: dict, method: str) -> str:
+    """The arm's name; without one what run.py's grids call such an arm: control for control DPPO, ppo_raw for PPO raw."""
+    if (name := name_of(run)) or run["script"] not in FAMILIES:
+        return name or method
+    name = re.sub(r"^\w+", lambda word: word[0].lower(), re.sub("^control D?(PPO|A2C)", "control", method))
+    return name.replace("ppo raw", "ppo_raw").replace("a2c α 0.5", "a2c_half").replace("a2c factored", "a2c-factored")
 
 
 def paper_name(run: dict) -> str | None:

@@ -26,7 +26,7 @@ ARM_COLOURS = {
     **dict.fromkeys(("sb3", "sb3_ppo", "sb3_a2c"), "#999999"),  # grey: Stable-Baselines3
 }
 CONTROL = "#000000"
-SPARE_COLOURS = ("#009E73", "#E69F00", "#CC79A7", "#999999", "#F0E442")  # of arms of your own, in order
+SPARE_COLOURS = ("#009E73", "#E69F00", "#CC79A7")  # of arms of your own, in order; yellow is hard to see on white
 # Arms of one colour differ by their lines. Green, purple and grey are one grey to some readers, so they begin elsewhere.
 LINES = ("-", (0, (1, 0.7)), "-.", (0, (4, 1, 1, 1, 1, 1)))
 FIRST_LINE = {"#009E73": 2, "#E69F00": 3, "#CC79A7": 1}

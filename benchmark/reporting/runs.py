@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from reporting import arms
-from reporting.arms import ARM, FREE, LENGTHS, differences, fail, label, name_of, settings
+from reporting.arms import ARM, FREE, LENGTHS, called, differences, fail, label, name_of, settings
 
 EVALUATION = {"sppo_rlhf_imdb.py": "eval/", "sppo_rlhf_tldr.py": "test/"}  # the last one is of the trained policy
 
@@ -44,7 +44,7 @@ def read_folder(source: Path, left_out: Counter) -> pd.DataFrame:
         path = folder / ("result.json" if finished else "args.json")
         try:
             row = flatten(json.loads(path.read_text()))
-            arm = name_of(row) or label(row)
+            arm = called(row, label(row))
             if finished:
                 about = {name: row[name] for name in ("run_id", "env_id", "seed")}
                 rows.append({**row, **about, "Name": folder.name, "folder": str(folder), **grid_of(folder)})
@@ -84,7 +84,7 @@ def read_wandb(project: str, left_out: Counter) -> pd.DataFrame:
             if run.state == "finished" and last.get("global_step", 0) + rollout > length:
                 rows.append({**row, "run_id": run.id, "env_id": args["env_id"], "Name": run.name, "wandb": run})
             else:
-                left_out["not finished", name_of(row) or label(row)] += 1
+                left_out["not finished", called(row, label(row))] += 1
     except (ValueError, wandb.Error) as error:
         fail(f"--wandb {project}: expected ENTITY/PROJECT that your login may read ({str(error).splitlines()[0]})")
     return pd.DataFrame(rows)
@@ -109,31 +109,23 @@ def load_runs(sources: tuple[Path, ...], wandb: str | None = None) -> pd.DataFra
     runs = runs.sort_values(["local", "scored", "global_step"], ascending=False, kind="stable")
     runs = runs.drop_duplicates("run_id").sort_index(ignore_index=True)
     runs = runs.assign(noise=runs.noise.fillna("none") if "noise" in runs else "none", Z=runs.Z.fillna(-1.0))
-    left_out.update(("without a score", name_of(run) or label(run)) for run in runs[~runs.scored].to_dict("records"))
-    runs = tell_apart(name_arms(runs[runs.scored].drop(columns=["scored", "local"]).reset_index(drop=True)))
+    left_out.update(("without a score", called(run, label(run))) for run in runs[~runs.scored].to_dict("records"))
+    runs = name_arms(runs[runs.scored].drop(columns=["scored", "local"]).reset_index(drop=True))
     runs["steps"] = pd.to_numeric(runs.reindex(columns=LENGTHS).bfill(axis=1).iloc[:, 0])
     runs.attrs["left out"] = [f"{why}: {arm} ({count})" for (why, arm), count in sorted(left_out.items())]
     return runs
 
 
 def name_arms(runs: pd.DataFrame) -> pd.DataFrame:
-    """Adds env, method, paper, given (the arm's name), named and arm: the given name, else the method."""
+    """Adds env, method, paper, given (the arm's name) and arm: the name with the weight in which its runs of a row differ."""
     rows = runs.to_dict("records")
     runs = runs.assign(method=[label(run) for run in rows], run_script=runs.script, env=runs.env_id.str.removeprefix("ALE/"))
     runs = runs.assign(paper=[arms.paper_name(run) for run in rows], given=[name_of(run) for run in rows])
     new = sorted(settings(runs) - {name for script in arms.FAMILIES for name in arms.defaults(script)})
     runs.loc[runs[new].notna().any(axis=1), "paper"] = None  # an argument that somebody gave one of our scripts
-    # beside runs without a name, an arm of run.py's own grids is called by its method, as they are
-    of_ours = runs.script.isin(arms.FAMILIES) & runs.get("grid.script", pd.Series(np.nan, runs.index)).isna()
-    give_way = of_ours & runs.given.isin(arms.GRID_ARMS) & runs.given[of_ours].isna().any()
-    return runs.assign(named=runs.given.notna() & ~give_way, arm=runs.given.fillna(runs.method))
-
-
-def tell_apart(runs: pd.DataFrame) -> pd.DataFrame:
-    """Adds to an arm's name the weight in which its runs of one environment differ: one name would hide that."""
     for i in [i for i in runs.index if runs.method[i].startswith("control ") and not arms.is_control(runs, runs.loc[i])]:
         runs.loc[i, "method"] = f"{runs.method[i].removeprefix('control ')} α {runs.alpha[i]:g}"
-    runs.loc[~runs.named, "arm"] = runs[~runs.named].method
+    runs["arm"] = [called(run, run["method"]) for run in runs.to_dict("records")]
     if "grid.script" in runs:
         runs["script"] = runs["grid.script"].fillna(runs.script)
     # one beta (of controls: one alpha) an arm and row is the arm itself; if any row has several, they are told apart in all
@@ -157,7 +149,7 @@ def find_mixture(runs: pd.DataFrame) -> list[str]:
         counts = row.groupby(["arm", "seed"]).size()
         found += [f"{where}, {script}: {n} runs of {arm} with seed {seed}" for (arm, seed), n in counts[counts > 1].items()]
         names = settings(runs) - {*ARM, *FREE} - ({"noise_prob", "noise_std"} if noise == "none" else set())
-        unnamed = differences(row[~row.named], names)
+        unnamed = differences(row[row.given.isna()], names)
         found += [f"{where}, {script}: {name} {', '.join(values)}" for name, values in unnamed.items()]
         for arm, same in row.groupby("arm"):
             of_arm = differences(same, names - set(unnamed) | set(ARM))

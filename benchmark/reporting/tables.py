@@ -195,7 +195,7 @@ def describe_arms(runs: pd.DataFrame) -> str:
 
 
 def scores(table: pd.DataFrame, roles: dict[str, str]) -> list[str]:
-    """The rows of one script and noise: ours by arm, the paper's in brackets; the best of ours in bold; wins below."""
+    """The rows of one script and noise: ours by arm, the paper's in brackets; the best of ours in bold; wins below two rows."""
     arms = order(list(table.arm.unique()), roles)
     rows = []
     for env, row in table.groupby("env"):
@@ -206,7 +206,7 @@ def scores(table: pd.DataFrame, roles: dict[str, str]) -> list[str]:
             papers = "" if np.isnan(cell.paper_mean) else f" [{number(cell.paper_mean)} ± {number(cell.paper_stderr)}]"
             texts[cell.arm] = f"{text} ({cell.seeds}){papers}"
         rows.append([env, *texts.values()])
-    for other in [arm for arm in arms if is_reference(roles[arm])]:
+    for other in [arm for arm in arms if is_reference(roles[arm]) and len(rows) > 1]:
         texts = [(wins(table, arm, other), wins(table, arm, other, "paper_mean")) for arm in arms]
         rows.append([f"above {other}", *(f"{ours} [{papers}]" if papers else ours for ours, papers in texts)])
     return table_of(["", *arms], rows)

@@ -26,7 +26,6 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 HEADS = {"SPPO": "SPPO, Atari", "SA2C": "SA2C, Atari", "DSPPO": "DSPPO, MuJoCo and Box2D", "DSA2C": "DSA2C, MuJoCo and Box2D"}
-SHORT = {"InvertedDoublePendulum": "IDP", "LunarLanderContinuous": "LunarLander"}
 
 
 def misses(seeds: int, trials: int = 4000, reps: int = 2000) -> float:
@@ -67,10 +66,11 @@ def cells() -> pd.DataFrame:
                     alike = (controls.beta == own.beta) & ("factored" not in own.method)
                 else:
                     alike = np.isclose(controls.alpha, own.alpha + own.beta * abs(own.Z))
-                task = env.split("-v")[0]
-                name = f"{own.method}, {SHORT.get(task, task)}, {'no noise' if noise == 'none' else 'noise'}"
+                task = env.split("-v")[0].removesuffix("Continuous")
+                name = f"{own.method}, {task}, {'no noise' if noise == 'none' else 'noise'}"
                 several = runs[runs.script == script].groupby(["env", "noise", "method"]).arm.nunique().max() > 1
                 name += f", β {own.beta:g}" if several and "factored" not in own.method else ""
+                name += ", fresh seeds" if group.seed.min() > 1 else ""
                 row = {
                     "name": name,
                     "family": own.method.split()[0],
@@ -78,7 +78,7 @@ def cells() -> pd.DataFrame:
                     "seeds": int((group.arm == arm).sum()),
                     "folder": path.parent.name,
                 }
-                row |= {"first": int(group.seed.min()), "raw": arms.method[bases[0]] == "PPO raw"}
+                row["raw"] = arms.method[bases[0]] == "PPO raw"
                 for what, others in (("baseline", bases), ("control", controls.index[alike])):
                     if len(others):
                         found = chances.loc[(script, noise, arm, others[0])]
@@ -86,7 +86,7 @@ def cells() -> pd.DataFrame:
                 rows.append(row)
     table = pd.DataFrame(rows)
     table["place"] = table.family.map(list(HEADS).index) + 0.5 * table.name.str.contains("factored")
-    return table.sort_values(["place", "percent", "name", "first"], ascending=[True, False, True, True], ignore_index=True)
+    return table.sort_values(["place", "percent", "name"], ascending=[True, False, True], ignore_index=True)
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:
@@ -104,8 +104,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
                 width = 0.7 if row.seeds <= 3 else 2.2
                 axis.plot([low, high], [y + shift] * 2, color=colour, linewidth=width, solid_capstyle="butt")
                 axis.plot(value, y + shift, marker, color=colour, markersize=4.5, markerfacecolor=face)
-            seeds = f"{row.seeds} seeds" + (f" from {row.first}" if row.first > 1 else "")
-            axis.text(1.04, y, f"{row.percent:.0f} %, {seeds}", fontsize=8, va="center")
+            axis.text(1.04, y, f"{row.percent:.0f} %, {row.seeds} seeds", fontsize=8, va="center")
         y += 1
     for what, (_, marker, colour, face) in looks.items():
         axis.plot([], [], marker, color=colour, markerfacecolor=face, linestyle="-", label=f"against its {what}")

@@ -46,7 +46,7 @@ def read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         command = saved[f"{kind}_1" if theirs else run_id]["command"]
         script, options = command.split()[1], dict(re.findall(r"--(\S+) ([^-\s]\S*)", command))
         name = NAMES.get(kind, "control DPPO" if "continuous" in script else "control PPO")
-        row = {"run_id": run_id, "script": script, "arm": f"SB3's {name}" if theirs else name}
+        row = {"run_id": run_id, "script": script, "arm": arm}
         row |= {"method": "sb3" if theirs else name, "env": options.get("env-id") or script[10:14]}  # imdb, tldr
         row |= {name: float("nan") if theirs else float(options[name]) for name in ("alpha", "beta")}
         rows.append(row | {"noise": options.get("noise", "none"), "iterations": 1 if "rlhf" in script else None})
