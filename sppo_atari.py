@@ -113,7 +113,7 @@ class Args:
     cuda: bool = True  # use a GPU if there is one
     torch_deterministic: bool = True  # use deterministic cuDNN kernels
     bf16: bool = False  # run the network in bfloat16; faster only on hardware with bf16 instructions
-    compile: bool = False  # torch.compile acting and the gradient step, as CUDA graphs on a GPU; for long runs on a CPU
+    compile: bool = False  # torch.compile acting and the gradient step, as CUDA graphs on a GPU; gains little on a CPU
     num_threads: NonNegativeInt = 0  # CPU threads of torch and of the games; 0: all cores
 
 

@@ -737,8 +737,7 @@ def load_reward(args: Args, agent: Agent, tokenizer, device: torch.device) -> Ag
         with refusing(args, name):
             use_own_head(args, model, tokenizer)
         return model
-    if not shared:
-        check_lm(args, name, model.lm, partial(model.backbone, adapter=None), args.reward_max_length)
+    check_lm(args, name, model.lm, partial(model.backbone, adapter=None), args.reward_max_length)
     before = checksums(model.lm)
     with refusing(args, "reward_adapter"):
         config = LoraConfig.from_pretrained(args.reward_adapter)
@@ -1214,7 +1213,7 @@ def check_gradients(args, agent, lm, *losses):
     layers = {name: layer for name, layer in agent.named_modules() if isinstance(layer, LoraLayer)}
     ends, kinds = (lm.get_input_embeddings(), lm.get_output_embeddings()), {}
     hook = nn.modules.module.register_module_forward_hook(lambda module, _, output: kinds.update({module: type(output)}))
-    with hook, contextlib.suppress(TypeError, AttributeError, ValueError):  # of adapters on a layer that returns a tuple
+    with hook, contextlib.suppress(TypeError, AttributeError, ValueError, RuntimeError):  # of the layers named below
         for loss in losses:
             loss().backward()
     wrong = [name for name, layer in layers.items() if layer in ends or kinds.get(layer.get_base_layer()) is tuple]

@@ -258,19 +258,20 @@ class Tuple(torch.nn.Linear):
 
 @each_script
 @pytest.mark.parametrize("kind", [Read, Tuple])
-def test_layers_that_no_gradient_comes_to_are_named(script, kind):
+@pytest.mark.parametrize("targets", ["all-linear", ["gate"]])
+def test_layers_that_no_gradient_comes_to_are_named(script, kind, targets):
     lm = llama()
     mlp = lm.model.layers[0].mlp
     mlp.gate = kind(32, 32, bias=False)
     forward = mlp.forward
     mlp.forward = lambda x: forward(F.linear(x, mlp.gate.weight) if kind is Read else mlp.gate(x)[0])
     if script is imdb:
-        agent = imdb.Agent(lm, 2)
+        agent = imdb.Agent(lm, 2, lora_targets=targets)
         losses = [lambda: agent(torch.arange(8).view(2, 4), 2, 1.0)[0].sum()]
     else:
         agent = tldr.Agent(lm)
         for name in ("policy", "value"):
-            agent.add(name, peft.LoraConfig(r=2, target_modules="all-linear"), head=name == "value")
+            agent.add(name, peft.LoraConfig(r=2, target_modules=targets), head=name == "value")
         tokens = torch.arange(8).view(2, 4)
         losses = [lambda: agent(tokens, 2, 1.0)[0].sum(), lambda: agent.values(tokens, 2).sum()]
     args = script.Args(lora_r=2)
@@ -278,11 +279,19 @@ def test_layers_that_no_gradient_comes_to_are_named(script, kind):
     assert "layers.0.mlp.gate" in err and err.count("mlp") == 1, err
 
 
-@pytest.mark.parametrize("kind", ["pissa", "bias"])
+def test_a_shared_base_is_checked_at_the_lengths_of_both(assets, monkeypatch):
+    lengths = []
+    monkeypatch.setattr(tldr, "check_lm", lambda *given: lengths.append(given[-1]))
+    args = make_args(tldr, assets)
+    tldr.load_models(args, CPU)
+    assert set(lengths) == {args.max_prompt_length + args.response_length, args.reward_max_length} and len(set(lengths)) == 2
+
+
+@pytest.mark.parametrize("kind", ["pissa", "lora_only", "all"])
 def test_a_reward_adapter_that_changes_its_base_is_refused_on_the_policys(kind, assets, tmp_path):
     """On a base of its own it is taken."""
     base = transformers.AutoModelForSequenceClassification.from_pretrained(assets / "policy", num_labels=1, pad_token_id=1)
-    own = {"init_lora_weights": "pissa"} if kind == "pissa" else {"bias": "lora_only"}
+    own = {"init_lora_weights": "pissa"} if kind == "pissa" else {"bias": kind}
     config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["c_attn"], fan_in_fan_out=True, **own)
     adapter = peft.get_peft_model(base, config)
     for name, parameter in adapter.named_parameters():
@@ -352,11 +361,10 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(script, assets, tmp_path)
         assert (
             f"--reward-model {folder}: " in (err := refused(load, script, assets, reward_model=folder)) and "other ids" in err
         )
-        TOKENIZER.eos_token = None
-    if script is tldr:
-        TOKENIZER.save_pretrained(tmp_path / "no_eos")
-        TOKENIZER.eos_token = "<|endoftext|>"
-        assert "an EOS token" in refused(load, script, assets, tokenizer=str(tmp_path / "no_eos"))
+    shutil.copytree(assets / "policy", tmp_path / "no_eos")
+    path = tmp_path / "no_eos/tokenizer_config.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "eos_token"}))
+    assert "an EOS token" in refused(load, script, assets, tokenizer=str(tmp_path / "no_eos"))
 
 
 @each_script

@@ -15,6 +15,7 @@ from helpers import ENV, ROOT
 
 sys.path.insert(0, str(ROOT / "benchmark/studies"))
 import speed
+import speed_rlhf
 
 import sa2c_atari
 import sppo_atari
@@ -61,6 +62,39 @@ def test_the_phases_of_a_loop_are_clocked(more, monkeypatch):
     assert {"acting", "environments", "update", "log", "the rest"} <= found.keys() and min(found.values()) >= 0
     assert bool(compiled) == bool(more)
     assert not any(hasattr(function, "inside") for function in compiled)
+
+
+def test_growth_is_a_line_a_size(monkeypatch):
+    """A rate of 100 steps/s at every size but 8 times the bins, where it is half."""
+    sizes = []
+
+    def measure(args, suite, arm, threads):
+        sizes.append(
+            (suite.num_envs, suite.num_steps, int(arm.split("--num-bins ")[1].split()[0]) if "--num-bins" in arm else 11)
+        )
+        return [50.0 if "--num-bins 88" in arm else 100.0], 123.4, 1.0
+
+    monkeypatch.setattr(speed, "measure", measure)
+    rows = [line.strip("| ").split(" | ") for line in speed.growth(speed.Args("dppo"), speed.SUITES["dppo"])[2:]]
+    assert sizes == [(n, 2048, 11) for n in (1, 2, 4, 8)] + [(1, 2048 * n, 11) for n in (1, 2, 4, 8)] + [
+        (1, 2048, 11 * n) for n in (1, 2, 4, 8)
+    ]
+    assert [row[:4] for row in rows[:3]] == [
+        ["num_envs", "1", "20.480", ""],
+        ["num_envs", "2", "40.960", "2.00"],
+        ["num_envs", "4", "81.920", "2.00"],
+    ]
+    assert [row[3] for row in rows[8:]] == ["", "1.00", "1.00", "2.00"] and rows[0][4] == "123"
+
+
+@pytest.mark.parametrize("module", [speed, speed_rlhf])
+def test_a_run_that_fails_says_why(module, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    arm = "sppo_atari.py --gamma 7" if module is speed else "sppo_rlhf_imdb.py --gamma 7"
+    given = (speed.Args(), speed.SUITES["atari-ppo"], arm, 1) if module is speed else (arm, 1)
+    with pytest.raises(SystemExit) as stopped:
+        module.measure(*given)
+    assert stopped.value.code.startswith("failed: ") and "less than or equal to 1" in stopped.value.code
 
 
 def test_the_gpu_check_is_sound():

@@ -286,7 +286,7 @@ def main(args: Args) -> None:
                     command += ["--checkpointing" if value else "--no-checkpointing"]
                 elif name not in ("layers", "child", "predict_only"):
                     command += [f"--{name.replace('_', '-')}", str(value)]
-            found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+            found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
             memory, _ = predict(layers, settings(args), own_reward_base=False)
             predicted = times(layers, settings(args), rate, stream)
             cells = [f"{found['seconds'][phase]:.2f} s ({predicted[phase]:.2f})" for phase in PHASES]

@@ -48,10 +48,12 @@ def measure(arm: str, iterations: int) -> tuple[dict[str, list[float]], float]:
     with tempfile.TemporaryDirectory() as folder:
         size = f"--offline --iterations {iterations + 1} --eval-episodes 0 --checkpoint-interval 1000 --no-cuda"
         command = [sys.executable, *arm.split(), *size.split(), "--run-dir", folder]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
+        said = Path(folder, "said")
+        with said.open("w") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=output)
+            _, status, usage = os.wait4(process.pid, 0)
         if status:
-            sys.exit(f"failed: {' '.join(command)}")
+            sys.exit(f"failed: {' '.join(command)}\n{said.read_text()[-2000:]}")
         (path,) = Path(folder).glob("*/events.out.tfevents.*")
         found = defaultdict(list)
         for event in EventFileLoader(str(path)).Load():
