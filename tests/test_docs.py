@@ -255,19 +255,11 @@ def test_the_environment_and_the_notebook_line_of_usage_md(tmp_path, monkeypatch
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
-ARMS = {"PPO raw": "ppo_raw", "`ent_coef`": "reweighted_ent", "`vf_coef`": "reweighted_vf", "all four": "reweighted"}
-ARMS |= {"clip and ε": "reweighted_clip_eps", "A2C, α 0.5": "a2c_half", "DA2C, α 0.5": "da2c_half"}
-ARMS |= {"DSA2C factored": "dsa2c-factored"}
-
 
 def read(path, noise):
     """The rows of a csv file; noise: of the runs with noise, `without`, or None for those of all."""
     rows = csv.DictReader(path.open())
     return [row for row in rows if noise is None or (noise == "without") == (row["noise"] == "none")]
-
-
-def called(label, arm):
-    return ARMS.get(label, label).lower() == arm.lower()
 
 
 def test_cells_of_results_md_are_those_of_the_csv_files():
@@ -283,16 +275,16 @@ def test_cells_of_results_md_are_those_of_the_csv_files():
                 cells, chances = (read(ROOT / folder.group(1) / name, noise) for name in ("cells.csv", "aggregates.csv"))
                 for row in rows:
                     if title.endswith(" is above"):
-                        pairs = [row for row in chances if row["what"].startswith("P(") and called(title[:-9], row["arm"])]
+                        pairs = [row for row in chances if row["what"].startswith("P(") and title[:-9].lower() == row["arm"]]
                         found = [
                             [f"{float(pair[name]):.2f}" for name in ("value", "low", "high")]
                             for pair in pairs
-                            if called(row[0], pair["other"])
+                            if row[0].lower() == pair["other"]
                         ]
                         shown = [f"{value} ({low} to {high})" for value, low, high in found]
                     else:
                         names = ("mean", "stderr") if title == "score" else ("paper_mean", "paper_stderr")
-                        own = [cell for cell in cells if called(row[0], cell["arm"]) and cell[names[0]]]
+                        own = [cell for cell in cells if row[0].lower() == cell["arm"] and cell[names[0]]]
                         shown = [
                             " ± ".join(f"{float(cell[name]):,.{digits}f}" for name in names)
                             for cell in own
