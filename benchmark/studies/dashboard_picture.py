@@ -1,6 +1,6 @@
 """Draws docs/dashboard.png: what dashboard.py's view shows, from the numbers of runs on this machine.
 
-    WANDB_MODE=offline python dsppo_continuous.py --env-id InvertedPendulum-v4 --noise gaussian --track --run-dir runs/dash ...
+    python dsppo_continuous.py --env-id InvertedPendulum-v4 --noise gaussian --exp-name dsppo --run-dir runs/dash
     python benchmark/studies/dashboard_picture.py runs/dash
 
 A panel of the view is an axis here, a group of runs a line: mean and standard error of an arm's seeds, in the view's colours.
