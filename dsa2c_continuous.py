@@ -843,7 +843,7 @@ def main(args):
         video = Path(args.evaluate, "videos", f"{step}__seed{args.seed}.mp4") if args.capture_video else None
         scores = evaluate(policy, args, device, video)
         mean, error = np.mean(scores), stderr(scores) if len(scores) > 1 else math.nan
-        print(f"score {mean:.1f} +- {error:.1f} at step {step:,}; returns {scores} {video or ''}")
+        print(f"score {mean:.1f} +- {error:.1f} at step {step:,}; returns {np.round(scores, 2).tolist()} {video or ''}")
         return
     result = Path(args.resume or "", "result.json")
     if args.resume and result.exists():

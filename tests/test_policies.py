@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import shutil
+import warnings
 
 import gymnasium
 import imageio
@@ -57,8 +58,9 @@ def test_the_readme_has_the_numbers_of_the_results():
 
 
 def command(*words):
-    """The script in this process: as from the command line, with a warning for the arguments of an earlier version."""
-    with unchanged_process(), pytest.warns(UserWarning, match="ignored arguments of an earlier version: .*wandb_group"):
+    """The script in this process, as from the command line, without a warning for arguments of an earlier version."""
+    with unchanged_process(), warnings.catch_warnings():
+        warnings.filterwarnings("error", "(?s).*ignored arguments")
         dsppo_continuous.main(dsppo_continuous.parse_args(list(map(str, words))))
 
 
