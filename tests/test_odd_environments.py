@@ -180,7 +180,7 @@ def test_the_seed_covers_what_an_environment_draws_from(call, name, capsys):
     ]
     first, other, again = map(curves, folders)
     assert first == again and first != other
-    returns = outcome(folders[0])[1]["returns"]
+    returns = [round(value, 2) for value in outcome(folders[0])[1]["returns"]]
     capsys.readouterr()
     with unchanged_process():
         call.script.main(call.script.parse_args(["--evaluate", str(folders[0])]))
