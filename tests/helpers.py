@@ -67,6 +67,7 @@ def unchanged_process():
     threads, handlers = torch.get_num_threads(), {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     yield
     torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
     for number, handler in handlers.items():
         signal.signal(number, handler)
 

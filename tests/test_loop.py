@@ -92,8 +92,17 @@ def loop(request, monkeypatch, tmp_path):
             script.main(args)
         return script, games, seen, scalars(only(tmp_path))
 
-    run.folder = tmp_path
+    run.folder, run.script = tmp_path, script
     return run
+
+
+def test_averages_of_dead_units_end_at_zero_not_in_slow_denormal_numbers(loop, monkeypatch):
+    script, act, decayed = loop.script, loop.script.act, []
+    tiny = torch.full((64,), 1e-38)
+    monkeypatch.setattr(script, "act", lambda *args: (decayed.append((tiny * 0.9).max().item()), act(*args))[1])
+    assert (tiny * 0.9).max() > 0
+    loop()
+    assert decayed and set(decayed) == {0.0}
 
 
 @pytest.mark.parametrize("noise_prob", [0.0, 0.5, 1.0])
