@@ -3,6 +3,7 @@
 import json
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 from helpers import ROOT
@@ -10,6 +11,7 @@ from helpers import ROOT
 sys.path.insert(0, str(ROOT / "benchmark/studies"))
 import forest
 import four_settings
+import full_length
 import learning_pictures
 import one_gradient
 
@@ -85,3 +87,25 @@ def test_the_forest_has_every_cell_with_its_own_control():
 def test_intervals_of_three_seeds_miss_more_often():
     three, eleven = forest.misses(3, trials=400, reps=400), forest.misses(11, trials=400, reps=400)
     assert 0.13 < three < 0.26 and 0.02 < eleven < 0.11
+
+
+def test_the_picture_of_a_full_length_has_each_seed_the_means_and_the_papers_two_numbers(monkeypatch):
+    folder, drawn = ROOT / "benchmark/results/atari-ppo-krull", []
+    monkeypatch.setattr(full_length, "save", lambda figure, path: drawn.append((figure, path)))
+    full_length.main(folder)
+    (figure, path), runs = drawn[0], pd.read_csv(folder / "runs.csv")
+    axis = figure.axes[0]
+    dots = {float(y) for line in axis.lines if line.get_linestyle() == "None" for y in line.get_ydata()}
+    papers = {5602 - 481, 5602, 5602 + 481, 9015 - 381, 9015, 9015 + 381}  # Table 11, with the ends of its errors
+    assert set(runs.score) | papers == dots
+    thin = [line for line in axis.lines if line.get_linewidth() == 0.7]
+    thick = {line.get_label(): line for line in axis.lines if line.get_linewidth() == 2.4}
+    assert len(thin) == len(runs) == 12
+    own = runs[runs.exp_name == "sppo"]
+    mean = thick[f"sppo: {own.score.mean():,.0f} at the end, 3 seeds"].get_ydata()
+    seeds = np.array([line.get_ydata() for line in thin if line.get_color() == "#D55E00"])
+    assert seeds.shape[0] == 3 and path == folder / "full_length.svg"
+    np.testing.assert_allclose(mean, seeds[:, ~np.isnan(seeds).any(axis=0)].mean(axis=0))
+    curves = pd.read_csv(folder / "curves.csv").query("tag == 'charts/episodic_return'")
+    last = curves[curves.step > 190_000][own.run_id].mean().mean()  # the last bins, smoothed over five of them
+    assert mean[-1] == pytest.approx(last, rel=0.05)
