@@ -115,7 +115,7 @@ class Args:
     num_threads: NonNegativeInt = 1  # CPU threads of torch; 0: all cores, slower for networks this small
 
 
-# A generator for each purpose, seeded with [seed, purpose, step]; of evaluations with [seed, purpose]: all start alike
+# Generators seeded with [seed, purpose, step]; of evaluations with [seed, purpose]: all of them play the same games
 EVALUATION, NOISE, ENVS, ACTIONS = 1, 2, 3, 4
 
 

@@ -116,7 +116,7 @@ class Args:
     num_threads: NonNegativeInt = 1  # CPU threads of torch; 0: all cores, slower for networks this small
 
 
-# A generator for each purpose, seeded with [seed, purpose, step]; of evaluations with [seed, purpose]: all start alike
+# Generators seeded with [seed, purpose, step]; of evaluations with [seed, purpose]: all of them play the same games
 EVALUATION, NOISE, ENVS, ACTIONS = 1, 2, 3, 4
 
 
@@ -387,7 +387,7 @@ def gradient_step(agent, weights, optimizer, args, minibatch):
 def update(agent, weights, optimizer, step_fn, args, batch, generator):
     """`update_epochs` passes over the rollout in shuffled minibatches. Returns the mean of each statistic.
 
-    weights: the agent's flat parameter. step_fn: `gradient_step`, also compiled. generator: for the shuffling.
+    weights: the agent's flat parameter. step_fn: `gradient_step` or its compiled form. generator: for the shuffling.
     """
     history = []
     for _ in range(args.update_epochs):

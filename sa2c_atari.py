@@ -115,7 +115,7 @@ class Args:
     num_threads: NonNegativeInt = 0  # CPU threads of torch and of the games; 0: all cores
 
 
-# A generator for each purpose, seeded with [seed, purpose, step]; of evaluations with [seed, purpose]: all start alike
+# Generators seeded with [seed, purpose, step]; of evaluations with [seed, purpose]: all of them play the same games
 EVALUATION, NOISE, GAMES = 1, 2, 3
 
 
@@ -295,7 +295,7 @@ def train(args, run):
     num_iterations = args.total_timesteps // batch_size
 
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.set_flush_denormal(True)  # a dead unit's averages decay to 1e-40, where a CPU takes twenty times as long
+    torch.set_flush_denormal(True)  # a dead unit's gradient averages decay to 1e-40, where CPUs are 20 times slower
     torch.manual_seed(args.seed + run.global_step)  # a resumed run seeds all its generators from the step it resumes at
     noise_rng = np.random.default_rng([args.seed, NOISE, run.global_step])
     game_seeds = np.random.default_rng([args.seed, GAMES, run.global_step]).integers(2**31, size=args.num_envs)

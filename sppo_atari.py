@@ -117,7 +117,7 @@ class Args:
     num_threads: NonNegativeInt = 0  # CPU threads of torch and of the games; 0: all cores
 
 
-# A generator for each purpose, seeded with [seed, purpose, step]; of evaluations with [seed, purpose]: all start alike
+# Generators seeded with [seed, purpose, step]; of evaluations with [seed, purpose]: all of them play the same games
 EVALUATION, NOISE, GAMES = 1, 2, 3
 
 
@@ -282,14 +282,14 @@ def gradient_step(agent, optimizer, args, clip_coef, indices, rows):
     loss.backward()
     norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
     optimizer.step()
-    agent.zero_grad()  # last, so that each step begins without gradients, as the first: else it is compiled twice
+    agent.zero_grad()  # last: then every step finds no gradients, as the first does, and one compilation serves all
     return stats | {"losses/grad_norm": norm, "losses/grad_clipped": (norm > args.max_grad_norm).float()}
 
 
 def update(agent, optimizer, step_fn, args, clip_coef, batch):
     """`update_epochs` passes over the rollout in shuffled minibatches. Returns the mean of each statistic.
 
-    step_fn: `gradient_step`, also compiled. batch: inputs of `minibatch_loss` after `clip_coef`, [num_steps * num_envs, ...].
+    step_fn: `gradient_step` or its compiled form. batch: five tensors [num_steps * num_envs, ...], as `minibatch_loss` has.
     """
     history = []
     rows = (batch[0].permute(0, 2, 3, 1), *batch[1:])  # index_select is fast on rows that are contiguous
@@ -308,7 +308,7 @@ def train(args, run):
     num_iterations = args.total_timesteps // batch_size
 
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.set_flush_denormal(True)  # a dead unit's averages decay to 1e-40, where a CPU takes twenty times as long
+    torch.set_flush_denormal(True)  # a dead unit's gradient averages decay to 1e-40, where CPUs are 20 times slower
     torch.manual_seed(args.seed + run.global_step)  # a resumed run seeds all its generators from the step it resumes at
     noise_rng = np.random.default_rng([args.seed, NOISE, run.global_step])
     game_seeds = np.random.default_rng([args.seed, GAMES, run.global_step]).integers(2**31, size=args.num_envs)
@@ -332,8 +332,8 @@ def train(args, run):
     actions = torch.zeros(shape, dtype=torch.int64, device=run.device)
     logprobs, values = torch.zeros(shape, device=run.device), torch.zeros(shape, device=run.device)
     rewards, dones = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
-    clip_coef = torch.tensor(args.clip_coef, device=run.device)  # a tensor, as the rate below: a new number compiles anew
-    share_sample = torch.from_numpy(np.random.default_rng(0).permutation(batch_size)[: args.minibatch_size])
+    clip_coef = torch.tensor(args.clip_coef, device=run.device)  # a tensor, as the rate below: new numbers would recompile
+    share_sample = torch.from_numpy(np.random.default_rng(0).permutation(batch_size)[: args.minibatch_size])  # for grad_shares
     game_returns, game_lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=int)
     next_obs, info = envs.reset(seed=game_seeds)
 

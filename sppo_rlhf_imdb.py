@@ -9,7 +9,7 @@ token. Token i has probability pi_i; r = pi_i / pi_old_i; A is the advantage:
 
     python sppo_rlhf_imdb.py --offline                              # SPPO on small models from benchmark/assets
     python sppo_rlhf_imdb.py --offline --alpha 1 --beta 0           # PPO; --alpha 0.9 --beta 0 is the control, SPPO's gradient
-    accelerate launch --num_processes 4 sppo_rlhf_imdb.py           # the paper's models and data; or without, on one GPU
+    accelerate launch --num_processes 4 sppo_rlhf_imdb.py           # the paper's models and data; with `python`, one GPU
     python sppo_rlhf_imdb.py --evaluate RUN_FOLDER --prompts FILE   # continuations of a finished run, as JSON lines
 
 The policy goes on with the first half of a review. The score is a classifier's probability that the text is positive; the last
@@ -96,7 +96,7 @@ class Args:
     # algorithm
     iterations: PositiveInt = 60  # rollouts, each with one update
     trajectories_per_update: PositiveInt = 112  # prompts of a rollout, one continuation each, over all processes
-    max_prompt_length: PositiveInt = 64  # maximum number of prompt tokens: of the first half of a review's words, the last
+    max_prompt_length: PositiveInt = 64  # maximum number of prompt tokens: the last of a review's first half
     response_length: PositiveInt = 48  # maximum number of new tokens
     min_response_length: NonNegativeInt = 48  # EOS is not sampled before this many new tokens; response_length: never
     temperature: PositiveFloat = 1.0  # temperature of sampling, and of log pi everywhere
@@ -182,11 +182,11 @@ def symmetric_ppo_loss(logprobs, old_logprobs, advantages, clip_coef, Z=-1.0, li
 
 
 def minibatch_loss(agent, args, share, reference_share, tokens, old_logprobs, old_values, advantages, returns, references):
-    """This part's contribution to the loss of a minibatch, and to its statistics by name.
+    """What a part of a minibatch, some of its rows, contributes to the minibatch's loss and to its statistics by name.
 
     The loss is alpha L_ppo + beta L_rppo + vf_coef L_value - ent_coef H + reference_nll_coef NLL, each a mean over all real
     tokens of the minibatch. Shapes: tokens [B, P + R]; old_logprobs, old_values, advantages, returns [B, R], 0 where a token
-    is PAD; references [B, R]. share, reference_share: this part's real tokens divided by the minibatch's, in responses and
+    is PAD; references [B, R]. share, reference_share: the part's real tokens divided by the minibatch's, in responses and
     in references.
     """
     prompt_length = tokens.shape[1] - old_logprobs.shape[1]
@@ -228,7 +228,7 @@ class Agent(nn.Module):
         super().__init__()
         self.bf16 = bf16
         if lora_r:
-            transposed = lm.config.model_type == "gpt2"  # its layers hold their weights so
+            transposed = lm.config.model_type == "gpt2"  # GPT-2 stores its weights transposed
             config = LoraConfig(r=lora_r, lora_alpha=2 * lora_r, target_modules=lora_targets, fan_in_fan_out=transposed)
             lm = get_peft_model(lm, config)
         self.lm = lm
@@ -278,7 +278,7 @@ def sample(logits: torch.Tensor, uniforms: torch.Tensor, top_k: int) -> torch.Te
 
     The random numbers are given, so that a trajectory does not depend on how many processes share the batch.
     """
-    top, tokens = logits.topk(top_k) if top_k else (logits, None)  # all need not be sorted
+    top, tokens = logits.topk(top_k) if top_k else (logits, None)  # no sorting where all may be drawn
     cumulative = top.double().softmax(-1).cumsum(-1)
     choice = (cumulative < uniforms.unsqueeze(-1) * cumulative[:, -1:]).sum(-1, keepdim=True)
     return (choice if tokens is None else tokens.gather(-1, choice)).squeeze(-1)
@@ -365,12 +365,12 @@ def decode(tokens: torch.Tensor, tokenizer) -> list[str]:
 @torch.no_grad()
 def score(texts: list[str], reward_model, reward_tokenizer, label: int, args: Args) -> torch.Tensor:
     """[B]: the classifier's probability of `label` for each text, as its own pipeline gives it. Special tokens are text."""
-    scores, several = [], reward_model.config.problem_type == "multi_label_classification"
+    scores, multi_label = [], reward_model.config.problem_type == "multi_label_classification"
     options = {"padding": True, "truncation": True, "split_special_tokens": True, "return_tensors": "pt"}
     for start in range(0, len(texts), args.reward_batch_size):
         inputs = reward_tokenizer(texts[start : start + args.reward_batch_size], **options)
         logits = reward_model(**inputs.to(reward_model.device)).logits.float()
-        scores.append((logits.sigmoid() if several else logits.softmax(-1))[:, label])
+        scores.append((logits.sigmoid() if multi_label else logits.softmax(-1))[:, label])
     return torch.cat(scores)
 
 
@@ -692,8 +692,8 @@ EVALUABLE = [*SOURCES, "prompts", "eval_episodes", "save_model", "reward_batch_s
 
 def check_task(args, processes):
     """What only this script can refuse."""
-    if args.eval_episodes % processes:
-        raise bad(args, "eval_episodes", f"expected a multiple of the {processes} processes")
+    if args.eval_episodes % processes or (args.prompts and processes > 1):
+        raise bad(args, "eval_episodes", f"expected a multiple of the {processes} processes, and one process with --prompts")
     if args.evaluate and not (args.prompts or args.eval_episodes):
         raise bad(args, "eval_episodes", "expected 1 or more, or --prompts")
 
@@ -977,8 +977,8 @@ def from_pretrained(args, name, loader, **options):
             return loader.from_pretrained(source, trust_remote_code=False)
         if find_adapter_config_file(source, local_files_only=offline):  # transformers would load and freeze it on its base
             raise bad(args, name, "an adapter; merge it into its base first, with peft's merge_and_unload")
-        options |= {"trust_remote_code": False, "use_safetensors": None if args.allow_pickle else True}
-        model, info = loader.from_pretrained(source, **options, output_loading_info=True)
+        options = {"dtype": torch.float32, "use_safetensors": None if args.allow_pickle else True} | options
+        model, info = loader.from_pretrained(source, trust_remote_code=False, **options, output_loading_info=True)
     if info["missing_keys"]:  # transformers has put random numbers there
         raise bad(args, name, f"expected a model with all its weights; {', '.join(sorted(info['missing_keys']))} are missing")
     for module in list(model.modules()):

@@ -1143,8 +1143,8 @@ def from_pretrained(args, name, loader, **options):
             return loader.from_pretrained(source, trust_remote_code=False)
         if find_adapter_config_file(source, local_files_only=offline):  # transformers would load and freeze it on its base
             raise bad(args, name, "an adapter; merge it into its base first, with peft's merge_and_unload")
-        options |= {"trust_remote_code": False, "use_safetensors": None if args.allow_pickle else True}
-        model, info = loader.from_pretrained(source, **options, output_loading_info=True)
+        options = {"dtype": torch.float32, "use_safetensors": None if args.allow_pickle else True} | options
+        model, info = loader.from_pretrained(source, trust_remote_code=False, **options, output_loading_info=True)
     if info["missing_keys"]:  # transformers has put random numbers there
         raise bad(args, name, f"expected a model with all its weights; {', '.join(sorted(info['missing_keys']))} are missing")
     for module in list(model.modules()):

@@ -62,7 +62,7 @@ SECTIONS = {  # section -> (title of a panel, what it shows)
         "score on validation texts": "eval/score",
         "score on test posts": "test/score",
     },
-    "Texts (RLHF)": {
+    "Length and language (RLHF)": {
         "length in tokens": "objective/response_length",
         "share of empty texts": "objective/empty_share",
         "perplexity of the references": "eval/perplexity",

@@ -482,6 +482,16 @@ def test_scores_are_the_classifiers_own_alone_and_in_a_batch(family, side, probl
     assert scores == pytest.approx([score_alone(tmp_path / "reward", text) for text in texts], abs=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_imdb_learns_and_scores_in_float32_however_the_weights_are_stored(dtype, assets, tmp_path):
+    policy = save(rlhf_assets.make_lm(V).to(dtype), tmp_path / "policy")
+    classifier = save(rlhf_assets.make_classifier(V).to(dtype), tmp_path / "classifier")
+    assert {weight.dtype for weight in load_file(tmp_path / "policy/model.safetensors").values()} == {dtype}
+    agent, reference, (reward_model, *_), _ = load(imdb, assets, policy=policy, reward_model=classifier)
+    weights = [*agent.parameters(), *reference.parameters(), *reward_model.parameters()]
+    assert {weight.dtype for weight in weights} == {torch.float32}
+
+
 def test_long_texts_fit_a_classifier_of_robertas_kind(assets, tmp_path):
     """Its positions begin behind the padding token's number; its tokenizer names no limit."""
     config = transformers.RobertaConfig(

@@ -25,6 +25,7 @@ try:
 except ModuleNotFoundError as error:
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__)
+        sys.exit(0)
     print(
         f"{Path(__file__).name}: error: needs {error.name}; expected what `pip install -r benchmark/requirements.txt` installs",
         file=sys.stderr,
