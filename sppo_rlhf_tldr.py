@@ -347,7 +347,7 @@ def sample(logits: torch.Tensor, uniforms: torch.Tensor, top_k: int) -> torch.Te
 
     The random numbers are given, so that a trajectory does not depend on how many processes share the batch.
     """
-    top, tokens = logits.topk(top_k) if top_k else (logits, None)  # all need not be sorted
+    top, tokens = logits.topk(top_k) if top_k else (logits, None)  # no sorting where all may be drawn
     cumulative = top.double().softmax(-1).cumsum(-1)
     choice = (cumulative < uniforms.unsqueeze(-1) * cumulative[:, -1:]).sum(-1, keepdim=True)
     return (choice if tokens is None else tokens.gather(-1, choice)).squeeze(-1)
