@@ -10,13 +10,16 @@ import gymnasium
 import imageio
 import numpy as np
 import pytest
+import torch
 from helpers import ROOT, only, scalars, unchanged_process
 from PIL import Image
 
 import dsppo_continuous
+import sppo_atari
 
 POLICIES = ROOT / "benchmark/results/policies"
-FOLDERS = sorted(path for path in POLICIES.iterdir() if path.is_dir())
+STARGUNNER = POLICIES / "StarGunner"
+FOLDERS = sorted(path for path in POLICIES.iterdir() if path.is_dir() and path != STARGUNNER)
 LANDER = POLICIES / "LunarLanderContinuous-v3"
 
 
@@ -49,10 +52,10 @@ def test_two_or_three_small_policies_with_all_that_identifies_them():
 def test_the_readme_has_the_numbers_of_the_results():
     readme = (POLICIES / "README.md").read_text()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in readme.splitlines() if line.startswith("| [")]
-    assert [row[0] for row in rows] == [f"[{folder.name}]({folder.name})" for folder in FOLDERS]
-    for row, folder in zip(rows, FOLDERS, strict=True):
+    assert [row[0] for row in rows] == [f"[{folder.name}]({folder.name})" for folder in [*FOLDERS, STARGUNNER]]
+    for row, folder in zip(rows, [*FOLDERS, STARGUNNER], strict=True):
         result = json.loads((folder / "result.json").read_text())
-        score = f"{result['score']:,.1f} ± {result['score_stderr']:.1f}"
+        score = f"{result['score']:,.1f} ± {result['score_stderr']:,.1f}"
         assert row[1:4] == [str(result["args"]["seed"]), f"{result['global_step']:,}", score]
         assert result["commit"].startswith(row[4].strip("`")) and len(row[4]) >= 9
 
@@ -89,8 +92,30 @@ def test_a_larger_total_timesteps_trains_it_further_and_it_is_filmed_without_a_s
     assert imageio.get_reader(only(folder / "videos")).count_frames() > 50
 
 
-def test_the_moving_picture_is_small_and_moves():
-    path = ROOT / "docs/policy.gif"
+def test_stargunners_policy_is_the_papers_settings_and_plays(tmp_path):
+    """Against chance: a random game ends near 650 points; this policy has three times that in its first 3,000 steps."""
+    about, result = (json.loads((STARGUNNER / name).read_text()) for name in ("args.json", "result.json"))
+    assert all(result[name] == value for name, value in about.items()) and len(about["commit"]) == 40
+    paper = vars(sppo_atari.Args(env_id="StarGunner", noise="bsc", beta=10.0))
+    own = {"exp_name", "bf16", "eval_interval", "num_threads", "wandb_project_name"}
+    assert {name: about["args"][name] for name in paper.keys() - own} == {name: paper[name] for name in paper.keys() - own}
+    assert sum(len(data) for path, data in contents(STARGUNNER).items() if path.parts[0] != "videos") < 3_600_000
+    assert torch.load(STARGUNNER / "checkpoint.pt", weights_only=True)["agent"]["actor.weight"].dtype == torch.float16
+    copy = shutil.copytree(STARGUNNER, tmp_path / "run", ignore=shutil.ignore_patterns("videos", ".lock"))
+    (copy / "args.json").write_text(json.dumps(about | {"args": about["args"] | {"bf16": False}}))  # quick on any CPU
+    torch.manual_seed(1)
+    policy, envs = sppo_atari.load_policy(copy)
+    (obs, _), points = envs.reset(seed=1), 0.0
+    for _ in range(3_000):
+        obs, rewards, *_ = envs.step(policy(obs))
+        points += rewards.item()
+    envs.close()
+    assert points > 2_000
+
+
+@pytest.mark.parametrize("name", ["policy", "stargunner"])
+def test_the_moving_pictures_are_small_and_move(name):
+    path = ROOT / f"docs/{name}.gif"
     assert path.stat().st_size < 1_000_000
     frames = imageio.mimread(path)
     assert len(frames) > 50 and all(frame.shape[:2] == frames[0].shape[:2] for frame in frames)
