@@ -236,6 +236,13 @@ def test_a_run_folder_of_an_earlier_version(task, call, finished, capsys):
     assert json.loads((finished / "args.json").read_text())["args"].keys() == task[0].Args.__dataclass_fields__.keys()
 
 
+def test_evaluation_refuses_what_its_processes_cannot_share():
+    imdb.check_task(imdb.Args(evaluate="a run", prompts="a file"), 1)
+    for changed in ({"prompts": "a file"}, {"eval_episodes": 7}):
+        with pytest.raises(imdb.BadInput, match="expected a multiple of the 2 processes, and one process with --prompts"):
+            imdb.check_task(imdb.Args(evaluate="a run", **changed), 2)
+
+
 @each
 def test_arms_have_names_of_their_own(task):
     module, _ = task
