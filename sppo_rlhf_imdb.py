@@ -98,12 +98,12 @@ class Args:
     trajectories_per_update: PositiveInt = 112  # prompts of a rollout, one continuation each, over all processes
     max_prompt_length: PositiveInt = 64  # maximum number of prompt tokens: the last of a review's first half
     response_length: PositiveInt = 48  # maximum number of new tokens
-    min_response_length: NonNegativeInt = 48  # EOS is not sampled before this many new tokens; response_length: never
+    min_response_length: NonNegativeInt = 48  # tokens of a response before EOS may come; response_length: EOS never comes
     temperature: PositiveFloat = 1.0  # temperature of sampling, and of log pi everywhere
     top_k: NonNegativeInt = 50  # sample from this many of the likeliest tokens; 0: from all
     gamma: Probability = 0.99  # discount factor per token
     gae_lambda: Probability = 0.95  # lambda of generalised advantage estimation
-    kl_coef: NonNegativeFloat = 0.001  # weight of log pi - log pi_ref in a token's reward
+    kl_coef: NonNegativeFloat = 0.001  # a token's reward has -kl_coef (log pi - log pi_ref)
     learning_rate: PositiveFloat = 5e-6  # learning rate of AdamW, constant
     weight_decay: NonNegativeFloat = 1e-6  # weight decay of AdamW
     update_epochs: PositiveInt = 5  # passes over each rollout
@@ -158,8 +158,8 @@ PAD = -1  # fills batches of token ids: no vocabulary has it, so it is never tak
 def symmetric_ppo_loss(logprobs, old_logprobs, advantages, clip_coef, Z=-1.0, literal_signs=False):
     """L_ppo and L_rppo (Eq. 3 and 8), means over the batch, and statistics. The inputs are [B]; the caller weights (Eq. 9).
 
-    In Eq. 8 sum_{j != i} pi_j / pi_old_i = 1 / pi_old_i - r. The first term is left out: it has no gradient and overflows
-    float32. With Z = -1 both losses have the same gradient, sample by sample; with literal_signs opposite ones where A < 0.
+    In Eq. 8 sum_{j != i} pi_j / pi_old_i = 1 / pi_old_i - r. 1 / pi_old_i is left out: it has no gradient and overflows
+    float32. With Z = -1 both losses have the same gradient, sample by sample. With literal_signs they oppose where A < 0.
     """
     logratio = logprobs - old_logprobs
     ratio = logratio.clamp(-20, 20).exp()  # finite; changes no gradient while |log r| < 20
@@ -536,10 +536,10 @@ def train(args, run, reviews, models):
         done = iteration + 1
         run.log(done, stats, seconds)
         stopping = run.stopping()
-        if args.eval_interval and done % args.eval_interval == 0 and done < args.iterations and not stopping:
-            run.evaluate("eval", models, reviews["test"])
         if done % args.checkpoint_interval == 0 or stopping or done == args.iterations:
-            run.save(trained, optimizer, stopping)
+            run.save(trained, optimizer, stopping)  # after a signal the run ends here
+        if args.eval_interval and done % args.eval_interval == 0 and done < args.iterations:
+            run.evaluate("eval", models, reviews["test"])
     run.finish(run.evaluate("eval", models, reviews["test"]), agent, tokenizer)
 
 
@@ -692,8 +692,8 @@ EVALUABLE = [*SOURCES, "prompts", "eval_episodes", "save_model", "reward_batch_s
 
 def check_task(args, processes):
     """What only this script can refuse."""
-    if args.eval_episodes % processes or (args.prompts and processes > 1):
-        raise bad(args, "eval_episodes", f"expected a multiple of the {processes} processes, and one process with --prompts")
+    if args.eval_episodes % processes:
+        raise bad(args, "eval_episodes", f"expected a multiple of the {processes} processes")
     if args.evaluate and not (args.prompts or args.eval_episodes):
         raise bad(args, "eval_episodes", "expected 1 or more, or --prompts")
 
@@ -702,7 +702,7 @@ def check_task(args, processes):
 
 SCRIPT = Path(__file__).name
 
-if sys.platform == "linux":  # glibc keeps freed memory: PPO takes a sixth less time on two cores
+if sys.platform == "linux":  # glibc keeps freed memory for reuse: a sixth less time for PPO on Atari
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
     mallopt(-4, 0)  # M_MMAP_MAX
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
@@ -751,7 +751,7 @@ def perplexity(agent: Agent, ids: list[int]) -> float:
 
 @contextlib.contextmanager
 def atomically(path):
-    """A path to write to, which then takes the place of `path`: a kill leaves the old file or folder, or the new one, whole."""
+    """A path to write to, which then takes the place of `path`. A kill leaves whole files; a folder to be replaced may go."""
     temporary = path.with_name(f"{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed run
     yield temporary
@@ -798,7 +798,7 @@ class Run:
         self.iteration = self.start = known["iteration"]
         self.seconds = self.start_seconds = known["seconds"]
         self.before = (known["before"], known["samples_before"]) if self.checkpoint else None
-        if threading.current_thread() is threading.main_thread():  # no other may handle signals
+        if threading.current_thread() is threading.main_thread():  # only it may set signal handlers
             for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
                 if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                     self.cleanup.callback(signal.signal, number, signal.signal(number, self.on_signal))
@@ -836,7 +836,7 @@ class Run:
             wandb.define_metric("*", step_metric="global_step")
             for name in ("eval/score", "test/score"):
                 wandb.define_metric(name, step_metric="global_step", summary="max,last")
-        (self.folder / "result.json").unlink(missing_ok=True)  # of the shorter run that this one continues
+        (self.folder / "result.json").unlink(missing_ok=True)  # a resumed run has no result until it ends again
         write_json(self.folder / "args.json", self.record)
 
     def on_signal(self, number, frame):
@@ -844,7 +844,7 @@ class Run:
         self.signals.append(number)
         if len(self.signals) > 1:
             sys.exit(128 + number)
-        with contextlib.suppress(OSError):  # the terminal may be gone; not print, which may be what the signal interrupted
+        with contextlib.suppress(OSError):  # the terminal may be gone; not print: the signal may have interrupted one
             os.write(2, b"\nfinishing this iteration, then saving; once more quits now\n" * self.leads)
 
     def stopping(self):
@@ -892,7 +892,7 @@ class Run:
             sys.exit(128 + number)
 
     def evaluate(self, name, models, texts):
-        """What `evaluate` measures of the texts, logged as name/..., and its samples; (None, []) of none."""
+        """Measures the texts by `evaluate` and logs name/.... Returns means and samples; (None, []) without texts."""
         if not texts:
             return None, []
         result, samples = evaluate(*models, texts, self.args, self.accelerator)
@@ -966,7 +966,7 @@ def prepare_hub(args):
         huggingface_hub.constants.HF_HUB_OFFLINE = True
         datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # else transformers asks a conversion service to open a pull request
-    transformers.utils.logging.set_verbosity_error()  # of texts too long for the tokenizer, which encode and score cut
+    transformers.utils.logging.set_verbosity_error()  # it warns of texts beyond the tokenizer's limit, which we cut
 
 
 def from_pretrained(args, name, loader, **options):
@@ -1017,7 +1017,7 @@ def check_policy(args, lm, tokenizer):
 
 @torch.no_grad()
 def check_lm(args, name, lm, backbone, length):
-    """Refuses a model whose logits differ from its own for a text alone: padded on the left, or token by token with a cache.
+    """Refuses a model whose logits for a text change with padding on the left, or token by token with a cache.
 
     `length` is that of the longest text in use: some models switch their positions with it. backbone: `Agent.backbone`.
     """
@@ -1079,7 +1079,7 @@ def column(rows, name):
 
 def load_weights(agent, checkpoint):
     """Puts the trained weights of a checkpoint into the agent; all others are as they were loaded."""
-    if checkpoint["agent"].keys() != trained_parameters(agent).keys():  # strict=False would pass over missing ones
+    if list(checkpoint["agent"]) != list(trained_parameters(agent)):  # strict=False passes over missing ones
         raise BadInput("checkpoint.pt has other weights than --policy has with these versions")
     agent.load_state_dict(checkpoint["agent"], strict=False)
 
@@ -1088,13 +1088,11 @@ def load_weights(agent, checkpoint):
 
 
 def load_args(run_folder):
-    """The arguments of a run. Those that an earlier version had and this one has not are named and ignored."""
+    """The arguments of a run. Warns of those that only an earlier version had, and ignores them."""
     try:
         saved = json.loads(Path(run_folder, "args.json").read_text())
     except OSError as error:
-        newest = sorted(Path(run_folder).glob("*/args.json"), key=lambda path: path.stat().st_mtime)[-3:]
-        folders = ", ".join(str(path.parent) for path in newest) or "none"
-        raise BadInput(f"{run_folder} is no run folder ({error}); the newest run folders in it: {folders}") from error
+        raise BadInput(f"{run_folder} is no run folder ({error})") from error
     if saved["script"] != SCRIPT:
         raise BadInput(f"{run_folder} is a run of {saved['script']}; expected a run of {SCRIPT}")
     gone = saved["args"].keys() - {field.name for field in fields(Args)}
@@ -1145,8 +1143,10 @@ def check(args):
         raise bad(args, "minibatch_size", f"expected a multiple of {parts}")
     if args.prompts and not args.evaluate:
         raise bad(args, "prompts", "expected --evaluate with it")
+    if args.evaluate and processes > 1:
+        raise bad(args, "evaluate", f"expected one process, not {processes}")
     check_task(args, processes)
-    if args.track and os.environ.get("WANDB_MODE", "online") == "online":
+    if args.track and os.environ.get("WANDB_MODE", "online") == "online" and os.environ.get("RANK", "0") == "0":
         import wandb
 
         wandb.login()  # asks for a key where one is missing

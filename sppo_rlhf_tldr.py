@@ -9,7 +9,7 @@ token. Token i has probability pi_i; r = pi_i / pi_old_i; A is the advantage:
 
     python sppo_rlhf_tldr.py --offline                              # SPPO on small models from benchmark/assets
     python sppo_rlhf_tldr.py --offline --alpha 1 --beta 0           # PPO; --alpha 0.7 --beta 0 is the control, SPPO's gradient
-    accelerate launch --num_processes 4 sppo_rlhf_tldr.py           # the paper's models and data; or without, on one 80 GB GPU
+    accelerate launch --num_processes 4 sppo_rlhf_tldr.py           # the paper's models and data; plain python on one 80 GB GPU
     python sppo_rlhf_tldr.py --evaluate RUN_FOLDER --prompts FILE   # summaries of a finished run, as JSON lines
 
 The policy reads a post and "TL;DR:" and writes a summary. A reward model scores both; the last token gets the score, and every
@@ -90,12 +90,12 @@ class Args:
 
     # models and data: each is a Hub id or a folder
     offline: bool = False  # small models and posts from assets/, made by make_rlhf_assets.py, with defaults for a CPU
-    policy: str = "CarperAI/openai_summarize_tldr_sft"  # causal language model, the base of policy and values; the reference
+    policy: str = "CarperAI/openai_summarize_tldr_sft"  # causal language model; without adapters it is the reference
     tokenizer: str = "EleutherAI/gpt-j-6B"  # tokenizer of the policy and of the reward model; no BOS is put before a prompt
     reward_base: str = "EleutherAI/gpt-j-6B"  # causal language model of the reward adapter; loaded once if it is the policy
     reward_adapter: str = "jdchang/tldr_rm_adapter"  # LoRA adapter of reward_base in peft's format, with a head `score`
     reward_model: str | None = None  # in place of base and adapter: a whole sequence classifier of one label
-    reward_text: Annotated[str, Field(pattern=r"\{text\}")] = "<|startoftext|>{text}<|endoftext|>"  # what it reads of a text
+    reward_text: Annotated[str, Field(pattern=r"\{text\}")] = "<|startoftext|>{text}<|endoftext|>"  # its input for one text
     reward_max_length: PositiveInt = 550  # maximum number of tokens of reward_text; the end of longer texts is kept
     dataset: str = "CarperAI/openai_summarize_tldr"  # with columns prompt, label; or a JSON lines file, split 80 : 10 : 10
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the base models (float16 rounds the value's small gradients to 0)
@@ -107,12 +107,12 @@ class Args:
     trajectories_per_update: PositiveInt = 64  # prompts of a rollout, one summary each, over all processes
     max_prompt_length: PositiveInt = 500  # maximum number of tokens of a prompt: the beginning of the post, then "\nTL;DR:"
     response_length: PositiveInt = 50  # maximum number of new tokens
-    min_response_length: NonNegativeInt = 0  # EOS is not sampled before this many new tokens; response_length: never
-    temperature: PositiveFloat = 1.0  # temperature of sampling, and of log pi everywhere; evaluations are greedy
+    min_response_length: NonNegativeInt = 0  # tokens of a response before EOS may come; response_length: EOS never comes
+    temperature: PositiveFloat = 1.0  # temperature of sampling, log pi and log pi_ref; evaluations are greedy
     top_k: NonNegativeInt = 50  # sample from this many of the likeliest tokens, the released code's default; 0: from all
     gamma: Probability = 1.0  # discount factor per token
     gae_lambda: Probability = 0.95  # lambda of generalised advantage estimation
-    kl_coef: NonNegativeFloat = 0.002  # weight of log pi - log pi_ref in a token's reward
+    kl_coef: NonNegativeFloat = 0.002  # a token's reward has -kl_coef (log pi - log pi_ref)
     learning_rate: PositiveFloat = 5e-6  # learning rate of AdamW, constant
     weight_decay: NonNegativeFloat = 0.01  # weight decay of AdamW
     update_epochs: PositiveInt = 4  # passes over each rollout
@@ -125,7 +125,7 @@ class Args:
     vf_coef: NonNegativeFloat = 0.1  # weight of the value loss (half a mean squared error)
     ent_coef: NonNegativeFloat = 0.0  # weight of the entropy bonus, over the whole vocabulary
     max_grad_norm: PositiveFloat = 1.0  # maximum norm of the gradient of both adapters and the value head
-    reference_nll_coef: NonNegativeFloat = 0.1  # weight of the reference's next-token loss; 0 saves a third of an update
+    reference_nll_coef: NonNegativeFloat = 0.1  # weight of the reference's next-token loss
     lora_r: PositiveInt = 8  # rank of the policy's and the value's adapter
     lora_alpha: PositiveFloat = 64.0  # the adapters' output is multiplied by lora_alpha / lora_r
     lora_target_modules: str | None = None  # layers with adapters, separated by commas; default: peft's, or all linear ones
@@ -170,8 +170,8 @@ ENDING = "TL;DR:"  # of every prompt
 def symmetric_ppo_loss(logprobs, old_logprobs, advantages, clip_coef, Z=-1.0, literal_signs=False):
     """L_ppo and L_rppo (Eq. 3 and 8), means over the batch, and statistics. The inputs are [B]; the caller weights (Eq. 9).
 
-    In Eq. 8 sum_{j != i} pi_j / pi_old_i = 1 / pi_old_i - r. The first term is left out: it has no gradient and overflows
-    float32. With Z = -1 both losses have the same gradient, sample by sample; with literal_signs opposite ones where A < 0.
+    In Eq. 8 sum_{j != i} pi_j / pi_old_i = 1 / pi_old_i - r. 1 / pi_old_i is left out: it has no gradient and overflows
+    float32. With Z = -1 both losses have the same gradient, sample by sample. With literal_signs they oppose where A < 0.
     """
     logratio = logprobs - old_logprobs
     ratio = logratio.clamp(-20, 20).exp()  # finite; changes no gradient while |log r| < 20
@@ -245,7 +245,7 @@ def trim(tokens: torch.Tensor, prompt_length: int) -> tuple[torch.Tensor, int]:
 class Agent(nn.Module):
     """A frozen causal language model with LoRA adapters, one of which is active at a time.
 
-    `policy` writes, `value` with its head is the critic, `reward` with its head scores; without, the model is the reference.
+    `policy` writes, `value` with its head is the critic, `reward` with its head scores. With none the model is the reference.
     """
 
     def __init__(self, lm: transformers.PreTrainedModel, with_lm_head: bool = True):
@@ -286,7 +286,7 @@ class Agent(nn.Module):
         self.active = name
 
     def set_updating(self, updating: bool) -> None:
-        """The adapters' dropout, and checkpointing, which transformers ties to train mode; without noise of the base."""
+        """Switches the adapters' dropout, and checkpointing, which transformers ties to train mode. The base has no dropout."""
         for name, module in self.lm.named_modules():
             if "lora_dropout" in name or getattr(module, "gradient_checkpointing", False):
                 module.training = updating
@@ -307,7 +307,7 @@ class Agent(nn.Module):
     def states(self, tokens: torch.Tensor, prompt_length: int, adapter: str | None, copies: int = 1):
         """The last hidden states [N, d] before the N response tokens that are not PAD, row by row; and these tokens [N].
 
-        tokens: [B, prompt_length + R]. copies: they are so many times the same prompts, each of which then passes once.
+        tokens: [B, prompt_length + R]. With copies = 2 the second half has the prompts of the first: each passes once.
         """
         tokens, prompt_length = trim(tokens, prompt_length)
         responses, real = tokens[:, prompt_length:], tokens != PAD
@@ -325,7 +325,7 @@ class Agent(nn.Module):
         """Log-probabilities of the tokens [N] at that temperature, among the whole vocabulary; entropies, or None."""
         logits = self.logits(hidden, temperature)
         entropies = logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1) if with_entropy else None
-        return -F.cross_entropy(logits, tokens, reduction="none"), entropies  # which keeps one array [N, V], the log-softmax
+        return -F.cross_entropy(logits, tokens, reduction="none"), entropies  # keeps one array [N, V] for backward
 
     def forward(self, tokens, prompt_length: int, temperature: float, with_entropy: bool = False, adapter="policy"):
         """Log-probabilities and entropies (or None), [N] each, of the N response tokens that are not PAD, row by row."""
@@ -406,7 +406,7 @@ def tokenize_after(tokenizer, before: str, text: str) -> tuple[list[int], list[i
 
 
 def without_heading(post: str) -> str:
-    """The post up to the TL;DR: that stands behind it. A post may begin with one."""
+    """The post up to its first TL;DR:, which is the ending. One that the post begins with is kept."""
     post = post.strip()
     return (post[:1] + post[1:].split(ENDING)[0]).strip()
 
@@ -628,10 +628,10 @@ def train(args, run, posts, models):
         done = iteration + 1
         run.log(done, stats, seconds)
         stopping = run.stopping()
-        if args.eval_interval and done % args.eval_interval == 0 and not stopping:
-            run.evaluate("eval", models, posts["validation"])
         if done % args.checkpoint_interval == 0 or stopping or done == args.iterations:
-            run.save(trained, optimizer, stopping)
+            run.save(trained, optimizer, stopping)  # after a signal the run ends here
+        if args.eval_interval and done % args.eval_interval == 0:
+            run.evaluate("eval", models, posts["validation"])
     run.finish(run.evaluate("test", models, posts["test"]), agent, tokenizer)
 
 
@@ -652,10 +652,7 @@ class RougeWords(DefaultTokenizer):
 
 @torch.no_grad()
 def evaluate(agent, reward, tokenizer, posts, args, accelerator) -> tuple[dict[str, float], list[dict]]:
-    """Summarises the posts greedily: means of what `describe` and ROUGE (F-measures) say of them, and every sample.
-
-    Without reference summaries, as of --prompts, nothing is compared.
-    """
+    """Summarises the posts greedily. Returns means (`describe`; without --prompts also ROUGE's F-measures) and the samples."""
     greedy, parts = replace(args, top_k=1), []
     prompts, references = encode(posts, tokenizer, args)
     for rows in prompts.split(args.trajectories_per_update):
@@ -726,6 +723,8 @@ def load_reward(args: Args, agent: Agent, tokenizer, device: torch.device) -> Ag
     """The model whose head `reward` scores texts: the agent itself with an adapter, if both have one base, or another one."""
     name = "reward_base" if args.reward_model is None else "reward_model"
     source = getattr(args, name)
+    if "<|endoftext|>" in args.reward_text and "<|endoftext|>" not in tokenizer.get_vocab():
+        raise bad(args, "reward_text", "expected the special tokens of --tokenizer, which has no <|endoftext|>")
     shared = name == "reward_base" and (source == args.policy or Path(source).resolve() == Path(args.policy).resolve())
     model = agent if shared else Agent(load_lm(args, name, device), with_lm_head=False).to(device)
     positions = getattr(model.lm.config, "max_position_embeddings", 0)
@@ -762,7 +761,7 @@ def load_reward(args: Args, agent: Agent, tokenizer, device: torch.device) -> Ag
 
 
 def keeps_activations(args: Args, lm: transformers.PreTrainedModel, device: torch.device) -> bool:
-    """Whether a GPU has the memory for an update without checkpointing: about 24 vectors and the heads' weights a token."""
+    """Whether a GPU can keep an update's activations: about 24 hidden vectors and the attention weights, a token and layer."""
     config, length = lm.config.get_text_config(), args.max_prompt_length + 2 * args.response_length  # and the reference
     rows = args.minibatch_size // int(os.environ.get("WORLD_SIZE", 1)) // args.gradient_accumulation
     token = 24 * config.hidden_size * lm.dtype.itemsize + 4 * config.num_attention_heads * length
@@ -789,7 +788,7 @@ def load_models(args: Args, device: torch.device):
     reward = load_reward(args, agent, tokenizer, device)
     if args.gradient_checkpointing and not keeps_activations(args, lm, device):
         lm.activation_checkpointing_enable({"use_reentrant": False})
-    else:  # checkpointed layers keep no cache, and one of state-space layers continues with single tokens alone
+    else:  # checkpointed layers keep no cache; Jamba's cannot continue one by several tokens at once: try
         agent.shares_prompts = True
         with torch.no_grad():
             plain, shared = (agent.states(tokens, 2, None, copies)[0].float() for copies in (1, 2))
@@ -841,7 +840,7 @@ def save_adapter(folder: Path, agent: Agent, name: str, base: str, tokenizer) ->
 
 
 def save_policy(run_folder: Path, agent: Agent, tokenizer, args: Args) -> None:
-    """adapters/ for peft, and model/ for from_pretrained, the policy merged into the base, which ends the agent's training."""
+    """adapters/ for peft; model/, the policy merged and rounded to --dtype, for from_pretrained. Ends the agent's training."""
     for name in ("policy", "value"):
         save_adapter(run_folder / "adapters" / name, agent, name, args.policy, tokenizer)
     if not args.load_in_4bit:  # 4-bit weights are too coarse to merge into
@@ -868,7 +867,7 @@ def check_task(args, processes):
 
 SCRIPT = Path(__file__).name
 
-if sys.platform == "linux":  # glibc keeps freed memory: PPO takes a sixth less time on two cores
+if sys.platform == "linux":  # glibc keeps freed memory for reuse: a sixth less time for PPO on Atari
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
     mallopt(-4, 0)  # M_MMAP_MAX
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
@@ -917,7 +916,7 @@ def perplexity(agent: Agent, ids: list[int]) -> float:
 
 @contextlib.contextmanager
 def atomically(path):
-    """A path to write to, which then takes the place of `path`: a kill leaves the old file or folder, or the new one, whole."""
+    """A path to write to, which then takes the place of `path`. A kill leaves whole files; a folder to be replaced may go."""
     temporary = path.with_name(f"{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed run
     yield temporary
@@ -964,7 +963,7 @@ class Run:
         self.iteration = self.start = known["iteration"]
         self.seconds = self.start_seconds = known["seconds"]
         self.before = (known["before"], known["samples_before"]) if self.checkpoint else None
-        if threading.current_thread() is threading.main_thread():  # no other may handle signals
+        if threading.current_thread() is threading.main_thread():  # only it may set signal handlers
             for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
                 if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                     self.cleanup.callback(signal.signal, number, signal.signal(number, self.on_signal))
@@ -1002,7 +1001,7 @@ class Run:
             wandb.define_metric("*", step_metric="global_step")
             for name in ("eval/score", "test/score"):
                 wandb.define_metric(name, step_metric="global_step", summary="max,last")
-        (self.folder / "result.json").unlink(missing_ok=True)  # of the shorter run that this one continues
+        (self.folder / "result.json").unlink(missing_ok=True)  # a resumed run has no result until it ends again
         write_json(self.folder / "args.json", self.record)
 
     def on_signal(self, number, frame):
@@ -1010,7 +1009,7 @@ class Run:
         self.signals.append(number)
         if len(self.signals) > 1:
             sys.exit(128 + number)
-        with contextlib.suppress(OSError):  # the terminal may be gone; not print, which may be what the signal interrupted
+        with contextlib.suppress(OSError):  # the terminal may be gone; not print: the signal may have interrupted one
             os.write(2, b"\nfinishing this iteration, then saving; once more quits now\n" * self.leads)
 
     def stopping(self):
@@ -1058,7 +1057,7 @@ class Run:
             sys.exit(128 + number)
 
     def evaluate(self, name, models, texts):
-        """What `evaluate` measures of the texts, logged as name/..., and its samples; (None, []) of none."""
+        """Measures the texts by `evaluate` and logs name/.... Returns means and samples; (None, []) without texts."""
         if not texts:
             return None, []
         result, samples = evaluate(*models, texts, self.args, self.accelerator)
@@ -1132,7 +1131,7 @@ def prepare_hub(args):
         huggingface_hub.constants.HF_HUB_OFFLINE = True
         datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # else transformers asks a conversion service to open a pull request
-    transformers.utils.logging.set_verbosity_error()  # of texts too long for the tokenizer, which encode and score cut
+    transformers.utils.logging.set_verbosity_error()  # it warns of texts beyond the tokenizer's limit, which we cut
 
 
 def from_pretrained(args, name, loader, **options):
@@ -1183,7 +1182,7 @@ def check_policy(args, lm, tokenizer):
 
 @torch.no_grad()
 def check_lm(args, name, lm, backbone, length):
-    """Refuses a model whose logits differ from its own for a text alone: padded on the left, or token by token with a cache.
+    """Refuses a model whose logits for a text change with padding on the left, or token by token with a cache.
 
     `length` is that of the longest text in use: some models switch their positions with it. backbone: `Agent.backbone`.
     """
@@ -1245,7 +1244,7 @@ def column(rows, name):
 
 def load_weights(agent, checkpoint):
     """Puts the trained weights of a checkpoint into the agent; all others are as they were loaded."""
-    if checkpoint["agent"].keys() != trained_parameters(agent).keys():  # strict=False would pass over missing ones
+    if list(checkpoint["agent"]) != list(trained_parameters(agent)):  # strict=False passes over missing ones
         raise BadInput("checkpoint.pt has other weights than --policy has with these versions")
     agent.load_state_dict(checkpoint["agent"], strict=False)
 
@@ -1254,13 +1253,11 @@ def load_weights(agent, checkpoint):
 
 
 def load_args(run_folder):
-    """The arguments of a run. Those that an earlier version had and this one has not are named and ignored."""
+    """The arguments of a run. Warns of those that only an earlier version had, and ignores them."""
     try:
         saved = json.loads(Path(run_folder, "args.json").read_text())
     except OSError as error:
-        newest = sorted(Path(run_folder).glob("*/args.json"), key=lambda path: path.stat().st_mtime)[-3:]
-        folders = ", ".join(str(path.parent) for path in newest) or "none"
-        raise BadInput(f"{run_folder} is no run folder ({error}); the newest run folders in it: {folders}") from error
+        raise BadInput(f"{run_folder} is no run folder ({error})") from error
     if saved["script"] != SCRIPT:
         raise BadInput(f"{run_folder} is a run of {saved['script']}; expected a run of {SCRIPT}")
     gone = saved["args"].keys() - {field.name for field in fields(Args)}
@@ -1311,8 +1308,10 @@ def check(args):
         raise bad(args, "minibatch_size", f"expected a multiple of {parts}")
     if args.prompts and not args.evaluate:
         raise bad(args, "prompts", "expected --evaluate with it")
+    if args.evaluate and processes > 1:
+        raise bad(args, "evaluate", f"expected one process, not {processes}")
     check_task(args, processes)
-    if args.track and os.environ.get("WANDB_MODE", "online") == "online":
+    if args.track and os.environ.get("WANDB_MODE", "online") == "online" and os.environ.get("RANK", "0") == "0":
         import wandb
 
         wandb.login()  # asks for a key where one is missing

@@ -588,6 +588,9 @@ def test_reward_models_that_would_score_wrongly_are_refused(assets, tmp_path):
     short = save(transformers.GPT2ForSequenceClassification(config), tmp_path / "short")
     err = refused(load, tldr, assets, reward_model=short)
     assert f"--reward-max-length 40: expected 39 or less, the context of {short}" in err
+    llama = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"film": 0}, unk_token="film")))
+    err = refused(tldr.load_reward, make_args(tldr, assets), None, llama, CPU)  # it would split <|endoftext|> and score a part
+    assert "expected the special tokens of --tokenizer, which has no <|endoftext|>" in err
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

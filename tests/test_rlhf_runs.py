@@ -237,10 +237,8 @@ def test_a_run_folder_of_an_earlier_version(task, call, finished, capsys):
 
 
 def test_evaluation_refuses_what_its_processes_cannot_share():
-    imdb.check_task(imdb.Args(evaluate="a run", prompts="a file"), 1)
-    for changed in ({"prompts": "a file"}, {"eval_episodes": 7}):
-        with pytest.raises(imdb.BadInput, match="expected a multiple of the 2 processes, and one process with --prompts"):
-            imdb.check_task(imdb.Args(evaluate="a run", **changed), 2)
+    with pytest.raises(imdb.BadInput, match=r"--eval-episodes 7: expected a multiple of the 2 processes"):
+        imdb.check_task(imdb.Args(eval_episodes=7), 2)
 
 
 @each
@@ -256,7 +254,26 @@ def test_arms_have_names_of_their_own(task):
         assert module.name_arm(module.Args(**changed)) == name
 
 
+@each
+def test_a_run_is_evaluated_by_one_process(task, call, finished, monkeypatch):
+    """Several would print each text several times and write one model together."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(task[0].BadInput, match=r": expected one process, not 2"):
+        call("--evaluate", finished)
+
+
 # --- signals, kills, faults -------------------------------------------------------------------------------------------
+
+
+@each
+def test_an_evaluation_that_fails_loses_no_iteration(task, call, tmp_path, monkeypatch):
+    """As for want of memory: the iteration before it is saved."""
+    module, _ = task
+    evaluate, calls = module.evaluate, []
+    monkeypatch.setattr(module, "evaluate", lambda *own: (calls.append(1), evaluate(*own) if len(calls) < 3 else 1 / 0)[1])
+    with pytest.raises(ZeroDivisionError):
+        call("--iterations", 4, "--eval-interval", 1, "--checkpoint-interval", 1, "--run-dir", tmp_path)
+    assert torch.load(only(tmp_path) / "checkpoint.pt", weights_only=True)["iteration"] == 2
 
 
 @each
