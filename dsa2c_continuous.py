@@ -45,7 +45,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy multiplies single observations only: more threads are slower
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy multiplies few observations at a time: more threads are slower
 
 import filelock
 import gymnasium
@@ -74,7 +74,7 @@ class Args:
     Z: Annotated[float, Field(lt=0)] = -1.0  # the constant that stands for log 0 in the reverse loss (Eq. 7)
     literal_signs: bool = False  # use the sign that Eq. 7 prints for A < 0; its gradient opposes A2C's
     mean_weight: bool = False  # a control: replace each sample's weight alpha + beta |Z| pi_i by its mean over the rollout
-    reverse_prob: Literal["joint", "factored"] = "joint"  # reverse loss of the joint action, as released, or a term a dimension
+    reverse_prob: Literal["joint", "factored"] = "joint"  # one reverse term per action (joint, as released) or per dimension
     noise: Literal["none", "gaussian"] = "none"  # gaussian: adds N(0, noise_std^2) to the learner's normalised rewards
     noise_std: NonNegativeFloat = 0.05  # standard deviation of the noise
 
@@ -86,7 +86,7 @@ class Args:
     learning_rate: PositiveFloat = 7e-4  # learning rate of RMSprop
     rmsprop_alpha: Probability = 0.99  # smoothing constant of RMSprop
     rmsprop_eps: PositiveFloat = 1e-5  # epsilon of RMSprop, outside the root
-    num_envs: PositiveInt = 4  # number of environments, stepped in turn
+    num_envs: PositiveInt = 4  # number of environments, stepped one after another
     num_steps: PositiveInt = 8  # steps of each environment per rollout
     anneal_lr: bool = False  # anneal the learning rate linearly to 0
     gamma: Probability = 0.99  # discount factor; the paper uses 0.9999 on Swimmer
@@ -115,7 +115,7 @@ class Args:
     num_threads: NonNegativeInt = 1  # CPU threads of torch; 0: all cores, slower for networks this small
 
 
-# Generators seeded with [seed, purpose, step]; of evaluations with [seed, purpose]: all of them play the same games
+# Purposes of generators. Each is seeded with [seed, purpose, step], an evaluation's with [seed, purpose]: from the same seeds
 EVALUATION, NOISE, ENVS, ACTIONS = 1, 2, 3, 4
 
 
@@ -131,8 +131,8 @@ def symmetric_a2c_loss(logprobs, advantages, Z=-1.0, literal_signs=False):
     policy_loss = -(advantages * logprobs).mean()
 
     signed = advantages.abs() if literal_signs else advantages
-    # expm1 is precise where pi_i is nearly 1. A density above 1 counts as 1: the Gaussian policy of the continuous script,
-    # which has beta 0, can have it.
+    # expm1 is precise where pi_i is nearly 1. The clamp is for Gaussian policies (dsa2c_continuous.py, with beta 0), whose
+    # densities can exceed 1: an infinite loss times beta 0 would be NaN.
     others = -logprobs.clamp(max=0).expm1()  # sum_{j != i} pi_j = 1 - pi_i
     reverse_loss = (-signed * Z * others).mean()
     return policy_loss, reverse_loss
@@ -154,7 +154,7 @@ def rollout_loss(agent, args, obs, actions, advantages, returns):
     policy_loss, reverse_loss = symmetric_a2c_loss(logprobs.sum(-1), advantages, args.Z, args.literal_signs)
     if args.reverse_prob == "factored":
         reverse_loss = factored_a2c_reverse(logprobs, advantages, args.Z, args.literal_signs)
-    if args.mean_weight:  # in place of each sample's own pi_i (its weight in the gradient) their mean
+    if args.mean_weight:  # the control: in the gradient each sample has the mean pi_i as its weight, not its own
         reverse_loss = -args.Z * logprobs.detach().sum(-1).exp().mean() * policy_loss
     value_loss = F.mse_loss(values, returns)
     entropy = entropies.mean()
@@ -268,7 +268,7 @@ class PlainEnv(gymnasium.Wrapper):
 
 
 def make_env(args, seed=None, **kwargs):
-    """One environment with a time limit. `seed` seeds the global generators and the spaces, which it may draw from."""
+    """One environment with a time limit. `seed` seeds the global generators and the spaces: it may draw from them."""
     if seed is not None:
         for seed_global in (random.seed, np.random.seed, torch.manual_seed):
             seed_global(seed)
@@ -300,8 +300,8 @@ def to_env(actions: np.ndarray, space: gymnasium.Space, bins: np.ndarray | None)
 
 
 def step_envs(envs: list[PlainEnv], env_actions: np.ndarray):
-    """One step of each environment; an episode that ends is reset within the same step (SAME_STEP). Returns obs [num_envs,
-    obs_dim], of the next episode where one ended, rewards, terminated, truncated [num_envs], and final_obs as {env: obs}.
+    """Steps each environment. One whose episode ends is reset within the same step (SAME_STEP). Returns obs [num_envs, obs_dim]
+    after the resets, rewards, terminated, truncated [num_envs], and final_obs: {index of an ended episode: its last obs}.
     """
     steps, final_obs = [], {}
     for i, env in enumerate(envs):
@@ -380,7 +380,7 @@ def train(args, run):
     envs = [run.cleanup.enter_context(contextlib.closing(make_env(args, seed))) for seed in seeds]
     space, (obs_dim,) = envs[0].action_space, envs[0].observation_space.shape
     counts, bins = make_bins(space, args.num_bins)
-    with torch.random.fork_rng(devices=[]):  # torch's global generator is the environments'
+    with torch.random.fork_rng(devices=[]):  # torch's global generator is left to the environments
         torch.manual_seed(args.seed + run.global_step)
         agent = Agent(obs_dim, counts).to(run.device)
     weights = flatten_parameters(agent)  # one long parameter: the optimiser and the norm take one call each
@@ -414,10 +414,10 @@ def train(args, run):
         start = time.perf_counter()
         fraction_left = 1.0 - iteration / num_iterations if args.anneal_lr else 1.0
         learning_rate = fraction_left * args.learning_rate
-        # compiled code sees a tensor change; it would be compiled anew for each number
+        # a tensor: for each new Python number torch.compile would compile anew
         optimizer.param_groups[0]["lr"] = torch.tensor(learning_rate) if args.compile else learning_rate
 
-        # act, with weights that the last gradient step may have broken
+        # act, after a check: the last gradient step may have made weights infinite or NaN
         run.end_if_not_finite({"the sum of the weights": weights.sum().item()})
         actor, truncations = numpy_actor(agent), []
         reward_noise = args.noise_std * noise_rng.standard_normal(shape) if args.noise == "gaussian" else np.zeros(shape)
@@ -452,10 +452,10 @@ def train(args, run):
             values = agent.critic(batch[0]).view(shape)
             next_values = agent.critic(torch.from_numpy(next_obs).to(run.device)).squeeze(-1)
             if truncations:
-                steps, indices, final_obs = zip(*truncations, strict=True)
-                final_values = agent.critic(torch.from_numpy(np.array(final_obs)).to(run.device)).squeeze(-1)
+                steps, indices, last_observations = zip(*truncations, strict=True)
+                final_values = agent.critic(torch.from_numpy(np.array(last_observations)).to(run.device)).squeeze(-1)
                 rewards[steps, indices] += args.gamma * final_values.cpu().numpy()
-            rewards_t, dones_t = torch.as_tensor(np.stack([rewards, dones]), device=run.device)
+            rewards_t, dones_t = torch.as_tensor(np.stack([rewards, dones]), device=run.device)  # one transfer
             advantages, returns = compute_gae(rewards_t, values, dones_t, next_values, args.gamma, args.gae_lambda)
         batch += [advantages.flatten(), returns.flatten()]
         shares = grad_shares(agent, args, rollout_loss, batch) if (iteration + 1) % args.log_interval == 0 else {}
@@ -464,7 +464,7 @@ def train(args, run):
         reward_noises.append(reward_noise)
         seconds += time.perf_counter() - start
 
-        # log; before a stop, too: the curves since the last log would be lost
+        # log, also before a stop: the statistics since the last log would be lost
         stopping, last = bool(run.signals), iteration + 1 == num_iterations
         if last or stopping or (iteration + 1) % args.log_interval == 0:
             stats = {name: torch.stack([each[name] for each in history]).mean().item() for name in history[0]} | shares
@@ -500,7 +500,7 @@ FILM = {"render_mode": "rgb_array"}
 
 
 def flatten_parameters(module: nn.Module) -> nn.Parameter:
-    """One parameter of which all of `module`, and their gradients, become views: Adam and the norm take one call, not 13."""
+    """One flat parameter. The parameters of `module` and their gradients become views of it: the norm takes one call."""
     parameters = list(module.parameters())
     flat = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
     flat.grad = torch.zeros_like(flat)
@@ -519,6 +519,8 @@ def evaluate(policy, args, device, video=None, stop=()):
     (agent, obs_stats), returns = policy, []
     actor = numpy_actor(agent)
     for seed in np.random.default_rng([args.seed, EVALUATION]).integers(2**31, size=args.eval_episodes).tolist():
+        if stop:
+            break
         filming = video is not None and not returns
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(random.setstate, random.getstate())  # the environments of the training may draw from these
@@ -528,7 +530,7 @@ def evaluate(policy, args, device, video=None, stop=()):
             _, bins = make_bins(env.action_space, args.num_bins)
             if filming:
                 video.parent.mkdir(exist_ok=True)
-                unfinished, fps = video.with_name("unfinished.mp4"), env.metadata.get("render_fps", 30)
+                unfinished, fps = video.with_name(f"unfinished_{video.name}"), env.metadata.get("render_fps", 30)
                 film = cleanup.enter_context(imageio.get_writer(unfinished, fps=fps, macro_block_size=2))
             obs, _ = env.reset(seed=seed)
             episode_return, done = 0.0, False
@@ -670,13 +672,13 @@ class Run:
         self.start_seconds = self.seconds = self.checkpoint["seconds"] if self.checkpoint else 0.0
         if args.track:
             self.track()
-        (self.folder / "result.json").unlink(missing_ok=True)  # of the shorter run that this one continues
+        (self.folder / "result.json").unlink(missing_ok=True)  # a resumed run has no result until it ends again
         self.write("args.json", json.dumps(self.record, indent=2).encode())
         self.writer = SummaryWriter(self.folder, purge_step=self.start_step + 1)  # hides what came after the checkpoint
         self.cleanup.callback(self.writer.close)
         rows = "\n".join(f"|{name}|{value}|" for name, value in self.record["args"].items())
         self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
-        if threading.current_thread() is threading.main_thread():  # no other may handle signals
+        if threading.current_thread() is threading.main_thread():  # only it may set signal handlers
             for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
                 if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                     self.cleanup.callback(signal.signal, number, signal.signal(number, self.on_signal))
@@ -702,7 +704,7 @@ class Run:
         self.signals.append(number)
         if len(self.signals) > 1:
             sys.exit(128 + number)
-        with contextlib.suppress(OSError):  # the terminal may be gone; not print, which may be what the signal interrupted
+        with contextlib.suppress(OSError):  # the terminal may be gone; not print: the signal may have interrupted one
             os.write(2, b"\nfinishing this iteration, then saving; once more quits now\n")
 
     def write(self, name, data):
@@ -784,13 +786,11 @@ def stderr(scores):
 
 
 def load_args(run_folder):
-    """The arguments of a run. Those that an earlier version had and this one has not are named and ignored."""
+    """The arguments of a run. Warns of those that only an earlier version had, and ignores them."""
     try:
         saved = json.loads(Path(run_folder, "args.json").read_text())
     except OSError as error:
-        newest = sorted(Path(run_folder).glob("*/args.json"), key=lambda path: path.stat().st_mtime)[-3:]
-        folders = ", ".join(str(path.parent) for path in newest) or "none"
-        raise BadInput(f"{run_folder} is no run folder ({error}); the newest run folders in it: {folders}") from error
+        raise BadInput(f"{run_folder} is no run folder ({error})") from error
     if saved["script"] != SCRIPT:
         raise BadInput(f"{run_folder} is a run of {saved['script']}; expected a run of {SCRIPT}")
     gone = saved["args"].keys() - {field.name for field in fields(Args)}
@@ -806,19 +806,19 @@ RESUMABLE += ["compile", "track", "wandb_project_name", "wandb_entity"]
 
 
 def own_args(args):
-    """The arguments of the run to --evaluate or --resume. The run's video, W&B and compilation are not its evaluation's."""
+    """The run's own arguments for --evaluate or --resume. --evaluate inherits no capture_video, track and compile."""
     own = replace(load_args(args.evaluate or args.resume), resume=args.resume, evaluate=args.evaluate)
     return replace(own, capture_video=False, track=False, compile=False) if args.evaluate else own
 
 
 def parse_args(argv=None):
-    """The command line; with --resume or --evaluate in the place of that run's own arguments."""
+    """The command line. With --resume or --evaluate the defaults are that run's own arguments."""
     args = tyro.cli(Args, args=argv)
     return tyro.cli(Args, args=argv, default=own_args(args)) if args.resume or args.evaluate else args
 
 
 def check_resumed(args):
-    """Refuses what would make another run of the run to --resume or --evaluate."""
+    """With --resume or --evaluate: refuses to change an argument that must stay the run's own."""
     own, allowed = own_args(args), EVALUABLE if args.evaluate else RESUMABLE
     for name, value in asdict(own).items():
         given, shorter = getattr(args, name), name == "total_timesteps" and args.total_timesteps < own.total_timesteps

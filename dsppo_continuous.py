@@ -45,7 +45,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy multiplies single observations only: more threads are slower
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy multiplies few observations at a time: more threads are slower
 
 import filelock
 import gymnasium
@@ -73,7 +73,7 @@ class Args:
     beta: NonNegativeFloat = 20.0  # weight of the reverse loss (Eq. 9); the paper uses 20 without noise and 20 to 50 with
     Z: Annotated[float, Field(lt=0)] = -1.0  # the constant that stands for log 0 in the reverse loss (Eq. 8)
     literal_signs: bool = False  # use the sign that Eq. 8 prints for A < 0; its gradient opposes PPO's
-    reverse_prob: Literal["joint", "factored"] = "joint"  # reverse loss of the joint action, as released, or a term a dimension
+    reverse_prob: Literal["joint", "factored"] = "joint"  # one reverse term per action (joint, as released) or per dimension
     noise: Literal["none", "gaussian"] = "none"  # gaussian: adds N(0, noise_std^2) to the learner's normalised rewards
     noise_std: NonNegativeFloat = 0.05  # standard deviation of the noise
 
@@ -84,13 +84,13 @@ class Args:
     total_timesteps: PositiveInt = 2_000_000  # environment steps, rounded down to whole iterations
     learning_rate: PositiveFloat = 3e-4  # learning rate of Adam
     adam_eps: PositiveFloat = 1e-5  # epsilon of Adam
-    num_envs: PositiveInt = 1  # number of environments, stepped in turn
+    num_envs: PositiveInt = 1  # number of environments, stepped one after another
     num_steps: PositiveInt = 2048  # steps of each environment per rollout
     anneal_lr: bool = False  # anneal the learning rate linearly to 0
     gamma: Probability = 0.99  # discount factor
     gae_lambda: Probability = 0.95  # lambda of generalised advantage estimation
     update_epochs: PositiveInt = 10  # passes over each rollout
-    minibatch_size: Annotated[int, Field(ge=2)] = 64  # samples per gradient step; divides num_envs x num_steps
+    minibatch_size: Annotated[int, Field(ge=2)] = 64  # samples per gradient step; must divide num_envs x num_steps
     norm_adv: bool = True  # normalise the advantages of each minibatch
     clip_coef: PositiveFloat = 0.2  # eps of PPO: the ratio's clip range is [1 - eps, 1 + eps]
     ent_coef: NonNegativeFloat = 0.0  # weight of the entropy bonus
@@ -116,7 +116,7 @@ class Args:
     num_threads: NonNegativeInt = 1  # CPU threads of torch; 0: all cores, slower for networks this small
 
 
-# Generators seeded with [seed, purpose, step]; of evaluations with [seed, purpose]: all of them play the same games
+# Purposes of generators. Each is seeded with [seed, purpose, step], an evaluation's with [seed, purpose]: from the same seeds
 EVALUATION, NOISE, ENVS, ACTIONS = 1, 2, 3, 4
 
 
@@ -126,8 +126,8 @@ EVALUATION, NOISE, ENVS, ACTIONS = 1, 2, 3, 4
 def symmetric_ppo_loss(logprobs, old_logprobs, advantages, clip_coef, Z=-1.0, literal_signs=False):
     """L_ppo and L_rppo (Eq. 3 and 8), means over the batch, and statistics. The inputs are [B]; the caller weights (Eq. 9).
 
-    In Eq. 8 sum_{j != i} pi_j / pi_old_i = 1 / pi_old_i - r. The first term is left out: it has no gradient and overflows
-    float32. With Z = -1 both losses have the same gradient, sample by sample; with literal_signs opposite ones where A < 0.
+    In Eq. 8 sum_{j != i} pi_j / pi_old_i = 1 / pi_old_i - r. 1 / pi_old_i is left out: it has no gradient and overflows
+    float32. With Z = -1 both losses have the same gradient, sample by sample. With literal_signs they oppose where A < 0.
     """
     logratio = logprobs - old_logprobs
     ratio = logratio.clamp(-20, 20).exp()  # finite; changes no gradient while |log r| < 20
@@ -286,7 +286,7 @@ class PlainEnv(gymnasium.Wrapper):
 
 
 def make_env(args, seed=None, **kwargs):
-    """One environment with a time limit. `seed` seeds the global generators and the spaces, which it may draw from."""
+    """One environment with a time limit. `seed` seeds the global generators and the spaces: it may draw from them."""
     if seed is not None:
         for seed_global in (random.seed, np.random.seed, torch.manual_seed):
             seed_global(seed)
@@ -318,8 +318,8 @@ def to_env(actions: np.ndarray, space: gymnasium.Space, bins: np.ndarray | None)
 
 
 def step_envs(envs: list[PlainEnv], env_actions: np.ndarray):
-    """One step of each environment; an episode that ends is reset within the same step (SAME_STEP). Returns obs [num_envs,
-    obs_dim], of the next episode where one ended, rewards, terminated, truncated [num_envs], and final_obs as {env: obs}.
+    """Steps each environment. One whose episode ends is reset within the same step (SAME_STEP). Returns obs [num_envs, obs_dim]
+    after the resets, rewards, terminated, truncated [num_envs], and final_obs: {index of an ended episode: its last obs}.
     """
     steps, final_obs = [], {}
     for i, env in enumerate(envs):
@@ -412,7 +412,7 @@ def train(args, run):
     envs = [run.cleanup.enter_context(contextlib.closing(make_env(args, seed))) for seed in seeds]
     space, (obs_dim,) = envs[0].action_space, envs[0].observation_space.shape
     counts, bins = make_bins(space, args.num_bins)
-    with torch.random.fork_rng(devices=[]):  # torch's global generator is the environments'
+    with torch.random.fork_rng(devices=[]):  # torch's global generator is left to the environments
         torch.manual_seed(args.seed + run.global_step)
         agent = Agent(obs_dim, counts).to(run.device)
         shuffle_rng = torch.default_generator.clone_state()
@@ -436,7 +436,7 @@ def train(args, run):
     draw = action_rng.gumbel if agent.num_bins else action_rng.standard_normal
     exploration_shape = (*actions.shape[1:], agent.num_bins) if agent.num_bins else actions.shape[1:]
     rewards, dones = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
-    share_sample = torch.from_numpy(np.random.default_rng(0).permutation(batch_size)[: args.minibatch_size])
+    share_sample = torch.from_numpy(np.random.default_rng(0).permutation(batch_size)[: args.minibatch_size])  # for grad_shares
     discounted_returns, episode_returns, episode_lengths = np.zeros((3, args.num_envs))
     raw_obs = np.array([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)])
     obs_stats.update(raw_obs)
@@ -446,10 +446,10 @@ def train(args, run):
         start = time.perf_counter()
         fraction_left = 1.0 - iteration / num_iterations if args.anneal_lr else 1.0
         learning_rate = fraction_left * args.learning_rate
-        # compiled code sees a tensor change; it would be compiled anew for each number
+        # a tensor: for each new Python number torch.compile would compile anew
         optimizer.param_groups[0]["lr"] = torch.tensor(learning_rate) if args.compile else learning_rate
 
-        # act, with weights that the last gradient step may have broken
+        # act, after a check: the last gradient step may have made weights infinite or NaN
         run.end_if_not_finite({"the sum of the weights": weights.sum().item()})
         finished_returns, finished_lengths, truncations, actor = [], [], [], numpy_actor(agent)
         reward_noise = args.noise_std * noise_rng.standard_normal(shape) if args.noise == "gaussian" else np.zeros(shape)
@@ -485,10 +485,10 @@ def train(args, run):
             logprobs, values = torch.cat([part[0] for part in parts]), torch.cat([part[2] for part in parts]).view(shape)
             next_values = agent.critic(torch.from_numpy(next_obs).to(run.device)).squeeze(-1)
             if truncations:
-                steps, indices, final_obs = zip(*truncations, strict=True)
-                final_values = agent.critic(torch.from_numpy(np.array(final_obs)).to(run.device)).squeeze(-1)
+                steps, indices, last_observations = zip(*truncations, strict=True)
+                final_values = agent.critic(torch.from_numpy(np.array(last_observations)).to(run.device)).squeeze(-1)
                 rewards[steps, indices] += args.gamma * final_values.cpu().numpy()
-            rewards_t, dones_t = torch.as_tensor(np.stack([rewards, dones]), device=run.device)
+            rewards_t, dones_t = torch.as_tensor(np.stack([rewards, dones]), device=run.device)  # one transfer
             advantages, returns = compute_gae(rewards_t, values, dones_t, next_values, args.gamma, args.gae_lambda)
         batch += [logprobs, advantages.flatten(), returns.flatten()]
         shares = grad_shares(agent, args, minibatch_loss, [tensor[share_sample] for tensor in batch])
@@ -526,7 +526,7 @@ FILM = {"render_mode": "rgb_array"}
 
 
 def flatten_parameters(module: nn.Module) -> nn.Parameter:
-    """One parameter of which all of `module`, and their gradients, become views: Adam and the norm take one call, not 13."""
+    """One flat parameter. The parameters of `module` and their gradients become views of it: the norm takes one call."""
     parameters = list(module.parameters())
     flat = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
     flat.grad = torch.zeros_like(flat)
@@ -545,6 +545,8 @@ def evaluate(policy, args, device, video=None, stop=()):
     (agent, obs_stats), returns = policy, []
     actor = numpy_actor(agent)
     for seed in np.random.default_rng([args.seed, EVALUATION]).integers(2**31, size=args.eval_episodes).tolist():
+        if stop:
+            break
         filming = video is not None and not returns
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(random.setstate, random.getstate())  # the environments of the training may draw from these
@@ -554,7 +556,7 @@ def evaluate(policy, args, device, video=None, stop=()):
             _, bins = make_bins(env.action_space, args.num_bins)
             if filming:
                 video.parent.mkdir(exist_ok=True)
-                unfinished, fps = video.with_name("unfinished.mp4"), env.metadata.get("render_fps", 30)
+                unfinished, fps = video.with_name(f"unfinished_{video.name}"), env.metadata.get("render_fps", 30)
                 film = cleanup.enter_context(imageio.get_writer(unfinished, fps=fps, macro_block_size=2))
             obs, _ = env.reset(seed=seed)
             episode_return, done = 0.0, False
@@ -693,13 +695,13 @@ class Run:
         self.start_seconds = self.seconds = self.checkpoint["seconds"] if self.checkpoint else 0.0
         if args.track:
             self.track()
-        (self.folder / "result.json").unlink(missing_ok=True)  # of the shorter run that this one continues
+        (self.folder / "result.json").unlink(missing_ok=True)  # a resumed run has no result until it ends again
         self.write("args.json", json.dumps(self.record, indent=2).encode())
         self.writer = SummaryWriter(self.folder, purge_step=self.start_step + 1)  # hides what came after the checkpoint
         self.cleanup.callback(self.writer.close)
         rows = "\n".join(f"|{name}|{value}|" for name, value in self.record["args"].items())
         self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
-        if threading.current_thread() is threading.main_thread():  # no other may handle signals
+        if threading.current_thread() is threading.main_thread():  # only it may set signal handlers
             for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
                 if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                     self.cleanup.callback(signal.signal, number, signal.signal(number, self.on_signal))
@@ -725,7 +727,7 @@ class Run:
         self.signals.append(number)
         if len(self.signals) > 1:
             sys.exit(128 + number)
-        with contextlib.suppress(OSError):  # the terminal may be gone; not print, which may be what the signal interrupted
+        with contextlib.suppress(OSError):  # the terminal may be gone; not print: the signal may have interrupted one
             os.write(2, b"\nfinishing this iteration, then saving; once more quits now\n")
 
     def write(self, name, data):
@@ -807,13 +809,11 @@ def stderr(scores):
 
 
 def load_args(run_folder):
-    """The arguments of a run. Those that an earlier version had and this one has not are named and ignored."""
+    """The arguments of a run. Warns of those that only an earlier version had, and ignores them."""
     try:
         saved = json.loads(Path(run_folder, "args.json").read_text())
     except OSError as error:
-        newest = sorted(Path(run_folder).glob("*/args.json"), key=lambda path: path.stat().st_mtime)[-3:]
-        folders = ", ".join(str(path.parent) for path in newest) or "none"
-        raise BadInput(f"{run_folder} is no run folder ({error}); the newest run folders in it: {folders}") from error
+        raise BadInput(f"{run_folder} is no run folder ({error})") from error
     if saved["script"] != SCRIPT:
         raise BadInput(f"{run_folder} is a run of {saved['script']}; expected a run of {SCRIPT}")
     gone = saved["args"].keys() - {field.name for field in fields(Args)}
@@ -829,19 +829,19 @@ RESUMABLE += ["compile", "track", "wandb_project_name", "wandb_entity"]
 
 
 def own_args(args):
-    """The arguments of the run to --evaluate or --resume. The run's video, W&B and compilation are not its evaluation's."""
+    """The run's own arguments for --evaluate or --resume. --evaluate inherits no capture_video, track and compile."""
     own = replace(load_args(args.evaluate or args.resume), resume=args.resume, evaluate=args.evaluate)
     return replace(own, capture_video=False, track=False, compile=False) if args.evaluate else own
 
 
 def parse_args(argv=None):
-    """The command line; with --resume or --evaluate in the place of that run's own arguments."""
+    """The command line. With --resume or --evaluate the defaults are that run's own arguments."""
     args = tyro.cli(Args, args=argv)
     return tyro.cli(Args, args=argv, default=own_args(args)) if args.resume or args.evaluate else args
 
 
 def check_resumed(args):
-    """Refuses what would make another run of the run to --resume or --evaluate."""
+    """With --resume or --evaluate: refuses to change an argument that must stay the run's own."""
     own, allowed = own_args(args), EVALUABLE if args.evaluate else RESUMABLE
     for name, value in asdict(own).items():
         given, shorter = getattr(args, name), name == "total_timesteps" and args.total_timesteps < own.total_timesteps

@@ -115,7 +115,7 @@ class Args:
     num_threads: NonNegativeInt = 0  # CPU threads of torch and of the games; 0: all cores
 
 
-# Generators seeded with [seed, purpose, step]; of evaluations with [seed, purpose]: all of them play the same games
+# Purposes of generators. Each is seeded with [seed, purpose, step], an evaluation's with [seed, purpose]: from the same seeds
 EVALUATION, NOISE, GAMES = 1, 2, 3
 
 
@@ -131,8 +131,8 @@ def symmetric_a2c_loss(logprobs, advantages, Z=-1.0, literal_signs=False):
     policy_loss = -(advantages * logprobs).mean()
 
     signed = advantages.abs() if literal_signs else advantages
-    # expm1 is precise where pi_i is nearly 1. A density above 1 counts as 1: the Gaussian policy of the continuous script,
-    # which has beta 0, can have it.
+    # expm1 is precise where pi_i is nearly 1. The clamp is for Gaussian policies (dsa2c_continuous.py, with beta 0), whose
+    # densities can exceed 1: an infinite loss times beta 0 would be NaN.
     others = -logprobs.clamp(max=0).expm1()  # sum_{j != i} pi_j = 1 - pi_i
     reverse_loss = (-signed * Z * others).mean()
     return policy_loss, reverse_loss
@@ -147,7 +147,7 @@ def rollout_loss(agent, args, obs, actions, advantages, returns):
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
     policy_loss, reverse_loss = symmetric_a2c_loss(logprobs, advantages, args.Z, args.literal_signs)
-    if args.mean_weight:  # in place of each sample's own pi_i (its weight in the gradient) their mean
+    if args.mean_weight:  # the control: in the gradient each sample has the mean pi_i as its weight, not its own
         reverse_loss = -args.Z * logprobs.detach().exp().mean() * policy_loss
     value_loss = F.mse_loss(values, returns)
     entropy = -(all_logprobs.exp() * all_logprobs).sum(-1).mean()
@@ -222,8 +222,8 @@ def resolve_env(env_id):
 def make_envs(rom, num_envs, args, **preprocessing):
     """Games stepped in C++ threads: frame skip 4, maximum of 2 frames, grey 84x84, 4 frames stacked, raw rewards.
 
-    `terminated` marks a lost life, and the game goes on. Unlike in SB3 and CleanRL nothing presses FIRE then, and the frame
-    stack stays. A finished game restarts within the same step. 108,000 frames truncate a game.
+    `terminated` marks a lost life, and the game goes on: nothing presses FIRE then, as SB3 and CleanRL do, and the frame stack
+    stays. A finished game restarts within the same step. 108,000 frames truncate a game.
     """
     settings = {"repeat_action_probability": args.repeat_action_probability, "reward_clipping": False, "episodic_life": False}
     settings |= {"life_loss_info": True, "autoreset_mode": AutoresetMode.SAME_STEP}
@@ -231,9 +231,9 @@ def make_envs(rom, num_envs, args, **preprocessing):
 
 
 def games_over(dones, info, last_info):
-    """[num_envs] bool: which games, not only lives, ended in this step and were reset.
+    """[num_envs] bool: where a whole game, not only a life, ended in this step and was reset.
 
-    Only a new game has more lives after a `done`, or a lower frame count. Games with one life always show the same lives.
+    After a `done` only a new game has more lives or a lower frame number. Lives alone miss games that have one life.
     """
     more_lives = info["lives"] > last_info["lives"]
     fewer_frames = info["episode_frame_number"] < last_info["episode_frame_number"]
@@ -368,14 +368,14 @@ def train(args, run):
         batch = tuple(tensor.flatten(0, 1) for tensor in (obs, actions, advantages, returns))
         # at every second log: the three backward passes then take under 1 % of the time
         shares = grad_shares(agent, args, rollout_loss, batch) if (iteration + 1) % (2 * args.log_interval) == 0 else {}
-        # compiled code sees a tensor change; it would be compiled anew for each number
+        # a tensor: for each new Python number torch.compile would compile anew
         rate = torch.tensor(learning_rate, device=run.device) if args.compile else learning_rate
         stats = update_fn(agent, square_avgs, rate, args, batch)
         history.append({name: value.clone() for name, value in stats.items()})  # a CUDA graph's next replay overwrites them
         fits.append(torch.stack([returns, values]))
         seconds += time.perf_counter() - start
 
-        # log; before a stop, too: the curves since the last log would be lost
+        # log, also before a stop: the statistics since the last log would be lost
         stopping, last = bool(run.signals), iteration + 1 == num_iterations
         if last or stopping or (iteration + 1) % args.log_interval == 0:
             stats = {name: torch.stack([each[name] for each in history]).mean().item() for name in history[0]} | shares
@@ -407,7 +407,7 @@ def train(args, run):
 PARTS = {"policy": ("alpha", "beta"), "value": ("vf_coef",), "entropy": ("ent_coef",)}
 PACKAGES = ("torch", "gymnasium", "ale-py", "numpy")  # whose versions decide the numbers
 
-if sys.platform == "linux":  # glibc keeps freed memory: PPO takes a sixth less time on two cores
+if sys.platform == "linux":  # glibc keeps freed memory for reuse: a sixth less time for PPO on Atari
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
     mallopt(-4, 0)  # M_MMAP_MAX
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
@@ -430,7 +430,7 @@ def evaluate(agent, args, device, video=None, stop=()):
             camera = make_envs(rom, 1, args, grayscale=False, img_height=210, img_width=160, stack_num=1)
             cleanup.callback(camera.close)
             video.parent.mkdir(exist_ok=True)
-            unfinished = video.with_name("unfinished.mp4")
+            unfinished = video.with_name(f"unfinished_{video.name}")
             film = cleanup.enter_context(imageio.get_writer(unfinished, fps=15, macro_block_size=2))
             film.append_data(camera.reset(seed=seeds[:1])[0][0, 0])
         while playing.any() and not stop:
@@ -552,13 +552,13 @@ class Run:
         self.start_seconds = self.seconds = self.checkpoint["seconds"] if self.checkpoint else 0.0
         if args.track:
             self.track()
-        (self.folder / "result.json").unlink(missing_ok=True)  # of the shorter run that this one continues
+        (self.folder / "result.json").unlink(missing_ok=True)  # a resumed run has no result until it ends again
         self.write("args.json", json.dumps(self.record, indent=2).encode())
         self.writer = SummaryWriter(self.folder, purge_step=self.start_step + 1)  # hides what came after the checkpoint
         self.cleanup.callback(self.writer.close)
         rows = "\n".join(f"|{name}|{value}|" for name, value in self.record["args"].items())
         self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
-        if threading.current_thread() is threading.main_thread():  # no other may handle signals
+        if threading.current_thread() is threading.main_thread():  # only it may set signal handlers
             for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
                 if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                     self.cleanup.callback(signal.signal, number, signal.signal(number, self.on_signal))
@@ -584,7 +584,7 @@ class Run:
         self.signals.append(number)
         if len(self.signals) > 1:
             sys.exit(128 + number)
-        with contextlib.suppress(OSError):  # the terminal may be gone; not print, which may be what the signal interrupted
+        with contextlib.suppress(OSError):  # the terminal may be gone; not print: the signal may have interrupted one
             os.write(2, b"\nfinishing this iteration, then saving; once more quits now\n")
 
     def write(self, name, data):
@@ -666,13 +666,11 @@ def stderr(scores):
 
 
 def load_args(run_folder):
-    """The arguments of a run. Those that an earlier version had and this one has not are named and ignored."""
+    """The arguments of a run. Warns of those that only an earlier version had, and ignores them."""
     try:
         saved = json.loads(Path(run_folder, "args.json").read_text())
     except OSError as error:
-        newest = sorted(Path(run_folder).glob("*/args.json"), key=lambda path: path.stat().st_mtime)[-3:]
-        folders = ", ".join(str(path.parent) for path in newest) or "none"
-        raise BadInput(f"{run_folder} is no run folder ({error}); the newest run folders in it: {folders}") from error
+        raise BadInput(f"{run_folder} is no run folder ({error})") from error
     if saved["script"] != SCRIPT:
         raise BadInput(f"{run_folder} is a run of {saved['script']}; expected a run of {SCRIPT}")
     gone = saved["args"].keys() - {field.name for field in fields(Args)}
@@ -688,19 +686,19 @@ RESUMABLE += ["compile", "track", "wandb_project_name", "wandb_entity"]
 
 
 def own_args(args):
-    """The arguments of the run to --evaluate or --resume. The run's video, W&B and compilation are not its evaluation's."""
+    """The run's own arguments for --evaluate or --resume. --evaluate inherits no capture_video, track and compile."""
     own = replace(load_args(args.evaluate or args.resume), resume=args.resume, evaluate=args.evaluate)
     return replace(own, capture_video=False, track=False, compile=False) if args.evaluate else own
 
 
 def parse_args(argv=None):
-    """The command line; with --resume or --evaluate in the place of that run's own arguments."""
+    """The command line. With --resume or --evaluate the defaults are that run's own arguments."""
     args = tyro.cli(Args, args=argv)
     return tyro.cli(Args, args=argv, default=own_args(args)) if args.resume or args.evaluate else args
 
 
 def check_resumed(args):
-    """Refuses what would make another run of the run to --resume or --evaluate."""
+    """With --resume or --evaluate: refuses to change an argument that must stay the run's own."""
     own, allowed = own_args(args), EVALUABLE if args.evaluate else RESUMABLE
     for name, value in asdict(own).items():
         given, shorter = getattr(args, name), name == "total_timesteps" and args.total_timesteps < own.total_timesteps

@@ -89,7 +89,7 @@ class Args:
     gamma: Probability = 0.99  # discount factor
     gae_lambda: Probability = 0.95  # lambda of generalised advantage estimation
     update_epochs: PositiveInt = 4  # passes over each rollout
-    minibatch_size: Annotated[int, Field(ge=2)] = 256  # samples per gradient step; divides num_envs x num_steps
+    minibatch_size: Annotated[int, Field(ge=2)] = 256  # samples per gradient step; must divide num_envs x num_steps
     norm_adv: bool = True  # normalise the advantages of each minibatch
     clip_coef: PositiveFloat = 0.1  # eps of PPO: the ratio's clip range is [1 - eps, 1 + eps]
     ent_coef: NonNegativeFloat = 0.01  # weight of the entropy bonus
@@ -117,7 +117,7 @@ class Args:
     num_threads: NonNegativeInt = 0  # CPU threads of torch and of the games; 0: all cores
 
 
-# Generators seeded with [seed, purpose, step]; of evaluations with [seed, purpose]: all of them play the same games
+# Purposes of generators. Each is seeded with [seed, purpose, step], an evaluation's with [seed, purpose]: from the same seeds
 EVALUATION, NOISE, GAMES = 1, 2, 3
 
 
@@ -127,8 +127,8 @@ EVALUATION, NOISE, GAMES = 1, 2, 3
 def symmetric_ppo_loss(logprobs, old_logprobs, advantages, clip_coef, Z=-1.0, literal_signs=False):
     """L_ppo and L_rppo (Eq. 3 and 8), means over the batch, and statistics. The inputs are [B]; the caller weights (Eq. 9).
 
-    In Eq. 8 sum_{j != i} pi_j / pi_old_i = 1 / pi_old_i - r. The first term is left out: it has no gradient and overflows
-    float32. With Z = -1 both losses have the same gradient, sample by sample; with literal_signs opposite ones where A < 0.
+    In Eq. 8 sum_{j != i} pi_j / pi_old_i = 1 / pi_old_i - r. 1 / pi_old_i is left out: it has no gradient and overflows
+    float32. With Z = -1 both losses have the same gradient, sample by sample. With literal_signs they oppose where A < 0.
     """
     logratio = logprobs - old_logprobs
     ratio = logratio.clamp(-20, 20).exp()  # finite; changes no gradient while |log r| < 20
@@ -234,8 +234,8 @@ def resolve_env(env_id):
 def make_envs(rom, num_envs, args, **preprocessing):
     """Games stepped in C++ threads: frame skip 4, maximum of 2 frames, grey 84x84, 4 frames stacked, raw rewards.
 
-    `terminated` marks a lost life, and the game goes on. Unlike in SB3 and CleanRL nothing presses FIRE then, and the frame
-    stack stays. A finished game restarts within the same step. 108,000 frames truncate a game.
+    `terminated` marks a lost life, and the game goes on: nothing presses FIRE then, as SB3 and CleanRL do, and the frame stack
+    stays. A finished game restarts within the same step. 108,000 frames truncate a game.
     """
     settings = {"repeat_action_probability": args.repeat_action_probability, "reward_clipping": False, "episodic_life": False}
     settings |= {"life_loss_info": True, "autoreset_mode": AutoresetMode.SAME_STEP}
@@ -243,9 +243,9 @@ def make_envs(rom, num_envs, args, **preprocessing):
 
 
 def games_over(dones, info, last_info):
-    """[num_envs] bool: which games, not only lives, ended in this step and were reset.
+    """[num_envs] bool: where a whole game, not only a life, ended in this step and was reset.
 
-    Only a new game has more lives after a `done`, or a lower frame count. Games with one life always show the same lives.
+    After a `done` only a new game has more lives or a lower frame number. Lives alone miss games that have one life.
     """
     more_lives = info["lives"] > last_info["lives"]
     fewer_frames = info["episode_frame_number"] < last_info["episode_frame_number"]
@@ -413,7 +413,7 @@ def train(args, run):
 PARTS = {"policy": ("alpha", "beta"), "value": ("vf_coef",), "entropy": ("ent_coef",)}
 PACKAGES = ("torch", "gymnasium", "ale-py", "numpy")  # whose versions decide the numbers
 
-if sys.platform == "linux":  # glibc keeps freed memory: PPO takes a sixth less time on two cores
+if sys.platform == "linux":  # glibc keeps freed memory for reuse: a sixth less time for PPO on Atari
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
     mallopt(-4, 0)  # M_MMAP_MAX
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
@@ -436,7 +436,7 @@ def evaluate(agent, args, device, video=None, stop=()):
             camera = make_envs(rom, 1, args, grayscale=False, img_height=210, img_width=160, stack_num=1)
             cleanup.callback(camera.close)
             video.parent.mkdir(exist_ok=True)
-            unfinished = video.with_name("unfinished.mp4")
+            unfinished = video.with_name(f"unfinished_{video.name}")
             film = cleanup.enter_context(imageio.get_writer(unfinished, fps=15, macro_block_size=2))
             film.append_data(camera.reset(seed=seeds[:1])[0][0, 0])
         while playing.any() and not stop:
@@ -554,13 +554,13 @@ class Run:
         self.start_seconds = self.seconds = self.checkpoint["seconds"] if self.checkpoint else 0.0
         if args.track:
             self.track()
-        (self.folder / "result.json").unlink(missing_ok=True)  # of the shorter run that this one continues
+        (self.folder / "result.json").unlink(missing_ok=True)  # a resumed run has no result until it ends again
         self.write("args.json", json.dumps(self.record, indent=2).encode())
         self.writer = SummaryWriter(self.folder, purge_step=self.start_step + 1)  # hides what came after the checkpoint
         self.cleanup.callback(self.writer.close)
         rows = "\n".join(f"|{name}|{value}|" for name, value in self.record["args"].items())
         self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
-        if threading.current_thread() is threading.main_thread():  # no other may handle signals
+        if threading.current_thread() is threading.main_thread():  # only it may set signal handlers
             for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
                 if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                     self.cleanup.callback(signal.signal, number, signal.signal(number, self.on_signal))
@@ -586,7 +586,7 @@ class Run:
         self.signals.append(number)
         if len(self.signals) > 1:
             sys.exit(128 + number)
-        with contextlib.suppress(OSError):  # the terminal may be gone; not print, which may be what the signal interrupted
+        with contextlib.suppress(OSError):  # the terminal may be gone; not print: the signal may have interrupted one
             os.write(2, b"\nfinishing this iteration, then saving; once more quits now\n")
 
     def write(self, name, data):
@@ -668,13 +668,11 @@ def stderr(scores):
 
 
 def load_args(run_folder):
-    """The arguments of a run. Those that an earlier version had and this one has not are named and ignored."""
+    """The arguments of a run. Warns of those that only an earlier version had, and ignores them."""
     try:
         saved = json.loads(Path(run_folder, "args.json").read_text())
     except OSError as error:
-        newest = sorted(Path(run_folder).glob("*/args.json"), key=lambda path: path.stat().st_mtime)[-3:]
-        folders = ", ".join(str(path.parent) for path in newest) or "none"
-        raise BadInput(f"{run_folder} is no run folder ({error}); the newest run folders in it: {folders}") from error
+        raise BadInput(f"{run_folder} is no run folder ({error})") from error
     if saved["script"] != SCRIPT:
         raise BadInput(f"{run_folder} is a run of {saved['script']}; expected a run of {SCRIPT}")
     gone = saved["args"].keys() - {field.name for field in fields(Args)}
@@ -690,19 +688,19 @@ RESUMABLE += ["compile", "track", "wandb_project_name", "wandb_entity"]
 
 
 def own_args(args):
-    """The arguments of the run to --evaluate or --resume. The run's video, W&B and compilation are not its evaluation's."""
+    """The run's own arguments for --evaluate or --resume. --evaluate inherits no capture_video, track and compile."""
     own = replace(load_args(args.evaluate or args.resume), resume=args.resume, evaluate=args.evaluate)
     return replace(own, capture_video=False, track=False, compile=False) if args.evaluate else own
 
 
 def parse_args(argv=None):
-    """The command line; with --resume or --evaluate in the place of that run's own arguments."""
+    """The command line. With --resume or --evaluate the defaults are that run's own arguments."""
     args = tyro.cli(Args, args=argv)
     return tyro.cli(Args, args=argv, default=own_args(args)) if args.resume or args.evaluate else args
 
 
 def check_resumed(args):
-    """Refuses what would make another run of the run to --resume or --evaluate."""
+    """With --resume or --evaluate: refuses to change an argument that must stay the run's own."""
     own, allowed = own_args(args), EVALUABLE if args.evaluate else RESUMABLE
     for name, value in asdict(own).items():
         given, shorter = getattr(args, name), name == "total_timesteps" and args.total_timesteps < own.total_timesteps

@@ -154,4 +154,4 @@ def test_evaluation_plays_greedily_with_the_frozen_normaliser_and_no_noise():
             obs, reward, terminated, truncated, _ = env.step(action)
             total, done = total + reward, terminated or truncated
         assert total == pytest.approx(expected, rel=1e-4)
-    assert evaluate((agent, obs_stats), args, "cpu", stop=[2]) == [0.0, 0.0]  # nothing is played after a signal
+    assert evaluate((agent, obs_stats), args, "cpu", stop=[2]) == []  # after a signal no environment is made, which may be slow
