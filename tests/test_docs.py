@@ -297,7 +297,7 @@ def test_cells_of_results_md_are_those_of_the_csv_files():
     assert checked > 250
     cells = {cell["arm"]: f"{float(cell['mean']):,.0f}" for cell in read(RESULTS / "atari-ppo-stargunner/cells.csv", "bsc")}
     said = re.sub(r"\s+", " ", (ROOT / "README.md").read_text())
-    assert f"our SPPO scores {cells['sppo']} and our PPO {cells['ppo']}, one seed" in said
+    assert f"our SPPO scores {cells['sppo']} and our PPO {cells['ppo']}, two seeds" in said
 
 
 def test_figures_of_the_oldest_studies_are_those_of_their_reports():

@@ -116,7 +116,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     title = "Does the symmetric loss score higher than the plain loss, and than the plain loss with the same weight?"
     note = (
         "Baseline: plain loss (* with raw advantages). Control: plain loss with the symmetric loss's weight. Bars: bootstrap\n"
-        "intervals over the seeds, thin where there are only three, too few to trust them. Length: per cent of the paper's."
+        "intervals over the seeds, thin where there are two or three, too few to trust them. Length: per cent of the paper's."
     )
     figure.suptitle(title, fontsize=9.5, fontweight="bold", y=0.98)
     axis.set_title(note, fontsize=8)
