@@ -97,7 +97,7 @@ def test_stargunners_policy_is_the_papers_settings_and_plays(tmp_path):
     about, result = (json.loads((STARGUNNER / name).read_text()) for name in ("args.json", "result.json"))
     assert all(result[name] == value for name, value in about.items()) and len(about["commit"]) == 40
     paper = vars(sppo_atari.Args(env_id="StarGunner", noise="bsc", beta=10.0))
-    own = {"exp_name", "bf16", "eval_interval", "num_threads", "wandb_project_name"}
+    own = {"exp_name", "bf16", "eval_interval", "num_threads", "seed", "wandb_project_name"}
     assert {name: about["args"][name] for name in paper.keys() - own} == {name: paper[name] for name in paper.keys() - own}
     assert sum(len(data) for path, data in contents(STARGUNNER).items() if path.parts[0] != "videos") < 3_600_000
     assert torch.load(STARGUNNER / "checkpoint.pt", weights_only=True)["agent"]["actor.weight"].dtype == torch.float16
