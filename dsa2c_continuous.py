@@ -115,7 +115,7 @@ class Args:
     num_threads: NonNegativeInt = 1  # CPU threads of torch; 0: all cores, slower for networks this small
 
 
-# Purposes of generators. Each is seeded with [seed, purpose, step], an evaluation's with [seed, purpose]: from the same seeds
+# Purposes of generators. Each is seeded with [seed, purpose, step], but without the step for evaluations: all start alike
 EVALUATION, NOISE, ENVS, ACTIONS = 1, 2, 3, 4
 
 
@@ -380,7 +380,7 @@ def train(args, run):
     envs = [run.cleanup.enter_context(contextlib.closing(make_env(args, seed))) for seed in seeds]
     space, (obs_dim,) = envs[0].action_space, envs[0].observation_space.shape
     counts, bins = make_bins(space, args.num_bins)
-    with torch.random.fork_rng(devices=[]):  # torch's global generator is left to the environments
+    with torch.random.fork_rng(devices=[]):  # leave torch's global generator to the environments
         torch.manual_seed(args.seed + run.global_step)
         agent = Agent(obs_dim, counts).to(run.device)
     weights = flatten_parameters(agent)  # one long parameter: the optimiser and the norm take one call each

@@ -117,7 +117,7 @@ class Args:
     num_threads: NonNegativeInt = 0  # CPU threads of torch and of the games; 0: all cores
 
 
-# Purposes of generators. Each is seeded with [seed, purpose, step], an evaluation's with [seed, purpose]: from the same seeds
+# Purposes of generators. Each is seeded with [seed, purpose, step], but without the step for evaluations: all start alike
 EVALUATION, NOISE, GAMES = 1, 2, 3
 
 
@@ -234,7 +234,7 @@ def resolve_env(env_id):
 def make_envs(rom, num_envs, args, **preprocessing):
     """Games stepped in C++ threads: frame skip 4, maximum of 2 frames, grey 84x84, 4 frames stacked, raw rewards.
 
-    `terminated` marks a lost life, and the game goes on: nothing presses FIRE then, as SB3 and CleanRL do, and the frame stack
+    `terminated` marks a lost life, and the game goes on: nothing presses FIRE then (SB3 and CleanRL do), and the frame stack
     stays. A finished game restarts within the same step. 108,000 frames truncate a game.
     """
     settings = {"repeat_action_probability": args.repeat_action_probability, "reward_clipping": False, "episodic_life": False}

@@ -98,7 +98,7 @@ class Args:
     trajectories_per_update: PositiveInt = 112  # prompts of a rollout, one continuation each, over all processes
     max_prompt_length: PositiveInt = 64  # maximum number of prompt tokens: the last of a review's first half
     response_length: PositiveInt = 48  # maximum number of new tokens
-    min_response_length: NonNegativeInt = 48  # tokens of a response before EOS may come; response_length: EOS never comes
+    min_response_length: NonNegativeInt = 48  # EOS may come after this many tokens of a response; response_length: never
     temperature: PositiveFloat = 1.0  # temperature of sampling, and of log pi everywhere
     top_k: NonNegativeInt = 50  # sample from this many of the likeliest tokens; 0: from all
     gamma: Probability = 0.99  # discount factor per token

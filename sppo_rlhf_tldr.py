@@ -107,7 +107,7 @@ class Args:
     trajectories_per_update: PositiveInt = 64  # prompts of a rollout, one summary each, over all processes
     max_prompt_length: PositiveInt = 500  # maximum number of tokens of a prompt: the beginning of the post, then "\nTL;DR:"
     response_length: PositiveInt = 50  # maximum number of new tokens
-    min_response_length: NonNegativeInt = 0  # tokens of a response before EOS may come; response_length: EOS never comes
+    min_response_length: NonNegativeInt = 0  # EOS may come after this many tokens of a response; response_length: never
     temperature: PositiveFloat = 1.0  # temperature of sampling, log pi and log pi_ref; evaluations are greedy
     top_k: NonNegativeInt = 50  # sample from this many of the likeliest tokens, the released code's default; 0: from all
     gamma: Probability = 1.0  # discount factor per token
@@ -788,7 +788,7 @@ def load_models(args: Args, device: torch.device):
     reward = load_reward(args, agent, tokenizer, device)
     if args.gradient_checkpointing and not keeps_activations(args, lm, device):
         lm.activation_checkpointing_enable({"use_reentrant": False})
-    else:  # checkpointed layers keep no cache; Jamba's cannot continue one by several tokens at once: try
+    else:  # checkpointed layers keep no cache; Jamba's cannot continue one by several tokens: try it
         agent.shares_prompts = True
         with torch.no_grad():
             plain, shared = (agent.states(tokens, 2, None, copies)[0].float() for copies in (1, 2))

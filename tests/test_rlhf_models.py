@@ -620,6 +620,16 @@ def test_the_length_of_scored_texts_is_the_reward_models(assets, tmp_path):
 
 
 @each_script
+def test_weights_in_another_order_are_refused(script):
+    """The optimiser's state has numbers, not names: its moments would land on other weights."""
+    model = torch.nn.Linear(2, 1)
+    weights = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    script.load_weights(model, {"agent": weights})
+    with pytest.raises(script.BadInput, match=r"checkpoint.pt has other weights"):
+        script.load_weights(model, {"agent": dict(reversed(weights.items()))})
+
+
+@each_script
 def test_pickled_weights_are_taken_only_when_allowed(script, assets, tmp_path):
     folder = tmp_path / "bin"
     lm = transformers.AutoModelForCausalLM.from_pretrained(assets / "policy")
