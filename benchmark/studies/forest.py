@@ -49,12 +49,12 @@ def percent_of_papers(run: pd.Series) -> float:
 
 
 def cells() -> pd.DataFrame:
-    """A line a symmetric arm, task and noise: name, seeds, per cent of the paper's length, chances with intervals."""
+    """A line a symmetric arm, noise and folder (of a task or several): name, seeds, per cent of the paper's length, chances."""
     rows = []
     for path in sorted((BENCHMARK / "results").glob("*/aggregates.csv")):
         runs = load_runs((path.with_name("runs.csv"),))
         chances = pd.read_csv(path).query("what == 'P(arm > other)'").set_index(["script", "noise", "arm", "other"])
-        for (script, env, noise), group in runs.groupby(["script", "env", "noise"]):
+        for (script, noise), group in runs.groupby(["script", "noise"]):
             arms = group.drop_duplicates("arm").set_index("arm")
             bases = [arm for arm in arms.index if arms.method[arm] in BASELINES[:2]]  # Gaussian in continuous tasks
             bases = [arm for arm in arms.index if arms.method[arm] in BASELINES[2:]] or bases
@@ -66,7 +66,8 @@ def cells() -> pd.DataFrame:
                     alike = (controls.beta == own.beta) & ("factored" not in own.method)
                 else:
                     alike = np.isclose(controls.alpha, own.alpha + own.beta * abs(own.Z))
-                task = env.split("-v")[0].removesuffix("Continuous")
+                tasks = [env.split("-v")[0].removesuffix("Continuous") for env in group.env.unique()]
+                task = tasks[0] if len(tasks) == 1 else f"{len(tasks)} tasks"  # the report's chance is their mean
                 name = f"{own.method}, {task}, {'no noise' if noise == 'none' else 'noise'}"
                 several = runs[runs.script == script].groupby(["env", "noise", "method"]).arm.nunique().max() > 1
                 name += f", β {own.beta:g}" if several and "factored" not in own.method else ""
@@ -75,7 +76,7 @@ def cells() -> pd.DataFrame:
                     "name": name,
                     "family": own.method.split()[0],
                     "percent": percent_of_papers(own),
-                    "seeds": int((group.arm == arm).sum()),
+                    "seeds": int((group.arm == arm).sum()) // len(tasks),
                     "folder": path.parent.name,
                 }
                 row["raw"] = arms.method[bases[0]] == "PPO raw"
