@@ -267,7 +267,7 @@ def test_cells_of_results_md_are_those_of_the_csv_files():
     checked = 0
     for text in re.split(r"(?m)^##+ ", (ROOT / "docs/results.md").read_text()):
         folder = re.search(r"\[Folder\]\(\.\./(benchmark/results/[\w-]+)/report\.md\)", text)
-        for head, *rows in tables(text) if folder else ():
+        for head, *rows in [table for table in tables(text) if table[0][0] != "task"] if folder else ():
             noise = None
             for i, title in enumerate(head):
                 *tag, title = title.split(": ")
@@ -275,7 +275,12 @@ def test_cells_of_results_md_are_those_of_the_csv_files():
                 files = (ROOT / folder.group(1) / name for name in ("cells.csv", "aggregates.csv"))
                 cells, chances = (read(path, noise) if path.exists() else [] for path in files)  # no chances of one seed
                 for row in rows:
-                    if title.endswith(" is above"):
+                    if title and title not in ("score", "the paper's") and not title.endswith(" is above"):
+                        runs = [run for run in read(ROOT / folder.group(1) / "runs.csv", noise) if run["exp_name"] == row[0]]
+                        scores = [f"{float(run['score']):,.0f}" for run in sorted(runs, key=lambda run: int(run["seed"]))]
+                        report = (ROOT / folder.group(1) / "report.md").read_text().split("While training")[1]
+                        shown = [row[i]] if row[i] in (", ".join(scores), *re.findall(r"[\d,]+ ± [\d,]+", report)) else []
+                    elif title.endswith(" is above"):
                         pairs = [row for row in chances if row["what"].startswith("P(") and title[:-9].lower() == row["arm"]]
                         found = [
                             [f"{float(pair[name]):.2f}" for name in ("value", "low", "high")]
@@ -298,6 +303,21 @@ def test_cells_of_results_md_are_those_of_the_csv_files():
     cells = {cell["arm"]: f"{float(cell['mean']):,.0f}" for cell in read(RESULTS / "atari-ppo-stargunner/cells.csv", "bsc")}
     said = re.sub(r"\s+", " ", (ROOT / "README.md").read_text())
     assert f"our SPPO scores {cells['sppo']} and our PPO {cells['ppo']}, two seeds" in said
+
+
+def test_the_table_of_tasks_in_results_md_is_that_of_its_report():
+    """Each mean, error and published score, and in how many tasks DSPPO's mean is the higher one."""
+    (text,) = [part for part in (ROOT / "docs/results.md").read_text().split("\n## ") if "| task | DPPO |" in part]
+    cells = {(cell["task"], cell["arm"]): cell for cell in read(RESULTS / "continuous-ppo-full/cells.csv", None)}
+    ((_, *rows),) = tables(text)
+    assert {(row[0], arm) for row in rows for arm in ("dppo", "dsppo")} == set(cells)
+    for task, *shown in rows:
+        for arm, ours, papers in (("dppo", *shown[:2]), ("dsppo", *shown[2:4])):
+            for value, names in ((ours, ("mean", "stderr")), (papers, ("paper_mean", "paper_stderr"))):
+                numbers = [float(cells[task, arm][name]) for name in names if cells[task, arm][name]]
+                assert value in [" ± ".join(f"{number:,.{digits}f}" for number in numbers) for digits in (0, 1)], (task, arm)
+    above = sum(float(cells[row[0], "dsppo"]["mean"]) > float(cells[row[0], "dppo"]["mean"]) for row in rows)
+    assert f"in {above} of {len(rows)} tasks" in " ".join(text.split())
 
 
 def test_figures_of_the_oldest_studies_are_those_of_their_reports():

@@ -75,12 +75,13 @@ def test_the_forest_has_every_cell_with_its_own_control():
     climber = table.loc["SPPO, CrazyClimber, no noise", 4.0]
     assert climber.seeds == 3 and (round(climber.baseline_value, 2), round(climber.control_value, 2)) == (0.89, 0.67)
     krull = [table.loc[f"SPPO, Krull, noise{fresh}", 4.0].raw for fresh in ("", ", fresh seeds")]
-    assert krull == [False, True] and len(table) == 27
+    assert krull == [False, True] and len(table) == 28
     without = table.index.get_level_values("name")[table.control_value.isna()]
     assert sorted(without) == [
         "DSA2C factored, Hopper, no noise",
         "DSA2C factored, Hopper, noise",
         "DSA2C, Hopper, no noise, β 10",
+        "DSPPO, 8 tasks, no noise",
         "SPPO, StarGunner, noise",
     ]
 

@@ -75,8 +75,8 @@ def cells() -> pd.DataFrame:
                 row = {
                     "name": name,
                     "family": own.method.split()[0],
-                    "percent": percent_of_papers(own),
-                    "seeds": int((group.arm == arm).sum()) // len(tasks),
+                    "percent": min(percent_of_papers(run) for _, run in group[group.arm == arm].iterrows()),
+                    "seeds": int(group[group.arm == arm].groupby("env").size().min()),
                     "folder": path.parent.name,
                 }
                 row["raw"] = arms.method[bases[0]] == "PPO raw"

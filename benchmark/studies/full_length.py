@@ -2,8 +2,9 @@
 
     python benchmark/studies/full_length.py benchmark/results/atari-ppo-stargunner
 
-The folder is one of benchmark/report.py, with runs.csv and curves.csv of one task. Lines are returns while training, dots the
-final scores of ten episodes. Writes full_length.svg and full_length.png there.
+The folder is one of benchmark/report.py, with runs.csv and curves.csv of one Atari game and PPO. Lines are returns while
+training, smoothed as in report.py's curves, dots the final scores of ten episodes. Writes full_length.svg and full_length.png
+there.
 """
 
 import sys
@@ -13,7 +14,7 @@ BENCHMARK = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(BENCHMARK))
 try:
     import pandas as pd
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, StrMethodFormatter
     from reporting.arms import order, roles_of
     from reporting.figures import curve_table, plt, save, styles
     from reporting.runs import load_runs
@@ -49,7 +50,8 @@ def main(folder: Path) -> None:
     for (algorithm, row), marker in zip(papers(runs.env.iloc[0], runs.noise.iloc[0]).iterrows(), "sD", strict=True):
         label = f"the paper's {algorithm}: {row['mean']:,.0f} ± {row['stderr']:,.0f}"
         axis.errorbar(1.03 * end, row["mean"], row["stderr"], fmt=marker, color="#555555", capsize=3, label=label)
-    axis.set(xlabel="environment steps", ylabel="return: lines while training, dots at the end", ylim=(0, None))
+    axis.set(xlabel="environment steps", ylabel="return: lines while training, dots at the end", yscale="log")
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axis.xaxis.set_major_formatter(EngFormatter())
     axis.set_title(f"{runs.env.iloc[0]}, noise {runs.noise.iloc[0]}, {runs.script.iloc[0]}", fontsize=9)
     axis.legend(fontsize=8, frameon=False, loc="upper left")
